@@ -1,9 +1,8 @@
 """Test cases for modified child modules: module x attachment x backend.
 
-``MODULES``: the modules that read the weights of their children, each with inputs and a plain
-PyTorch forward that calls every child. ``ATTACHMENTS``: ways to modify the children, either the
-projections ("linear") or the norms. ``outcome``: "equal" if the module must return the same result
-as its plain forward, "refused" if the call must raise an error.
+``MODULES``: modules that read the weights of their children, with inputs and a plain PyTorch
+forward that calls every child. ``ATTACHMENTS``: modifications of the projections or of the norms.
+``outcome``: what a call of the modified module must do.
 """
 
 from __future__ import annotations
@@ -136,10 +135,9 @@ class Attachment(NamedTuple):
 
     ``attach(module, names)``: modifies the named children and returns the module to call.
     ``to``: the kind of children, "linear" or "norm".
-    ``reads``: the modified child has an effective weight that the kernels can use.
+    ``reads``: the library reads the weight of a modified child instead of calling the child.
     ``gradients``: the modified module can be differentiated.
-    ``training``: whether to call the module in training mode; None: keep the mode that ``attach``
-    sets.
+    ``training``: the training mode of the call. With None, ``attach`` sets the mode.
     ``neutral``: the modification does not change the results.
     ``needs``: the package that ``attach`` imports.
     """
@@ -158,7 +156,7 @@ def children(module: nn.Module, kind: type) -> list[str]:
 
 
 def each(change: Callable[[nn.Module], nn.Module | None]) -> Callable:
-    """Change each child in place, or replace it by the result of ``change``."""
+    """Apply ``change`` to each child. A module that ``change`` returns replaces the child."""
 
     def attach(module: nn.Module, names: list[str]) -> nn.Module:
         for name in names:
@@ -182,7 +180,7 @@ def adapted(
         peft.inject_adapter_in_model(cls(target_modules=names, **options), module)
         for name, parameter in module.named_parameters():
             if "default" in name:
-                # With its initial values, an adapter would have no effect.
+                # An adapter with its initial values has no effect.
                 parameter.data += 0.2 * torch.randn_like(parameter)
         after(module)
         return module
@@ -213,7 +211,7 @@ def dropouts_in_training(module: nn.Module) -> None:
 
 
 def empty_until_called(child: nn.Module) -> None:
-    """Keep the child's weights empty except while it is called, like DeepSpeed's ZeRO-3."""
+    """Empty the parameters of the child except during its calls, as DeepSpeed's ZeRO-3 does."""
     for parameter in child.parameters(recurse=False):
         parameter.whole, parameter.data = parameter.data, torch.empty(0)
 
@@ -375,7 +373,11 @@ ATTACHMENTS = {
 
 
 def outcome(module: str, attachment: str, backend: str) -> str:
-    """Return "equal" or "refused", or "none" if the module has no child to modify."""
+    """Return what a call of the modified module must do.
+
+    "equal": return the result of the plain forward. "refused": raise an error. "none": the module
+    has no child to modify.
+    """
     kind = nn.Linear if ATTACHMENTS[attachment].to == "linear" else nn.LayerNorm
     if not children(MODULES[module].make(), kind):
         return "none"

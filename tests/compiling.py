@@ -1,4 +1,4 @@
-"""Helpers for the compilation tests, run in processes without Triton's interpreter."""
+"""Helpers for compilation tests. Child processes run without Triton's interpreter."""
 
 import json
 import os
@@ -54,7 +54,7 @@ def inspect(tmp_path: Path, arch: str, cases: tuple[str, ...], **env: str) -> li
 
 @pytest.fixture(scope="session")
 def oldest_triton(tmp_path_factory):
-    """Return the folder of the oldest supported Triton, which stays in .venv for later runs."""
+    """Return the folder of the oldest supported Triton. Install it in .venv if it is missing."""
     import triton
 
     oldest = TRITONS[0]

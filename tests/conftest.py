@@ -14,15 +14,15 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # must be set before triton is imported
 
-# On first use, torch and its compiler cache references to torch's functions. Use both here, so that
-# the caches hold the original functions and not those that poison_empty_memory patches.
+# On first use, torch and its compiler cache references to torch's functions. Use both here, before
+# poison_empty_memory replaces some of these functions.
 with torch.device("meta"):
     torch.empty(0)
 torch.compile(lambda x: x + 1, backend="eager")(torch.zeros(1))
 
 
 def _speed_up(interpreter):
-    """Cache two steps that the interpreter repeats in every call, to save a third of the time."""
+    """Cache two steps that the interpreter repeats in every call."""
     patch, done = interpreter._patch_lang, set()
 
     def patch_lang(function):
@@ -46,11 +46,11 @@ def _speed_up(interpreter):
     interpreter._patch_lang, interpreter._get_np_dtype = patch_lang, get_np_dtype
 
 
-def _accumulate_in_float64(interpreter):
-    """Multiply matrices in float64, and round once.
+def _multiply_in_float64(interpreter):
+    """Multiply matrices in float64, then round the product to the dtype of the accumulator.
 
-    On a GPU, equal rows give bitwise equal products, and tests rely on that. BLAS may round a
-    float32 product differently for each position in the matrix and each type of CPU.
+    In float32, BLAS may round the products of equal rows differently. Tests rely on bitwise equal
+    products, as on a GPU.
     """
 
     def create_dot(self, a, b, acc, input_precision, max_num_imprecise_acc):
@@ -64,7 +64,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     import triton.runtime.interpreter
 
     _speed_up(triton.runtime.interpreter)
-    _accumulate_in_float64(triton.runtime.interpreter)
+    _multiply_in_float64(triton.runtime.interpreter)
 
 
 def _poisoned(allocate):
@@ -82,7 +82,7 @@ def _poisoned(allocate):
 
 @pytest.fixture(autouse=True)
 def poison_empty_memory(monkeypatch):
-    """Fill the memory that mmfused allocates with NaN, so that unwritten memory is noticed."""
+    """Fill uninitialized floating-point tensors of mmfused with NaN."""
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
 

@@ -21,8 +21,8 @@ SIMT = Path(__file__).parent / "simt"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BALANCES = ("switch", "gshard", "mse")
 
-# The cases use every number of lanes per token and of experts per lane, both scores, every balance
-# loss, and the other options alone and combined.
+# The cases cover every number of lanes per token, every number of experts per lane, both scores and
+# every balance loss.
 CASES = {
     "one expert": dict(tokens=3, experts=1, k=1),
     "all experts": dict(tokens=33, experts=8, k=8, sigmoid=True),
@@ -65,7 +65,7 @@ def make(
 ) -> dict:
     """Return the arguments of the op by name.
 
-    The logits of masked tokens are NaN. If there are several segments, the last one is empty.
+    The logits of masked tokens are NaN. With several segments, the last segment is empty.
     """
     logits = (
         torch.randn(experts, tokens).to(dtype).T
@@ -82,12 +82,12 @@ def make(
     segment = torch.randint(0, max(1, segments - 1), (tokens,)) if segments > 1 else None
     indices = None
     if replay:
-        chance = (
+        priority = (
             torch.rand(tokens, experts)
             if usable is None
             else torch.rand(tokens, experts) * usable[segment]
         )
-        indices = chance.topk(k).indices
+        indices = priority.topk(k).indices
     return dict(
         source=logits,
         router_weight=None,
@@ -115,8 +115,8 @@ def upstream(case: dict) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def expected(case: dict, dtype: torch.dtype, gradients=None) -> dict[str, Tensor]:
     """Compute a case with plain PyTorch in ``dtype``.
 
-    Returns every output of the op except its coefficients. If the upstream ``gradients`` are given,
-    also returns the gradient of the logits.
+    Returns every output of the op except ``coefficients``, and the gradient of the logits if
+    upstream ``gradients`` are given.
     """
     logits = case["source"].to(dtype, copy=True).requires_grad_(gradients is not None)
     with torch.enable_grad():
@@ -197,7 +197,7 @@ class Simt:
         self, name: str, case: dict, logits: Tensor, tensors: list[Tensor | None], blocks: int
     ) -> None:
         tokens, experts = logits.shape
-        shared = [
+        arguments = [
             logits,
             case["mask"],
             case["segments"],
@@ -205,7 +205,7 @@ class Simt:
             case["jitter_seed"],
             *tensors,
         ]
-        at = (ctypes.c_void_p * len(shared))(*(None if x is None else x.data_ptr() for x in shared))
+        pointers = [None if x is None else x.data_ptr() for x in arguments]
         numbers = [
             DTYPES.index(logits.dtype),
             *logits.stride(),
@@ -219,7 +219,9 @@ class Simt:
             blocks,
         ]
         status = getattr(self.library, name)(
-            at, (ctypes.c_int64 * len(numbers))(*numbers), ctypes.c_float(case["jitter"])
+            (ctypes.c_void_p * len(pointers))(*pointers),
+            (ctypes.c_int64 * len(numbers))(*numbers),
+            ctypes.c_float(case["jitter"]),
         )
         assert status == 0, f"{name} returned {status}"
 

@@ -1,4 +1,4 @@
-"""Random choices and tensors from one seed, for generating test inputs."""
+"""Random test inputs from one seed."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import torch
 from strided_views import EXPANDED, SAME_VALUES, lay_out
 from torch import Tensor
 
-INFINITE = (float("nan"), float("inf"), float("-inf"))
+NON_FINITE = (float("nan"), float("inf"), float("-inf"))
 
 
 class Draw:
     """Draw random choices and tensors from one seed.
 
-    ``full``: pass every optional argument.
-    ``fixed``: the values of some choices, by name.
-    ``layouts``: draw the memory layouts of the tensors too.
+    ``full``: ``given`` returns True, ``rarely`` returns False, and ``poison`` does nothing.
+    ``fixed``: the results of some choices, by name. They take precedence over ``full``.
+    ``layouts``: also draw the memory layout of each tensor.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Draw:
         return self.place(values.to(dtype or self.dtype), expand)
 
     def weight(self, *shape: int, std=1.0) -> Tensor:
-        """Draw a parameter, in the dtype of the activations or as a float32 master copy."""
+        """Draw a parameter in ``dtype`` or, like a master copy, in at least float32."""
         return self.normal(
             *shape, std=std, dtype=self.random.choice((self.dtype, self.dtype, self.wide))
         )
@@ -78,11 +78,11 @@ class Draw:
         return lay_out(values, layout)
 
     def poison(self, x: Tensor, where: Tensor) -> None:
-        """In half of the calls, write NaN or infinity into the rows of x at ``where``.
+        """Randomly decide whether to write NaN or infinity into ``x`` at ``where``.
 
-        The op must not read these rows. Rows that share memory stay unchanged.
+        The op must not read these rows. An expanded ``x`` stays unchanged.
         """
         if not self.full and self.random.random() < 0.5 and 0 not in x.stride():
             x.masked_fill_(
-                where[(...,) + (None,) * (x.dim() - where.dim())], self.random.choice(INFINITE)
+                where[(...,) + (None,) * (x.dim() - where.dim())], self.random.choice(NON_FINITE)
             )

@@ -32,7 +32,7 @@ def softmax(x):
 def attention(p, name, q, x, heads):
     """Compute multi-head attention of one sample's queries q (L, D) over its tokens x (N, D).
 
-    The result is 0 if no token can be attended to.
+    The result is 0 if N = 0.
     """
     if len(x) == 0:
         return torch.zeros_like(q)
@@ -66,7 +66,10 @@ def q_transform(p, name, x, c):
 
 
 def pooled(p, name, x, c):
-    """Return one sample's query tokens, or its first token if the model has no Q-Transform."""
+    """Return the query tokens of one sample.
+
+    Without a Q-Transform, returns the first token of x instead, or 0 if x is empty.
+    """
     if "q_transform" not in c.without:
         return q_transform(p, name, x, c)
     return x[:1] if len(x) else torch.zeros(1, c.dim, dtype=x64)
@@ -104,7 +107,7 @@ def expert(p, e, x, c):
 
 
 def moe(p, samples, c):
-    """Return the class logits (B, C), and each token's router logits and expert weights."""
+    """Return the class logits of each sample, and router logits and expert weights per token."""
     logits, scores, weights = [], [], []
     for tokens in samples:
         outputs = []
@@ -112,9 +115,8 @@ def moe(p, samples, c):
             score = router(p, token, c)
             probability = softmax(score)
             chosen = sorted(range(c.num_experts), key=lambda e: -probability[e].item())[: c.top_k]
-            total = (
-                sum(probability[e] for e in chosen) if c.top_k > 1 else 1
-            )  # a single weight renormalised to 1 would get no gradient
+            # With top_k = 1, a renormalized weight would be constant and get no gradient.
+            total = sum(probability[e] for e in chosen) if c.top_k > 1 else 1
             weight = {e: probability[e] / total for e in chosen}
             outputs.append(sum(weight[e] * expert(p, e, token, c) for e in chosen))
             scores.append(score)
@@ -128,7 +130,7 @@ def moe(p, samples, c):
 
 
 def dense(p, samples, c):
-    """Return the class logits (B, C) of the classifier that replaces the router and experts."""
+    """Return the class logits of the classifier that replaces the router and the experts."""
     logits = []
     for tokens in samples:
         outputs = []

@@ -1,7 +1,6 @@
 """Random inputs for every public function.
 
-MAKERS maps the name of a public function to a function that draws its arguments: shapes, values and
-options. With ``Draw(full=True)``, all tensor arguments that can be combined are passed.
+MAKERS maps the name of a public function to a maker, which draws the arguments of a call.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ from mmfused.ops import OPS
 
 
 def _padding(
-    draw: Draw, prefix: str, batch: int, tokens: int, present: bool = True
+    draw: Draw, prefix: str, batch: int, tokens: int, may_be_absent: bool = True
 ) -> tuple[dict, Tensor]:
-    """Draw the padding mask or lengths, and ``present``; also return which tokens are ignored."""
+    """Return the arguments that mask tokens or samples, and a mask of the padding tokens."""
     kind, given = draw.pick(f"{prefix}padding", "none", "mask", "lengths"), {}
     ignore = torch.zeros(batch, tokens, dtype=torch.bool)
     if kind == "mask":
@@ -36,7 +35,7 @@ def _padding(
         dtype = draw.pick("", torch.int64, torch.int32)
         lengths = given[f"{prefix}lengths"] = draw.integers(0, tokens + 1, batch, dtype=dtype)
         ignore = torch.arange(tokens) >= lengths[:, None]
-    if present and draw.given(f"{prefix}present"):
+    if may_be_absent and draw.given(f"{prefix}present"):
         given[f"{prefix}present"] = draw.flags(draw.pick("", 0.0, 0.6, 0.9), batch)
     return given, ignore
 
@@ -80,13 +79,13 @@ def query_pooling(draw: Draw) -> dict:
         inputs["dropout_p"] = draw.pick("", 0.1, 0.5)
         if draw.given("dropout_seed", 0.8):
             inputs["dropout_seed"] = draw.seed()
-    padding, ignore = _padding(draw, "", batch, tokens, present=False)
+    padding, ignore = _padding(draw, "", batch, tokens, may_be_absent=False)
     draw.poison(inputs["x"], ignore)
     return inputs | padding
 
 
 def _attention(draw: Draw) -> tuple[dict, int, int]:
-    """Draw the options that both cross-attention functions share, the width and the batch size."""
+    """Return (options of both cross-attention functions, width, batch size)."""
     heads = draw.pick("heads", 1, 1, 2, 3)
     dim = heads * draw.pick("head_dim", 1, 3, 8, 16, 17)
     gate = draw.pick("gate", "channel", "token", "none")
@@ -187,8 +186,8 @@ def masked_info_nce(draw: Draw) -> dict:
         if with_target
         else rows + draw.pick("more", 0, 0, 1, 13, 32)
     )
-    # The gradients of equal candidates are only rounding errors. So the rows are not expanded, and
-    # not normalised if ``dim`` is 1.
+    # If all candidates were equal, the gradients of the queries would be rounding errors. So no
+    # tensor is expanded, and rows are normalized only if ``dim`` > 1.
     query, candidate = (
         torch.randn(n, dim, generator=draw.generator, dtype=torch.float64) for n in (rows, columns)
     )
@@ -232,7 +231,10 @@ def masked_info_nce(draw: Draw) -> dict:
         weight = draw.uniform(rows, dtype=draw.pick("", draw.dtype, draw.wide))
         inputs["row_weight"] = draw.place(weight * draw.flags(draw.pick("", 0.0, 0.7, 1.0), rows))
     seen = _seen(
-        **{name: inputs.get(name) for name in ("query", "candidate", "target", "same_id", *KEYS)}
+        **{
+            name: inputs.get(name)
+            for name in ("query", "candidate", "target", "same_id", *KEYS_AND_IDS)
+        }
     )
     draw.poison(candidate, ~seen.any(0))
     if draw.rarely("margin", 0.15):
@@ -240,7 +242,7 @@ def masked_info_nce(draw: Draw) -> dict:
     return inputs
 
 
-KEYS = ("query_key", "candidate_key", "query_id", "candidate_id")
+KEYS_AND_IDS = ("query_key", "candidate_key", "query_id", "candidate_id")
 
 
 def _seen(
@@ -248,14 +250,14 @@ def _seen(
 ) -> Tensor:
     """Return a mask (B, C) of the pairs that are valid according to the documentation."""
     target = torch.arange(len(query)) if target is None else target
-    own = target[:, None] == torch.arange(len(candidate))
-    seen = torch.ones_like(own)
+    is_target = target[:, None] == torch.arange(len(candidate))
+    seen = torch.ones_like(is_target)
     if candidate_key is not None:
-        mine = candidate_key[target] if query_key is None else query_key
-        seen = (mine[:, None] == candidate_key) | (candidate_key == -1) | own
+        query_key = candidate_key[target] if query_key is None else query_key
+        seen = (query_key[:, None] == candidate_key) | (candidate_key == -1) | is_target
     if candidate_id is not None and same_id == "drop":
-        mine = candidate_id[target] if query_id is None else query_id
-        seen = seen & ((mine[:, None] != candidate_id) | own)
+        query_id = candidate_id[target] if query_id is None else query_id
+        seen = seen & ((query_id[:, None] != candidate_id) | is_target)
     return seen
 
 
@@ -278,7 +280,7 @@ def _routing_options(draw: Draw, tokens: int, experts: int, k: int) -> dict:
             if "segments" in options
             else available[:1].expand(tokens, experts)
         )
-        if draw.full:  # other layouts may change ``segments``, so use experts of all segments
+        if draw.full:  # callers may change ``segments``, so use experts available in all segments
             usable = available.all(0).expand(tokens, experts)
     if draw.given("selection_bias", 0.3):
         options["selection_bias"] = draw.normal(
@@ -345,7 +347,7 @@ def routing_from_indices(draw: Draw) -> dict:
 def update_selection_bias(draw: Draw) -> dict:
     experts = draw.pick("experts", 1, 2, 13)
     shape = draw.pick("segments", (), (1,), (3,))
-    # The bias is not expanded, because the function writes it in place.
+    # The bias is not expanded, because the function updates the bias in place.
     bias = draw.place(torch.randn(experts, generator=draw.generator, dtype=draw.wide), expand=())
     return dict(
         bias=bias,
@@ -356,9 +358,9 @@ def update_selection_bias(draw: Draw) -> dict:
 
 
 def _routing(draw: Draw) -> tuple[dict, Tensor]:
-    """Return a routing of T tokens and its padding mask.
+    """Return (routing, token padding mask).
 
-    The rows are sorted by a kernel or by plain PyTorch. Each tensor has a random memory layout.
+    A kernel or plain PyTorch sorts the rows of the routing.
     """
     tokens, experts, k = _tokens_and_experts(draw)
     indices = torch.randint(0, experts, (tokens, k), generator=draw.generator)
@@ -369,9 +371,8 @@ def _routing(draw: Draw) -> tuple[dict, Tensor]:
     weights = torch.rand(tokens, k, generator=draw.generator, dtype=torch.float64).to(draw.wide)
     fused = draw.wide == torch.float32 and draw.pick("sorted by a kernel", True, False)
     with mmfused.backend("fused" if fused else "composed"):
-        given = (x.to(DEVICE) for x in (indices, weights, mask))
         routing = mmfused.routing_from_indices(
-            next(given), next(given), experts, token_padding_mask=next(given)
+            indices.to(DEVICE), weights.to(DEVICE), experts, token_padding_mask=mask.to(DEVICE)
         )
     return type(routing)(*(draw.place(part.cpu(), expand=()) for part in routing)), mask
 
@@ -451,7 +452,7 @@ MAKERS = {
     )
 }
 MAKERS |= {name: getattr(small_loss_inputs, name) for name in (*LOSSES, "dual_alignment")}
-# A new op can define its makers in tests/<op>_inputs.py, so that this file need not change.
+# An op may define its own MAKERS in tests/<op>_inputs.py.
 for op in OPS:
     if importlib.util.find_spec(f"{op}_inputs"):
         MAKERS |= importlib.import_module(f"{op}_inputs").MAKERS

@@ -25,7 +25,7 @@ class Pool(nn.Module):
 
 
 def library(path, *args, **options):
-    """Create an instance of the class at ``path``; skip the test if its library is missing."""
+    """Create an instance of the class at ``path``. Skip the test if the module is missing."""
     module, _, name = path.rpartition(".")
     return getattr(pytest.importorskip(module), name)(*args, **options)
 
@@ -45,11 +45,11 @@ def timm_vit():
     return library("timm.models.vision_transformer.VisionTransformer", 16, 4, **options)
 
 
-def clip(**options):
+def open_clip_pool(**options):
     return library("open_clip.transformer.AttentionalPooler", D, K, H, 4, **options)
 
 
-def clip_tower():
+def open_clip_tower():
     pool = dict(attentional_pool=True, attn_pooler_queries=5, attn_pooler_heads=H, output_dim=K + 1)
     return library(
         "open_clip.transformer.VisionTransformer",
@@ -78,7 +78,7 @@ def head(model, prefix, **options):
     )
 
 
-def siglip2(**options):
+def siglip2_head(**options):
     return head("siglip2", "Siglip2", **options)
 
 
@@ -146,8 +146,9 @@ CROSS, SELF = (
     {f"encoder.layer.{i}.attention.attention" for i in (0, 1)},
 )
 
-# name -> (function that creates the model, names of its inputs, function that calls it, names of
-# the modules that mmfused.fuse swaps, names of attention modules that it leaves unchanged)
+# name -> (function that creates a model, names of the inputs, function that calls the model,
+# modules that mmfused.fuse swaps, attention modules that mmfused.fuse leaves unchanged).
+# The last three items may be missing.
 CASES = {
     "torch, root": (
         lambda: torch_attention(kdim=K, vdim=K),
@@ -186,19 +187,19 @@ CASES = {
     ),
     "timm, q_norm": (lambda: after(latent(), setting("q_norm", nn.LayerNorm(D // H))), "x"),
     "timm, a ViT": (timm_vit, "image", plain_call, {"attn_pool"}),
-    "open_clip": (clip, "k"),
-    "open_clip, another norm": (lambda: clip(norm_layer=nn.RMSNorm), "k"),
+    "open_clip": (open_clip_pool, "k"),
+    "open_clip, another norm": (lambda: open_clip_pool(norm_layer=nn.RMSNorm), "k"),
     "open_clip, a tower": (
-        clip_tower,
+        open_clip_tower,
         "image",
         plain_call,
         {"attn_pool"},
         {"transformer.resblocks.0.attn"},
     ),
     "siglip": (siglip, "image", lambda m, x: m(x).pooler_output, {"head"}),
-    "siglip2": (siglip2, "x, mask", lambda m, x, mask: m(x, (~mask).long())),
+    "siglip2": (siglip2_head, "x, mask", lambda m, x, mask: m(x, (~mask).long())),
     "siglip2, eager": (
-        lambda: siglip2(implementation="eager"),
+        lambda: siglip2_head(implementation="eager"),
         "x, mask",
         lambda m, x, mask: m(x, ~mask),
     ),

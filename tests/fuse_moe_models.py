@@ -28,7 +28,7 @@ SIZES = dict(
 
 
 def create(model, prefix, name, config="Config", **options):
-    """Create an instance of a class of transformers' package ``model``, with tiny sizes."""
+    """Create a tiny instance of a class in ``transformers.models.<model>``."""
     package = f"transformers.models.{model}"
     config = getattr(pytest.importorskip(f"{package}.configuration_{model}"), f"{prefix}{config}")
     config = config(**{**SIZES, **options})
@@ -60,7 +60,8 @@ CASES = {
     "qwen3": causal("qwen3_moe", "Qwen3Moe", norm_topk_prob=True, num_experts_per_tok=3),
 }
 
-# Other models with experts of the same kind. Only their sparse MoE block is tested.
+# model -> (prefix of the class names, name of the config class). Only the sparse MoE block of these
+# models is tested.
 BLOCKS = {
     "olmoe": ("Olmoe", "Config"),
     "qwen3_next": ("Qwen3Next", "Config"),
@@ -70,7 +71,7 @@ BLOCKS = {
 
 
 def filled(model, dtype=torch.float64):
-    """Fill the parameters with values large enough that each one changes the results."""
+    """Fill the parameters with random values that are large enough to change the results."""
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(
@@ -87,7 +88,7 @@ def block(model, dtype=torch.float64):
 
 
 def experts(path, dtype=torch.float64, **options):
-    """Create an experts module from a config with only the settings that the module reads."""
+    """Create an experts module from a minimal config."""
     sizes = dict(
         hidden_size=D,
         intermediate_size=24,
@@ -114,7 +115,7 @@ def batch():
 
 
 def run(model, seed=3, **more):
-    """Return the logits, losses, router logits, and gradients of all parameters, by name."""
+    """Return logits, losses, router logits and the gradients of all parameters, by name."""
     torch.manual_seed(seed)  # for the router's jitter
     out = model(**batch(), output_router_logits=True, **more)
     results = {"logits": out.logits, "loss": out.loss, "aux": out.aux_loss}

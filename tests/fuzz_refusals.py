@@ -1,4 +1,4 @@
-"""Calls of every public function with one invalid argument, which the error must name."""
+"""Calls of public functions with one invalid argument. The error must name the argument."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 import mmfused
 
 NAN, LEARNED = float("nan"), torch.tensor(0.1, requires_grad=True)
-# Values that each option rejects.
+# option -> invalid values
 BAD_OPTIONS = {
     "num_heads": (0, -1, 10**6),
     "form": ("nonsense",),
@@ -38,7 +38,7 @@ BAD_OPTIONS = {
     "normalise": (0, -1.0),
     "temperature": (0.0, -1.0),
 }
-# Options whose values are not made invalid.
+# Options without invalid values in these tests.
 ANYTHING_GOES = (
     "scale",
     "norm_eps",
@@ -52,7 +52,7 @@ ANYTHING_GOES = (
     "margin",
 )
 ANYTHING_GOES += ("diagonal", "tolerance", "bias", "detach_routing", "group")
-# Invalid values in tensor arguments, which must be rejected on a CPU.
+# tensor argument -> invalid elements, which the functions must reject on a CPU
 BAD_VALUES = {
     "target": (-1, 10**6),
     "query_key": (-1,),
@@ -62,15 +62,15 @@ BAD_VALUES = {
 }
 BAD_VALUES |= {"indices": (-1, 10**6), "available": (False,), "row_weight": (-1.0,)}
 BAD_VALUES |= {f"{side}_lengths": (-1, 10**6) for side in ("a", "b", "context")}
-# Functions that check few of their arguments. They are not called with invalid arguments.
+# Functions that are not called with invalid arguments, because they check few arguments.
 UNCHECKED = ("pack_passes", "update_selection_bias")
 
 
-def refused(function: str, inputs: dict, backend: str, choice: random.Random) -> list[str]:
-    """Call a function with one invalid argument; return the faults, at most one.
+def refusal_faults(function: str, inputs: dict, backend: str, choice: random.Random) -> list[str]:
+    """Call a function with one invalid argument. Return a list with at most one fault.
 
-    A fault is a call without an error, the wrong type of error, or an error that does not name the
-    argument.
+    A fault is a call without an error, an error of the wrong type, or an error that does not name
+    the argument.
     """
     broken = list(_breaks(function, inputs))
     if function in UNCHECKED or not broken:
@@ -126,7 +126,7 @@ def _breaks(function: str, inputs: dict):
 
 
 def _holding(x: Tensor, value: object) -> Tensor:
-    """Return a copy of ``x`` with ``value`` in the first row."""
+    """Return a copy of ``x`` with ``x[0]`` set to ``value``."""
     x = x.clone()
     x[0] = value
     return x

@@ -1,6 +1,6 @@
 """Fuzz in several processes for a given time.
 
-Print one line per minute, and every fault with the command that reproduces it.
+Print one line per minute, and every fault with the command that reproduces the fault.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ TOO_LONG = 600.0  # seconds per case
 
 
 class Worker:
-    """A process that runs one case after another, restarted if a case crashes or hangs."""
+    """A process that runs one case after another."""
 
     def __init__(self):
         self.start()
@@ -34,7 +34,10 @@ class Worker:
         self.pipe.send(case)
 
     def result(self) -> str | None:
-        """Return the fault of the current case, "" if it passed, None while it runs."""
+        """Return the fault of the current case, "" if the case passed, None while it runs.
+
+        If the process has ended or the case takes too long, start a new process.
+        """
         if self.pipe.poll():
             try:
                 return self.pipe.recv()

@@ -2,7 +2,7 @@
 
     # Run one case, and print its inputs and fault.
     python tests/fuzzing.py --function masked_info_nce --seed 123
-    # Run new cases in several processes; the exit status is 1 if a case fails.
+    # Run new cases in several processes. The exit status is 1 if a case fails.
     python tests/fuzzing.py --minutes 60
 
 A function and a seed determine a case. The seed draws shapes, dtypes, memory layouts and options
@@ -10,7 +10,7 @@ A function and a seed determine a case. The seed draws shapes, dtypes, memory la
 be NaN or infinite, and newly allocated memory holds garbage.
 
 There are three kinds of cases. Most check that values and gradients stay within the error budget.
-Some write NaN or infinity into one row of an input, and check that the other rows do not change.
+Some write NaN or infinity into one row of an input, and check the other rows of the results.
 Some make one argument invalid, and check that the error names the argument.
 """
 
@@ -33,9 +33,9 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if os.path.exists("/dev/nvidia0") 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-from drawing import INFINITE, Draw
+from drawing import NON_FINITE, Draw
 from function_inputs import MAKERS
-from fuzz_refusals import refused
+from fuzz_refusals import refusal_faults
 from public_functions import (
     differentiable,
     garbage_in_new_memory,
@@ -60,7 +60,7 @@ DTYPES = {
     "composed": [torch.float32] * 4 + [torch.float16, torch.bfloat16, torch.float64],
     "fused": [torch.float32] * 3 + [torch.float16] + [torch.bfloat16] * (DEVICE == "cuda"),
 }
-# Functions that return one row (along dimension 0) per row of an input, and the name of that input.
+# function -> the input whose rows (along dimension 0) yield one row of the outputs each
 ROWS = {
     "query_pooling": "x",
     "gated_cross_attention": "context",
@@ -100,7 +100,7 @@ class Case:
         self.layout = choice.choice((*SAME_VALUES, "expanded first", "expanded last"))
         self.repeats = choice.random() < 0.15
         self.checkpointed = choice.random() < 0.15
-        self.silent = choice.random() < 0.2  # some outputs get no gradient
+        self.silent = choice.random() < 0.2  # some outputs get no upstream gradient
         attends = self.backend == "composed" and (
             "attention" in function or function == "query_pooling"
         )
@@ -154,7 +154,7 @@ class Case:
     def faults(self) -> list[str]:
         """Run the case and return one sentence per fault."""
         if self.kind == "refusal":
-            return refused(
+            return refusal_faults(
                 self.function,
                 self.inputs,
                 self.backend if DEVICE == "cpu" else "composed",
@@ -176,9 +176,9 @@ class Case:
         return found + self._compare(actual, self._replayed(actual))
 
     def _replayed(self, actual: dict) -> dict:
-        """Return inputs with which the reference uses the experts that ``actual`` chose.
+        """Return inputs that make the reference use the experts chosen in ``actual``.
 
-        Near a tie, more than one choice is right; :func:`_choice_faults` checks the choice.
+        Near a tie, several choices are right. :func:`_choice_faults` checks the choice.
         """
         return (
             self.inputs | dict(indices=actual["indices"])
@@ -208,7 +208,7 @@ class Case:
         def near(generator: torch.Generator) -> tuple[dict, dict, dict]:
             there = _neighbour(inputs, generator)
             plain = self.run(there, "reference")
-            # In float64, no run is more exact, so use the result at the unchanged input.
+            # No reference is more exact than float64, so use the result at the unchanged input.
             exact_there = (
                 exact if self.dtype == torch.float64 else self.run(in_float64(there), "reference")
             )
@@ -217,14 +217,14 @@ class Case:
         return found + judge(*parts, near, sizes, self.dtype, self.delta_rounds)
 
     def _other_rows(self, clean: dict) -> list[str]:
-        """Check that a non-finite row of one input does not change other rows or gradients."""
+        """Return the faults in the other rows of results and gradients if one row is not finite."""
         path = ROWS[self.function]
         x = leaves(self.inputs)[path]
         if len(x) < 2 or not x[0].numel():
             return []
         row = self.random.randrange(len(x))
         broken = x.clone()
-        broken[row].view(-1)[self.random.randrange(x[0].numel())] = self.random.choice(INFINITE)
+        broken[row].view(-1)[self.random.randrange(x[0].numel())] = self.random.choice(NON_FINITE)
         others = torch.arange(len(x)) != row
         names = [name for name, out in clean.items() if name in ROW_OUTPUTS]
         wanted = [path] if path in self.wanted else []
@@ -286,27 +286,23 @@ def judge(
     """Return the faults of :func:`over_budget` that neighbouring inputs confirm.
 
     At a single input, plain PyTorch's error may happen to be small, especially if a tensor has few
-    elements. So the errors of the implementation and of plain PyTorch are measured at this input
-    and at neighbouring inputs, which differ by one rounding. ``near`` returns (actual, exact,
-    plain) at a neighbour. Two conditions are checked:
+    elements. So all errors are measured at this input and at neighbouring inputs, which differ by a
+    rounding. ``near`` returns (actual, exact, plain) at a neighbour. Two conditions are checked:
 
-    - The mean error is at most 3 times plain PyTorch's mean error. A factor of 2 would be too
-      small, because the roundings of drawn inputs are not independent.
+    - The mean error is at most 3 times plain PyTorch's mean error.
     - The error at this input is at most 12 times plain PyTorch's largest error.
 
-    No formula needs to be more exact than one rounding of its input. If the exact result changes
-    between neighbours by more than plain PyTorch's error, that change replaces the error.
+    No formula needs to be more exact than one rounding of its input. So the change of the exact
+    result between neighbours replaces plain PyTorch's error if the change is larger.
 
-    The error of a gradient that is 0 except for rounding cannot be relative to its norm. ``sizes``,
-    the norms of the inputs, yield another scale: the norm of a gradient that would change the loss
-    as much as the most influential input does, or by 1. The error may be a few roundings of
-    ``dtype`` relative to that scale.
+    If the norm of a gradient is 0 up to rounding, the error is measured relative to another scale:
+    the largest product of the norms of an input and its gradient, divided by the norm of this
+    input, but at least 1. ``sizes`` holds the norms of the inputs. The error may be a few roundings
+    of ``dtype``.
 
     ``delta_rounds``: the backward pass of a fused attention rounds rowsum(dO * O) separately, so
-    the gradients of the logits of a query do not sum to exactly 0. This holds for torch's
-    attention, the pooling kernel at large logits and cross-attention in 16 bits. In these cases
-    every gradient may also be off by some roundings relative to that scale, and the factors are 16
-    and 64 instead of 3 and 12.
+    the gradients of the logits of a query do not sum to exactly 0. Then every gradient may also be
+    off by a few roundings on this other scale, and the factors are 16 and 64 instead of 3 and 12.
     """
     if not over_budget(actual, exact, plain):
         return []
@@ -371,7 +367,7 @@ def _distance(a: Tensor, exact: Tensor) -> float:
 
 
 def _small_blocks(choice: random.Random):
-    """In half of the cases, make the blocks of ``mmfused.losses`` smaller than the inputs."""
+    """In half of the cases, reduce the block size of ``mmfused.losses``."""
     return (
         mock.patch.object(mmfused.losses, "BLOCK_PAIRS", 20)
         if choice.random() < 0.5
@@ -387,7 +383,7 @@ def _same(a: dict, b: dict) -> bool:
 
 
 def _neighbour(inputs: dict, generator: torch.Generator) -> dict:
-    """Change each number by at most one rounding, or 64 in float64."""
+    """Change each floating-point number by at most one rounding, or 64 roundings in float64."""
     new = {}
     for path, x in leaves(inputs).items():
         if x.is_floating_point():
@@ -400,8 +396,9 @@ def _neighbour(inputs: dict, generator: torch.Generator) -> dict:
 def _finite(exact: dict, actual: dict, plain: dict) -> tuple[tuple[dict, dict, dict], list[str]]:
     """Return (actual, exact, plain) with 0 where ``exact`` is not finite, and the faults found.
 
-    An output may hold NaN if tokens are returned unchanged. Results are dropped if plain PyTorch
-    overflows, and gradients also if the exact gradient is not finite.
+    Where ``exact`` is not finite, ``actual`` must be equal to ``exact``. A result is dropped if it
+    overflows, or nearly overflows, in its dtype. A gradient is also dropped if the exact gradient
+    is not finite.
     """
     faults, kept = [], ({}, {}, {})
     for name, want in exact.items():
@@ -409,24 +406,24 @@ def _finite(exact: dict, actual: dict, plain: dict) -> tuple[tuple[dict, dict, d
         if got.shape != want.shape:
             faults.append(f"{name}: shape {tuple(got.shape)} instead of {tuple(want.shape)}.")
             continue
-        there = want.isfinite()
-        largest = want[there].abs().max().item() if there.any() else 0.0
-        overflows = largest > torch.finfo(got.dtype).max / 4 or not formula[there].isfinite().all()
-        if overflows or (name.startswith("d ") and not there.all()):
+        finite = want.isfinite()
+        largest = want[finite].abs().max().item() if finite.any() else 0.0
+        overflows = largest > torch.finfo(got.dtype).max / 4 or not formula[finite].isfinite().all()
+        if overflows or (name.startswith("d ") and not finite.all()):
             continue
-        same = torch.where(want.isnan(), got.isnan(), got.double() == want) | there
+        same = torch.where(want.isnan(), got.isnan(), got.double() == want) | finite
         if not same.all():
             faults.append(f"{name}: NaN and infinity differ from those of the float64 reference.")
             continue
         for part, value in zip(kept, (actual, exact, plain), strict=True):
-            part[name] = value[name].masked_fill(~there, 0.0)
+            part[name] = value[name].masked_fill(~finite, 0.0)
     return kept, faults
 
 
 def _choice_faults(case: Case, indices: Tensor) -> list[str]:
     """Check that the chosen experts have the k largest scores, within rounding.
 
-    If the op ranks the given logits themselves, the indices must match exactly.
+    If the op ranks the given logits directly, the indices must match exactly.
     """
     given = in_float64(case.inputs)
     if given.get("indices") is not None:

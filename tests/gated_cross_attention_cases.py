@@ -26,7 +26,7 @@ SHAPES = {
 def make(shape="narrow", *, both=True, dtype=torch.float64, masks="mixed", **options):
     """Return a module with random parameters, its tokens, and its masks by argument name.
 
-    ``masks``: "none", "present" (some contexts are absent) or "mixed" (padding too).
+    ``masks``: "none", "present" (some inputs are absent) or "mixed" (also with padding).
     """
     batch, n, m, dim, heads, context = SHAPES[shape]
     if both:
@@ -69,8 +69,8 @@ def run(module, inputs, extra, backend, dtype=None, upstream=None, seed=11):
     gradients = torch.autograd.grad(outs, list(named.values()), upstream)
     results = {f"out{i}": out.detach() for i, out in enumerate(outs)}
     results |= {f"d {name}": gradient for name, gradient in zip(named, gradients, strict=True)}
-    # The error of a single number is too random to judge, so the gradient of a token gate's bias is
-    # appended to that of its weight.
+    # The error of a single number is too random to judge. So append the gradient of a token gate's
+    # bias to the gradient of the gate's weight.
     for name in [name for name, gradient in results.items() if gradient.shape == (1,)]:
         weight = name.replace("bias", "weight")
         results[weight] = torch.cat([results[weight], results.pop(name)[None]], 1)

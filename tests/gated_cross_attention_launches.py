@@ -13,7 +13,7 @@ from mmfused.tools.sanitize_launches import DEVICE, FLOAT, HALF, backward, choos
 
 
 def launches() -> Iterator[Callable[[], None]]:
-    """Cover aligned widths, unaligned widths and widths above 256, which use different launches."""
+    """Cover aligned widths, unaligned widths, and widths above 256."""
     yield lambda: attend(24, 3, dropout=0.2)
     yield lambda: attend(20, 2, context=36, gate="token", missing="zero")
     yield lambda: attend(
@@ -40,11 +40,11 @@ def attend(
 ) -> None:
     """Call a module forward and backward.
 
-    Some samples lack a side. The second side of sample 2 is fully masked, that of the other samples
-    partly.
+    Some samples lack a side. On the second side, all tokens of sample 2 are masked, and some tokens
+    of the other samples.
 
-    ``context``: the context width of ``GatedCrossAttention``. None:
-    ``BidirectionalGatedCrossAttention`` is called.
+    ``context``: the context width of ``GatedCrossAttention``. None calls
+    ``BidirectionalGatedCrossAttention`` instead.
     """
     both, batch = context is None, 4
     kind = mmfused.BidirectionalGatedCrossAttention if both else mmfused.GatedCrossAttention

@@ -23,7 +23,7 @@ def launches() -> Iterator[Callable[[], None]]:
 
 
 def sorted_rows(tokens, experts, k, sort="fused") -> tuple[mmfused.Routing, Tensor]:
-    """Return a routing and its weights; some tokens are masked, and expert 1 gets no tokens.
+    """Return a routing and its weights. Some tokens are masked, and expert 1 gets no tokens.
 
     ``sort``: the backend that sorts the rows. "composed" makes no tile map, so the launcher of the
     grouped MLP makes the map.

@@ -8,7 +8,7 @@ from mmfused import masked_info_nce
 from mmfused.testing import value_and_gradients
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-B, C, D = 37, 53, 6  # more than two blocks of 16 rows
+B, C, D = 37, 53, 6  # rows, candidates, width
 
 
 def make(
@@ -24,7 +24,7 @@ def make(
     weight=False,
     **options,
 ):
-    """Return the arguments of masked_info_nce; embeddings and temperature require gradients."""
+    """Return the arguments of masked_info_nce. Embeddings and temperature require gradients."""
 
     def integers(low, high, n):
         return torch.randint(low, high, (n,)).to(DEVICE)
@@ -39,7 +39,7 @@ def make(
     if keys != "none":
         high = {"one": 1, "three": 3, "many": 2 * c}[keys]
         inputs["candidate_key"] = integers(-(keys != "one"), high, c)  # -1: valid for every row
-        if keys != "three":  # with "three", a row takes the key of its target, which may be -1
+        if keys != "three":  # with "three", a row has the key of its target, possibly -1
             inputs["query_key"] = integers(0, high, b)
     if same_id is not None:
         inputs |= dict(candidate_id=integers(0, c // 3 + 1, c), same_id=same_id)

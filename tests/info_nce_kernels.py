@@ -18,8 +18,8 @@ DEVICE = "cuda" if CUDA else "cpu"
 def small_tiles(monkeypatch, backward, dim=32, **sizes):
     """Replace the plan by one with 16 x 32 tiles, so that small inputs have several tiles.
 
-    The backward works on chunks of 32 x 64 pairs, and the rows are in two groups with partial
-    results of the columns. On a GPU the plan changes only in the kind of ``backward``.
+    The memory limits allow chunks of 32 x 64 pairs in the backward and, with 53 columns, two groups
+    of rows in the forward. On a GPU, only the ``backward`` of the plan is replaced.
     """
     tile = Tile(16, 32, 32, 4, 2, BD=32)
     owner = Tile(16, 32, 0, 4, 2, BD=max(32, 1 << (dim - 1).bit_length()))
@@ -57,7 +57,7 @@ def make(rows=37, candidates=53, dim=19, *, scale=14.0, seed=0):
 
 
 def run(inputs, options, dtype, function=masked_info_nce, name="fused", upstream=None):
-    """Return the value and gradients; float64 embeddings are first rounded to float16."""
+    """Return value and gradients. If ``dtype`` is float64, embeddings are rounded to float16."""
     rounded = {
         k: v.to(torch.float16 if dtype == torch.float64 else dtype)
         for k, v in inputs.items()
@@ -89,12 +89,12 @@ def compare(inputs, options, dtype=torch.float32, name="fused"):
     )
     plain = run(inputs, options, dtype, masked_info_nce_reference, "reference", upstream)
     got = run(inputs, options, dtype, name=name, upstream=upstream)
-    # The temperature gradient is a single number, a sum over rows. Measure its error relative to
-    # the sum of the absolute values.
-    rows = (exact["query"] * want["dquery"]).detach().sum(1) / exact["temperature"].detach()
+    # The gradient of the temperature is a sum over rows, in which terms may cancel. Append the sum
+    # of the absolute terms, so that the error is relative to this sum.
+    terms = (exact["query"] * want["dquery"]).detach().sum(1) / exact["temperature"].detach()
     for results in (got, want, plain):
         slope = results["dtemperature"]
-        results["dtemperature"] = torch.stack((slope, rows.abs().sum().to(slope.dtype)))
+        results["dtemperature"] = torch.stack((slope, terms.abs().sum().to(slope.dtype)))
     return got, want, plain
 
 

@@ -51,8 +51,8 @@ def contrast(
 ) -> None:
     """Call the loss forward and backward.
 
-    With ``keys``, candidates with key -1 are valid for every row. The last candidate has a key that
-    no row has; its embedding is NaN.
+    With ``keys``, the embedding of the last candidate is NaN, and no row has the key of this
+    candidate.
     """
     query, candidate = (randn(n, dim, dtype=dtype, std=dim**-0.5).detach() for n in (rows, columns))
     masks = {}

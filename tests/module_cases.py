@@ -22,7 +22,7 @@ def floats(*shape: int) -> Tensor:
 
 
 def some(*shape: int) -> Tensor:
-    """Return flags of which about half are True; in a matrix, the first row is all True."""
+    """Return random flags. In a matrix, the first row is all True."""
     flags = torch.rand(shape) < 0.5
     if len(shape) == 2:
         flags[0] = True
@@ -33,7 +33,7 @@ def lengths(batch: int, tokens: int) -> Tensor:
     return torch.randint(0, tokens + 1, (batch,))
 
 
-def keys(batch: int) -> dict[str, Tensor]:
+def contrastive_options(batch: int) -> dict[str, Tensor]:
     return dict(
         query_key=torch.randint(0, 2, (batch,)),
         candidate_key=torch.randint(-1, 2, (batch,)),
@@ -133,7 +133,7 @@ def cases() -> Iterator[tuple[str, nn.Module, Callable[[int, int], tuple[tuple, 
     yield (
         "contrastive keys",
         nce(same_id="mean", false_negative_margin=0.1),
-        lambda b, n: ((floats(b, D), floats(b, D)), keys(b)),
+        lambda b, n: ((floats(b, D), floats(b, D)), contrastive_options(b)),
     )
 
 
@@ -146,7 +146,7 @@ def case(name: str) -> tuple[nn.Module, Callable[[int, int], tuple[tuple, dict]]
 
 
 def outputs(out) -> list[Tensor]:
-    """Return the differentiable outputs of a module, as a list."""
+    """Return a list of the differentiable outputs of a module."""
     if isinstance(out, Tensor):
         return [out]
     if isinstance(out[1], mmfused.Routing):

@@ -36,7 +36,7 @@ def silu(x):
 def sequence(batch, i, view, c):
     """Return the tokens of item i, and their positions on the three axes of M-RoPE.
 
-    A token is an int (a text token) or ("picture", k), the k-th token of the picture.
+    A token is a token id (int), or ("picture", k) for the k-th token of the picture.
     """
     t = c.tokens
     words = [
@@ -137,7 +137,7 @@ def mixture(p, name, x, c):
 def decoder(p, text, x, positions, empty, c):
     """Return the last hidden states of one sequence, and a list with an entry per MoE layer.
 
-    An entry is the router probabilities and the expert weights of each token.
+    An entry holds the router probabilities and the expert weights of each token.
     """
     reports = []
     for n in range(text.num_hidden_layers):
@@ -175,7 +175,7 @@ def balance_loss(probabilities, weights, c):
 
 
 def encoded(model, batch) -> dict:
-    """Return the result of `MOON2.encode` for a part in which some item has a picture or a text."""
+    """Return what `MOON2.encode` returns. At least one item must have a picture or a text."""
     c, p, text = model.config, dict(model.named_parameters()), model.host.config.text_config
     table, size = p["host.language_model.embed_tokens.weight"], len(batch["labels"])
     has_image = batch["image_present"].tolist()
@@ -208,9 +208,9 @@ def encoded(model, batch) -> dict:
             states, reports = decoder(p, text, x, positions, tokens == [c.tokens["end"]], c)
             rows.append(unit(sum(states) / len(states)))
             for layer, (probabilities, weights) in enumerate(reports):
-                every = layers.setdefault(layer, ([], []))
-                every[0].extend(probabilities)
-                every[1].extend(weights)
+                all_probabilities, all_weights = layers.setdefault(layer, ([], []))
+                all_probabilities.extend(probabilities)
+                all_weights.extend(weights)
                 mean = (
                     sum(weights) / len(weights)
                     if weights
@@ -301,9 +301,9 @@ def intra(part, c):
 
 
 def losses(query, candidate, negative, alignment, margin, c) -> dict:
-    """Return each loss term and their weighted sum "loss".
+    """Return the loss terms, and "loss", the weighted sum of the terms.
 
-    ``alignment``: the parameter ``MOON2.alignment``, (experts, terms), or None.
+    ``alignment``: the parameter ``MOON2.alignment`` (experts, terms), or None.
     """
     terms, sources = {}, {}
     if "inter" not in c.without:
@@ -319,13 +319,15 @@ def losses(query, candidate, negative, alignment, margin, c) -> dict:
     out = dict(terms)
     omegas = [(c.normalise or 1) / len(terms)] * len(terms)
     if alignment is not None:
-        p = [softmax(row[: len(terms)]) for row in alignment]
+        affinity = [softmax(row[: len(terms)]) for row in alignment]
         omegas = []
         for m, (part, view) in enumerate(sources.values()):
             members = [i for i in range(len(part["labels"])) if has(part, i, view)]
             rows = [part["shares"][i, VIEWS.index(view)] for i in members]
             rows = [row.detach() for row in rows] if c.detach_routing else rows
-            omega = sum((sum(p[z][m] * row[z] for z in range(c.num_experts)) for row in rows), ZERO)
+            omega = sum(
+                (sum(affinity[z][m] * row[z] for z in range(c.num_experts)) for row in rows), ZERO
+            )
             omegas.append(omega / max(len(members), 1))
         if c.normalise is not None:
             total = sum(omegas)
@@ -336,7 +338,9 @@ def losses(query, candidate, negative, alignment, margin, c) -> dict:
         out["balance"] = sum(parts) / len(parts)
         out["loss"] = out["loss"] + c.balance_weight * out["balance"]
     if alignment is not None and "sparsity" not in c.without:
-        out["sparsity"] = sum(-sum(q * torch.log(q) for q in row) for row in p) / c.num_experts
+        out["sparsity"] = (
+            sum(-sum(q * torch.log(q) for q in row) for row in affinity) / c.num_experts
+        )
         out["loss"] = out["loss"] + c.sparsity_weight * out["sparsity"]
     return out
 
@@ -372,7 +376,7 @@ def tiny(**options) -> MOON2:
 
 
 def random_model(**options) -> MOON2:
-    """Return a float64 model in which all parameters are random, even biases and norm weights."""
+    """Return a float64 model with random parameters, including biases and norm weights."""
     model, generator = tiny(**options).double(), torch.Generator().manual_seed(1)
     for parameter in (
         *model.host.parameters(),
@@ -419,7 +423,7 @@ def batch(negatives=True) -> dict:
 
 
 def exact(model: MOON2) -> MOON2:
-    """Compute the host's norms and rotary angles in float64; the host always uses float32."""
+    """Make the host compute norms and rotary angles in float64 instead of float32."""
     rotary = model.host.language_model.rotary_emb
     rope = model.host.config.text_config.rope_parameters
     axis = torch.tensor(

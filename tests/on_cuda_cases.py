@@ -25,7 +25,7 @@ SEED = 1234567890123
 
 @dataclass
 class Problem:
-    """A module with its arguments; every output of the module is differentiable.
+    """A module with arguments. Every output of the module is differentiable.
 
     ``inputs``: the arguments that get gradients. ``given``: the other arguments.
     """
@@ -53,7 +53,10 @@ class Problem:
         }
 
     def run(self, step: Callable | None = None) -> dict[str, Tensor]:
-        """Return the outputs and gradients by name; ``step``: a compiled module to call instead."""
+        """Return the outputs and gradients by name.
+
+        ``step``: a compiled version of the module, called instead of the module.
+        """
         outs = (self.module if step is None else step)(**self.inputs, **self.given)
         outs = list(outs) if isinstance(outs, tuple) else [outs]
         leaves = self.leaves()
@@ -65,7 +68,7 @@ class Problem:
 
 
 def upstream_for(outs: list[Tensor]) -> list[Tensor]:
-    """Return upstream gradients that depend only on the shapes, without a GPU sync."""
+    """Make upstream gradients from the shapes, without synchronizing with the GPU."""
     waves = [
         torch.arange(1, out.numel() + 1, device=out.device).sin().to(torch.bfloat16) for out in outs
     ]
@@ -76,12 +79,14 @@ def upstream_for(outs: list[Tensor]) -> list[Tensor]:
 class Case:
     """A test case.
 
-    ``make(tiny)`` returns a float64 Problem on DEVICE with numbers rounded to bfloat16.
+    ``make(tiny)``: returns a float64 Problem on DEVICE, with inputs and parameters rounded to
+    bfloat16.
     ``fused``: whether the case has a kernel.
     ``composed``: whether the composed backend is tested.
-    ``waits``: whether the composed backend reads sizes or bounds on the host, by design (see the
-    op's composed.py).
-    ``around``: returns the context of each call.
+    ``waits``: whether the composed backend synchronizes with the GPU, as documented in composed.py.
+    ``around``: returns the context manager of each call.
+    ``dtypes``: whether the accuracy is tested in every dtype.
+    ``module``: whether the case tests a public module.
     """
 
     make: Callable[[bool], Problem]
@@ -89,8 +94,8 @@ class Case:
     composed: bool = True
     waits: bool = False
     around: Callable = contextlib.nullcontext
-    dtypes: bool = False  # test the accuracy in every dtype
-    module: bool = False  # whether the case tests a public module
+    dtypes: bool = False
+    module: bool = False
 
 
 class Call(nn.Module):
@@ -105,10 +110,7 @@ class Call(nn.Module):
 
 
 class Routed(nn.Module):
-    """A module that returns the differentiable parts of another module's Routing.
-
-    The other outputs of that module come first.
-    """
+    """Return the outputs of ``module``, with the Routing replaced by its differentiable parts."""
 
     def __init__(self, module: nn.Module):
         super().__init__()
@@ -227,8 +229,7 @@ def token_gate(tiny: bool) -> Problem:
 def routing(from_input: bool, everything=False, router="triton", **options):
     """Return a function that makes a routing problem.
 
-    ``from_input``: the indices are given, because 16-bit logits may choose other experts near a
-    tie.
+    With ``from_input``, the indices are given: near a tie, 16-bit logits may lead to other experts.
     """
 
     def make(tiny: bool) -> Problem:

@@ -37,7 +37,7 @@ CONSTANTS = (
 def public_functions() -> dict[str, Callable]:
     """Return the public functions by name, except ``*_reference``.
 
-    Those are called through ``backend("reference")``.
+    The references are called through ``backend("reference")``.
     """
     named = {name: getattr(mmfused, name) for name in mmfused.__all__}
     own = {
@@ -59,7 +59,7 @@ def has_kernels(function: str) -> bool:
 
 
 def arguments(function: Callable) -> dict[str, object]:
-    """Return the name and type of every argument, including those that ``**options`` forwards."""
+    """Return the type of every argument by name. Include arguments passed by ``**options``."""
     hints = typing.get_type_hints(function)
     found = {}
     for name, parameter in inspect.signature(function).parameters.items():
@@ -118,7 +118,7 @@ def leaves(value: object, path: str = "") -> dict[str, Tensor]:
 
 
 def replaced(value: object, new: dict[str, object], path: str = "") -> object:
-    """Return a copy of the arguments with the values of ``new`` at their paths."""
+    """Return a copy of the arguments with ``new[path]`` at each path of ``new``."""
     if path in new:
         return new[path]
     items = _items(value)
@@ -166,13 +166,13 @@ def run(
     layout: str = "contiguous",
     checkpointed: bool = False,
 ) -> dict[str, Tensor]:
-    """Call a function; return its outputs by name, and "d <path>" for each path of ``wanted``.
+    """Call a function. Return its outputs, and the gradient "d <path>" of each path in ``wanted``.
 
-    The gradient of an unused input is all zeros. The call runs on the GPU if there is one; inputs
+    The gradient of an unused input is all zeros. The call runs on the GPU if there is one. Inputs
     and results are on the CPU.
 
     ``upstream(name, output)`` returns the gradient of an output, or None for no gradient. The
-    gradient is cast to the output's dtype and laid out as ``layout``.
+    gradient is cast to the dtype of the output and has the memory layout ``layout``.
     """
     inputs = replaced(
         inputs,
@@ -212,7 +212,7 @@ def run(
 
 def _outputs(function: str, inputs: dict) -> dict[str, Tensor]:
     if function == "update_selection_bias":
-        # The function writes into its argument, which is restored for the next call.
+        # The function updates the bias in place. Restore the bias for the next call.
         before = inputs["bias"].clone()
         mmfused.update_selection_bias(**inputs)
         after = inputs["bias"].clone()
@@ -226,13 +226,13 @@ def _outputs(function: str, inputs: dict) -> dict[str, Tensor]:
         if hasattr(out, "_fields")
         else {f"out{i}": part for i, part in enumerate(out)}
     )
-    # Omit "tiles", the tile map for the kernels, which some backends do not make.
+    # Omit the tile map "tiles", because some backends do not make one.
     return {name: part for name, part in named.items() if name != "tiles"}
 
 
 @contextlib.contextmanager
 def garbage_in_new_memory():
-    """Fill the memory that mmfused allocates with NaN, or with integers too large for an index."""
+    """Fill uninitialized tensors of mmfused with NaN, or with integers too large for an index."""
 
     def filled(allocate):
         def wrapper(*args, **kwargs):

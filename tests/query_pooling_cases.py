@@ -14,7 +14,7 @@ DEVICE = "cuda" if CUDA else "cpu"
 # The interpreter truncates where hardware rounds to bfloat16, so bfloat16 is tested only on a GPU.
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if CUDA else [])
 
-# name -> (B, N, D, L, heads, Dk, Dv). Sizes are unusual on purpose, and use every kernel.
+# name -> (B, N, D, L, heads, Dk, Dv). Sizes are unusual on purpose.
 SHAPES = {
     "one pass": (3, 37, 70, 5, 1, 24, 20),
     "row blocks": (2, 65, 96, 9, 4, 32, 48),
@@ -53,7 +53,7 @@ def make(
     if padding == "mask":
         ignore = torch.rand(batch, length) < 0.4
         ignore[0] = True  # a sample without tokens
-        ignore[1, : length // 2] = True  # one sample padded on the left
+        ignore[1, : length // 2] = True  # a sample padded on the left
         inputs["key_padding_mask"] = ignore.to(device)
     if padding == "lengths":
         inputs["lengths"] = torch.randint(0, length + 1, (batch,)).to(device)
@@ -88,7 +88,7 @@ def upstream_for(inputs):
 
 
 def use_half_precision_plan(monkeypatch, arch):
-    """Use the float16 plan of an architecture for every dtype and GPU."""
+    """Use the float16 plan of ``arch`` for every dtype and GPU."""
 
     def half_plan(rows, dim, dtype, own_arch, *rest):
         return plan(rows, dim, torch.float16, arch, *rest)

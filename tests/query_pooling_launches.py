@@ -34,7 +34,7 @@ def pool(
     strided=False,
     dtype=HALF,
 ) -> None:
-    """Call query pooling forward and backward; with padding, the first sample has no tokens."""
+    """Call query pooling forward and backward. With padding, the first sample has no tokens."""
     x = (
         randn(length, batch, dim, dtype=dtype).transpose(0, 1)
         if strided

@@ -1,6 +1,6 @@
-"""A matrix product that races on sm_90, because it also sums its second operand in the loop.
+"""A matrix product kernel with a race on sm_90: the loop also sums the second operand.
 
-test_races.py runs this file as a script, which prints the races of several variants.
+test_races.py runs this file as a script. The script prints the races of several variants.
 """
 
 import json
@@ -23,9 +23,10 @@ def product_kernel(
     SUM: tl.constexpr,
     WAIT: tl.constexpr,
 ):
-    """Compute out (64, 64) = a (64, K) @ b (K, 64).
+    """Compute out = a @ b in steps of 64 along K.
 
-    SUM: also sum b over its rows. WAIT: use each product inside the loop, which must wait for it.
+    SUM: also sum b over its rows. WAIT: add exp2 of the product of each step to out, so that the
+    loop waits for the product.
     """
     i = tl.arange(0, 64)
     acc = tl.zeros([64, 64], tl.float32)

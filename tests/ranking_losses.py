@@ -9,7 +9,7 @@ B, D = 61, 24
 
 
 class Encoder(nn.Sequential):
-    """A stand-in for SentenceTransformer that adds "sentence_embedding" (B, D) to its input."""
+    """A stand-in for SentenceTransformer. Adds "sentence_embedding" (B, D) to the features."""
 
     def __init__(self):
         super().__init__(nn.Linear(7, D))

@@ -1,4 +1,4 @@
-"""The four retrieval models in small sizes, and batches of products for them."""
+"""Small versions of the four retrieval models, and batches of products."""
 
 import pytest
 import torch
@@ -56,7 +56,6 @@ def tokenizer_of(name):
 
 
 def small_model(name, **changes):
-    """Return the model in float64, without dropout."""
     kind = MODELS[name]
     known = kind.config.of_tokenizer(tokenizer_of(name))
     torch.manual_seed(0)
@@ -66,7 +65,7 @@ def small_model(name, **changes):
 def batch(name, count=6, side=32):
     """Return the items of each role: query, candidate, and negative if the model uses negatives.
 
-    In every role item 1 has no text, item 2 has no picture, and all labels differ.
+    In every role, item 1 has no text, item 2 has no picture, and all labels differ.
     """
     tokenizer, generator = tokenizer_of(name), torch.Generator().manual_seed(1)
     parts = {}
@@ -93,7 +92,7 @@ def batch(name, count=6, side=32):
     return parts
 
 
-def home(dtype) -> torch.device:
+def device_for(dtype) -> torch.device:
     """Return the GPU if there is one and ``dtype`` is float32, otherwise the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() and dtype == torch.float32 else "cpu")
 

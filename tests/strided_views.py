@@ -1,6 +1,6 @@
 """Copies of tensors in other memory layouts: views with garbage around and between the values.
 
-A kernel that ignores a stride or an offset, or reads beyond a row, reads NaN or an invalid index.
+A kernel that ignores a stride or an offset, or reads beyond a row, reads garbage.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 SAME_VALUES = ("contiguous", "offset", "sliced", "strided", "transposed")
-# Layouts that change the values: along one dimension all values are equal and the stride is 0.
+# Layouts that change the values: along one dimension, all values are equal and the stride is 0.
 EXPANDED = ("expanded first", "expanded last")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-GUARD = 19  # garbage elements before and after; odd, so that the offset is not aligned
+GUARD = 19  # garbage elements before and after the values; odd, so the offset is not aligned
 
 
 def garbage(size: int, dtype: torch.dtype) -> Tensor:
@@ -24,7 +24,7 @@ def garbage(size: int, dtype: torch.dtype) -> Tensor:
 
 
 def on_device(x: Tensor) -> Tensor:
-    """Copy a CPU view to the device, together with all the memory around its values.
+    """Copy a CPU view to the device, with the garbage around its values.
 
     Values are drawn on the CPU, so that a seed gives the same case on every device.
     """
@@ -37,7 +37,7 @@ def on_device(x: Tensor) -> Tensor:
 def lay_out(values: Tensor, layout: str) -> Tensor:
     """Return a copy of ``values`` in the given layout.
 
-    A second call with the same layout does not change the values.
+    For a result of this function, a second call with the same layout keeps all values.
     """
     values = values.detach()
     if layout in EXPANDED:
@@ -69,7 +69,7 @@ def _placed(values: Tensor, order: list[int], step: int, gap: int) -> Tensor:
 
 
 def _expanded(values: Tensor, dim: int) -> Tensor:
-    """Replace all values along ``dim`` by the last one, expanded."""
+    """Replace all values along ``dim`` by the last value, with a stride of 0."""
     if not values.dim() or not values.shape[dim]:
         return _placed(values, list(reversed(range(values.dim()))), 1, 0)
     last = values.narrow(dim, values.shape[dim] - 1, 1)

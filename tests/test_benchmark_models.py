@@ -1,7 +1,4 @@
-"""Tests of the model benchmark.
-
-Its baselines compute the models without mmfused's ops, and a run writes loss curves.
-"""
+"""Tests of the model benchmark: baselines without mmfused's ops, and loss curves."""
 
 from __future__ import annotations
 
@@ -62,7 +59,7 @@ class Operators(TorchDispatchMode):
 
 
 def used(check, name: str) -> tuple[set[str], set[str]]:
-    """Return the operators, and the functions of mmfused/ops, that a forward and backward call."""
+    """Return the operators and the functions in mmfused/ops that a forward and backward call."""
     provider, functions = check.build(models.PROVIDERS[name]), set()
 
     def note(frame, event, _):
@@ -83,9 +80,8 @@ def test_the_baseline_calls_no_op_of_mmfused(check):
     operators, functions = used(check, models.BASELINE)
     assert operators and not [name for name in operators if name.startswith("mmfused")]
     assert functions <= PLAIN, functions - PLAIN
-    assert (
-        not used(check, "composed")[1] <= PLAIN
-    )  # the composed provider does call ops, and the test detects the calls
+    # The composed provider calls ops, and ``used`` finds the calls.
+    assert not used(check, "composed")[1] <= PLAIN
 
 
 @pytest.mark.parametrize("name", [name for name in STEPS if name != "unite"])
@@ -122,7 +118,7 @@ def result_of(check, provider) -> str:
 
 @pytest.fixture(scope="module")
 def quick_run(tmp_path_factory):
-    """Run all cases; return the exit status and the written records by file name."""
+    """Run all cases. Return the exit status, and the written records by file name."""
     folder = tmp_path_factory.mktemp("models")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)

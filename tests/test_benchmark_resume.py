@@ -1,4 +1,4 @@
-"""A benchmark resumes, and measures again if sources, versions or settings have changed."""
+"""With ``--resume``, a benchmark measures only cases with missing or outdated results."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def sources_of(op: str) -> set[str]:
 
 
 def hashed(op: str, names: set[str]) -> set[str]:
-    """Return the names of sources that belong to the source hash of ``op``."""
+    """Return those ``names`` of sources that the source hash of ``op`` covers."""
     return {name for name in names if sources.affects(Path(name), op)}
 
 

@@ -69,7 +69,7 @@ def damaged(rng, data):
     kind = rng.integers(3)
     if kind == 0:
         return bytes(data[: rng.integers(len(data))])
-    reach = len(data) if kind == 1 else min(len(data), 120)  # only the headers
+    reach = len(data) if kind == 1 else min(len(data), 120)  # kind 2: only the headers
     for place in rng.integers(0, reach, rng.integers(1, 8)):
         data[place] = rng.choice([0, 127, 128, 255, rng.integers(256)])
     return bytes(data)

@@ -1,6 +1,6 @@
 """Hooks, adapters and parametrizations on a module's children act as if each child were called.
 
-On a backend that cannot support them, the call of the module is an error.
+If a backend does not support a modification, the call of the module is an error.
 """
 
 import itertools
@@ -14,14 +14,21 @@ import mmfused
 from mmfused.testing import over_budget
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# On "fused", most attachments lead to the same kernel calls. These attachments are tested in all
-# modules, the others only in QueryPooling.
-KINDS = ("LoRA", "pruning", "spectral_norm", "forward hook", "norm: pruning", "norm: forward hook")
+# On "fused", these attachments are tested in all modules, and the others in QueryPooling. Refused
+# calls are always tested.
+IN_ALL_MODULES = (
+    "LoRA",
+    "pruning",
+    "spectral_norm",
+    "forward hook",
+    "norm: pruning",
+    "norm: forward hook",
+)
 
 
 def is_tested(module, attachment, backend):
     result = outcome(module, attachment, backend)
-    chosen = backend != "fused" or attachment in KINDS or module == "QueryPooling"
+    chosen = backend != "fused" or attachment in IN_ALL_MODULES or module == "QueryPooling"
     return result == "refused" or (result == "equal" and chosen)
 
 
@@ -51,11 +58,11 @@ def results(call, module, inputs, dtype):
     generator = torch.Generator().manual_seed(3)
     upstream = torch.randn(out.shape, generator=generator, dtype=torch.float64)
     gradients = torch.autograd.grad(out, list(leaves.values()), upstream.to(out), allow_unused=True)
-    zeros = (
+    filled = (
         torch.zeros_like(x) if g is None else g
         for x, g in zip(leaves.values(), gradients, strict=True)
     )
-    return {"out": out.detach(), **dict(zip(leaves, zeros, strict=True))}
+    return {"out": out.detach(), **dict(zip(leaves, filled, strict=True))}
 
 
 @pytest.mark.parametrize(("name", "attachment", "backend"), CASES, ids=map(" | ".join, CASES))
@@ -63,7 +70,8 @@ def test_attachments_act_as_if_children_were_called(name, attachment, backend):
     attached, case = ATTACHMENTS[attachment], MODULES[name]
     if attached.needs:
         pytest.importorskip(attached.needs)
-    module, plain = build(name, attachment), build(name, attachment, not attached.neutral)
+    module = build(name, attachment)
+    plain_module = build(name, attachment, not attached.neutral)
     torch.manual_seed(1)
     inputs = case.inputs()
     with mmfused.backend(backend):
@@ -73,11 +81,12 @@ def test_attachments_act_as_if_children_were_called(name, attachment, backend):
                 case.call(module, *inputs)
         elif not attached.gradients:
             with torch.no_grad():
-                torch.testing.assert_close(case.call(module, *inputs), case.plain(plain, *inputs))
+                out = case.call(module, *inputs)
+                torch.testing.assert_close(out, case.plain(plain_module, *inputs))
         else:
             exact = results(case.plain, build(name, attachment).double(), inputs, torch.float64)
             actual = results(case.call, module, inputs, torch.float32)
-            plain = results(case.plain, plain, inputs, torch.float32)
+            plain = results(case.plain, plain_module, inputs, torch.float32)
             # The exact gradient of a key bias is 0. In float32 it consists of rounding errors.
             noise = {n for n, x in exact.items() if x.norm() < 1e-10}
             assert all(actual[n].norm() < 1e-4 for n in noise)

@@ -22,14 +22,14 @@ from fuse_models import (
     K,
     N,
     after,
-    clip,
     cross,
     data,
     latent,
+    open_clip_pool,
     plain_call,
     q_former,
     setting,
-    siglip2,
+    siglip2_head,
     torch_attention,
 )
 from torch import nn
@@ -187,7 +187,7 @@ def test_report_lists_swapped_and_left_modules():
     assert "(root)" in str(fuse(nn.MultiheadAttention(D, H)))
     # The original classes are unchanged.
     assert type(nn.MultiheadAttention(D, H)) is nn.MultiheadAttention
-    assert "Fused" not in repr(clip())
+    assert "Fused" not in repr(open_clip_pool())
     assert (
         fuse(nn.Linear(2, 2)) == mmfused.FuseReport()
         and str(mmfused.FuseReport()) == "fuse: 0 swapped, 0 left"
@@ -226,7 +226,7 @@ LEFT = {
     "has no latent_len": lambda: after(latent(), lambda m: delattr(m, "latent_len")),
     "forward of this module was replaced": lambda: after(latent(), setting("forward", len)),
     "attention inside is a OwnAttention": lambda: after(
-        siglip2(), setting("attention", OwnAttention(D, H))
+        siglip2_head(), setting("attention", OwnAttention(D, H))
     ),
     "attention_probs_dropout_prob is 1.0: query_pooling takes": lambda: cross(dropout=1.0),
     "attention implementation is 'eager'": lambda: cross(implementation="eager"),
@@ -247,7 +247,7 @@ def test_left_modules_are_reported_with_a_reason(words):
 
 
 def test_module_with_an_unknown_argument_is_left(monkeypatch):
-    pooler = siglip2()
+    pooler = siglip2_head()
     monkeypatch.setattr(
         type(pooler),
         "forward",
@@ -306,7 +306,7 @@ FALLBACKS = {
         lambda m, q, x: m(x, KEY_MASK.to(x.device)),
     ),
     "timm, hook set later": (latent, lambda m, q, x: after(m, hook)(x)),
-    "siglip2, 4-D mask": (siglip2, lambda m, q, x: m(x, KEY_MASK.to(x.device))),
+    "siglip2, 4-D mask": (siglip2_head, lambda m, q, x: m(x, KEY_MASK.to(x.device))),
     "blip2, mask repeated": (
         q_former,
         lambda m, q, x: m(q, 5, None, x[..., :K], KEY_MASK[:, 0, 0].to(x.device))[0],
@@ -398,7 +398,7 @@ DROPOUT_CASES = {  # name -> (make a model, call it)
         lambda m, q, x: m(q, x, x, need_weights=False)[0],
     ),
     "open_clip": (
-        lambda: after(clip(), lambda m: setting("dropout", 0.3)(m.attn)),
+        lambda: after(open_clip_pool(), lambda m: setting("dropout", 0.3)(m.attn)),
         lambda m, q, x: m(x[..., :K]),
     ),
     "blip2": (lambda: cross(dropout=0.3), lambda m, q, x: m(q, None, x[..., :K])[0]),

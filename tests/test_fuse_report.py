@@ -4,7 +4,18 @@ import copy
 import re
 
 import pytest
-from fuse_models import D, H, K, clip, clip_tower, cross, latent, library, siglip, torch_attention
+from fuse_models import (
+    D,
+    H,
+    K,
+    cross,
+    latent,
+    library,
+    open_clip_pool,
+    open_clip_tower,
+    siglip,
+    torch_attention,
+)
 from torch import nn
 
 from mmfused import fuse, unfuse
@@ -30,7 +41,7 @@ class Model(nn.Module):
         self.vision = nn.ModuleDict(
             {"blocks": nn.ModuleList(nn.ModuleDict({"attn": torch_attention()}) for _ in range(3))}
         )
-        self.vision["pool"] = clip()
+        self.vision["pool"] = open_clip_pool()
         self.text = nn.ModuleDict({"head": siglip().head, "cross": torch_attention()})
         self.experts = experts()
         self.losses = library("open_clip.loss.ClipLoss")
@@ -180,7 +191,7 @@ def expected_ratio(dim, queries, width, heads):
         (lambda: latent(), (D, 1, D, H)),
         (lambda: latent(latent_len=3), (D, 3, D, H)),
         (lambda: siglip().head, (D, 1, D, H)),
-        (lambda: clip(), (K, 4, D, H)),
+        (lambda: open_clip_pool(), (K, 4, D, H)),
     ],
     ids=["timm", "timm, 3", "siglip", "open_clip"],
 )
@@ -282,7 +293,7 @@ def test_report_is_printed_as_a_table(model):
 def test_long_names_in_the_table_are_broken_into_lines():
     outer = nn.Module()
     outer.a_name_that_is_rather_long = nn.ModuleDict(
-        {"and_another_which_follows": nn.Sequential(clip_tower(), cross())}
+        {"and_another_which_follows": nn.Sequential(open_clip_tower(), cross())}
     )
     lines = str(fuse(outer)).splitlines()
     assert max(map(len, lines)) <= 100

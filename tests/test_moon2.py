@@ -6,7 +6,7 @@ import moon2_equations as equations
 import pytest
 import torch
 from moon2_equations import HOST, TOKENS, batch, exact, random_model, tiny, x64
-from retrieval_models import check_given_tokens, home
+from retrieval_models import check_given_tokens, device_for
 
 import mmfused
 from mmfused.models import qwen
@@ -353,12 +353,12 @@ def test_more_padding_does_not_change_the_embeddings():
 
 def train(backend, steps, dtype=x64, rows=6, negatives=True, **options) -> list[torch.Tensor]:
     """Return losses, parameters and embeddings after some steps."""
-    model, losses = tiny(host=SHALLOW, **options).to(home(dtype), dtype), []
+    model, losses = tiny(host=SHALLOW, **options).to(device_for(dtype), dtype), []
     parts = {
         role: {name: value[:rows] for name, value in part.items()}
         for role, part in batch(negatives).items()
     }
-    parts = to_device(parts if dtype == x64 else in_float32(parts), home(dtype))
+    parts = to_device(parts if dtype == x64 else in_float32(parts), device_for(dtype))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-6)
     with mmfused.backend(backend):
         for step in range(steps):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from retrieval_models import home
+from retrieval_models import device_for
 from unica_equations import (
     BERT,
     SMALL,
@@ -111,7 +111,7 @@ def trained(backend, steps, dtype, optimizer=torch.optim.AdamW, perturb=1.0, ite
     """Return (losses and terms of each step, parameters, embeddings) after some steps."""
     torch.manual_seed(5)  # for dropout
     # Random parameters, because a new model's output depends little on its items.
-    model = random_model(**options).to(home(dtype), dtype)
+    model = random_model(**options).to(device_for(dtype), dtype)
     model.info_nce.options["positive_weight"] *= perturb
     batch = {
         role: {name: value[:items] for name, value in part.items()}
@@ -119,7 +119,7 @@ def trained(backend, steps, dtype, optimizer=torch.optim.AdamW, perturb=1.0, ite
     }
     for part in batch.values():
         part["image_tokens"] = part["image_tokens"].to(dtype)
-    batch = to_device(batch, home(dtype))
+    batch = to_device(batch, device_for(dtype))
     optimizer, history = optimizer(model.parameters(), lr=3e-3), []
     with mmfused.backend(backend):
         for _ in range(steps):

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from retrieval_models import home
+from retrieval_models import device_for
 from uniecs_equations import transcription
 
 import mmfused
@@ -311,12 +311,12 @@ def test_a_view_depends_only_on_its_modalities():
 
 
 def train(backend: str, steps: int, dtype=torch.float64, items=slice(None), **options):
-    model = random_model(**options).to(home(dtype), dtype)
+    model = random_model(**options).to(device_for(dtype), dtype)
     parts = [
         {k: v[items].to(dtype) if v.is_floating_point() else v[items] for k, v in part.items()}
         for part in token_pair()
     ]
-    parts = [to_device(part, home(dtype)) for part in parts]
+    parts = [to_device(part, device_for(dtype)) for part in parts]
     # A large eps, because the gradient of a key bias is only rounding error.
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-4)
     trace = []

@@ -7,7 +7,7 @@ import types
 import pytest
 import torch
 import unite_equations as equations
-from retrieval_models import check_given_tokens, home
+from retrieval_models import check_given_tokens, device_for
 
 import mmfused
 from mmfused.models import qwen
@@ -272,8 +272,8 @@ def test_chunks_draw_the_same_views_as_the_whole_batch():
 
 def train(backend, steps, dtype=torch.float64, **options) -> list[torch.Tensor]:
     """Return losses, parameters and embeddings after some steps."""
-    model, parts, losses = tiny(**options, host=ONE_LAYER).to(home(dtype), dtype), batch(), []
-    parts = to_device(parts if dtype == torch.float64 else in_float32(parts), home(dtype))
+    model, parts, losses = tiny(**options, host=ONE_LAYER).to(device_for(dtype), dtype), batch(), []
+    parts = to_device(parts if dtype == torch.float64 else in_float32(parts), device_for(dtype))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-6)
     torch.manual_seed(2)
     with mmfused.backend(backend):
