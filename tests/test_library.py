@@ -29,7 +29,7 @@ def test_mmfused_backend_sets_the_backend():
     assert done.returncode and "MMFUSED_BACKEND: got 'quick', expected one of" in done.stderr
 
 
-def test_mmfused_check_switches_checks_of_values():
+def test_mmfused_check_enables_checks_on_the_device():
     done = run_python("import mmfused; print(mmfused.library.CHECK_ON_DEVICE)", MMFUSED_CHECK="1")
     assert done.stdout.strip() == "True", done.stderr
     done = run_python("import mmfused", MMFUSED_CHECK="yes")

@@ -52,8 +52,7 @@ def test_reference_equals_the_definition_in_loops(case):
 # ---- forward and all gradients -------------------------------------------------------------------
 
 
-# At temperature 0.2, composed subtracts one number from all logits; at 0.002, the maximum of each
-# row and column.
+# At temperature 0.2, composed subtracts one number from all logits; at 0.002, it subtracts maxima.
 @pytest.mark.parametrize("temperature", [0.2, 0.002])
 @pytest.mark.parametrize("way", ["target", "symmetric"])
 @pytest.mark.parametrize("same_id", IDS)
@@ -76,7 +75,7 @@ def test_composed_equals_reference_in_float64(keys, same_id, way, temperature, m
         assert_close(run(inputs, "composed", upstream), run(inputs, "reference", upstream))
 
 
-def test_these_temperatures_reach_both_code_paths():
+def test_logits_have_a_safe_shift_at_temperature_0_2_but_not_at_0_002():
     q, c = (make()[name].detach() for name in ("query", "candidate"))
     shifts = [
         composed._safe_shift(q, c, bias, torch.tensor(1 / t))
@@ -130,10 +129,7 @@ def extreme(case, dtype):
 @pytest.mark.parametrize("scale", [1, 36, 100, 1e4])
 @pytest.mark.parametrize("case", ["random", "equal rows", "one huge logit", "zero vectors", "zero"])
 def test_extreme_logits_stay_within_the_budget(case, scale, dtype):
-    """A symmetric loss has 33 queries and 41 candidates, so the last 8 candidates have no query.
-
-    Four batches are compared together: if few logits dominate, the error of one batch is random.
-    """
+    """Four batches are compared together: if few logits dominate, the error of one is random."""
     for options in (
         dict(symmetric=True),
         dict(symmetric=True, candidate_key=torch.arange(41, device=DEVICE) % 3),
@@ -147,19 +143,19 @@ def test_extreme_logits_stay_within_the_budget(case, scale, dtype):
                 run(inputs, "reference"),
                 run(inputs),
             )
-            # Append a floor, to which the errors of gradients that cancel are relative.
+            # Append a floor to each result: it bounds relative errors where gradients cancel.
             floor = {
                 "out": 1,
                 "dquery": scale / 33,
                 "dcandidate": scale / 33,
                 "dtemperature": scale**2,
             }
-            for results, of in zip((exact, plain, got), runs, strict=True):
-                for k, v in of.items():
+            for results, batch in zip((exact, plain, got), runs, strict=True):
+                for k, v in batch.items():
                     results[k] = torch.cat(
                         [results.get(k, v.new_empty(0)), v.flatten(), v.new_ones(1) * floor[k]]
                     )
-        # Rounding 1 / temperature matters only at logits of 10^4.
+        # Errors grow with the logits.
         if dtype == torch.float64:
             assert max(relative_error(got[k], exact[k]) for k in got) < 1e-14 * max(scale, 100)
         else:
@@ -169,9 +165,9 @@ def test_extreme_logits_stay_within_the_budget(case, scale, dtype):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("same_id", [None, "mean", "sum"])
 def test_a_loss_near_zero_keeps_its_digits(same_id, dtype):
-    """The target's logit is s and all others are 0, so the loss is log(1 + (n - 1) exp(-s)).
+    """The target's logit is s and the 3 others are 0, so the loss is log(1 + 3 exp(-s)).
 
-    log_softmax in float64 computes only four digits of this loss.
+    With log_softmax, about three digits of this loss would be correct in float64.
     """
     s, eye = 30.0, torch.eye(4, dtype=dtype, device=DEVICE)
     inputs = dict(
@@ -210,22 +206,25 @@ def test_the_loss_of_n_identical_embeddings_is_log_n(n):
         {},
         dict(symmetric=True),
         dict(label_smoothing=0.2),
-        dict(candidate_id=[1] * 5, same_id="sum"),
+        dict(same_id="sum"),
     ],
 )
 def test_rows_without_negatives_have_a_loss_of_exactly_zero(options, backend):
-    """Every second row has a unique key. The mean counts such rows, which keep a positive term."""
+    """Every second row has a unique key. The mean counts these rows.
+
+    With positive_weight, their loss is the positive term.
+    """
     n, each = 24, torch.arange(24, device=DEVICE)
     alone, key = each % 2 == 0, torch.where(each % 2 == 0, each, 99)
     inputs = make(n, n, keys="one", **options) | dict(query_key=key, candidate_key=key)
     if "same_id" in options:
         inputs["candidate_id"] = torch.zeros_like(each)
-    losses = run(inputs, backend, torch.ones(n, device=DEVICE), reduction="none")
-    assert not losses["out"][alone].any() and losses["out"][~alone].all()
-    assert not losses["dquery"][alone].any() and not losses["dcandidate"][alone].any()
+    got = run(inputs, backend, torch.ones(n, device=DEVICE), reduction="none")
+    assert not got["out"][alone].any() and got["out"][~alone].all()
+    assert not got["dquery"][alone].any() and not got["dcandidate"][alone].any()
     assert_close(
         run(inputs, backend),
-        {k: v.sum() / n if k == "out" else v / n for k, v in losses.items()},
+        {k: v.sum() / n if k == "out" else v / n for k, v in got.items()},
         1e-13,
     )
     dots = (inputs["query"] * inputs["candidate"]).sum(-1)
@@ -248,7 +247,7 @@ def test_odd_sizes(b, c, monkeypatch):
 
 @pytest.mark.parametrize("scale", [35.9, 39.9])  # shift by one number; shift by row and column
 def test_large_upstream_gradients_do_not_overflow(scale):
-    """All logits are at their lower bound, where exp(bound - logit) is largest."""
+    """All logits are at their lower bound, where exp(shift - logsumexp) is largest."""
     inputs = make(6, 6, 4, torch.float32, temperature=1 / scale, reduction="sum", symmetric=True)
     with torch.no_grad():
         inputs["query"][:] = inputs["query"][0].clone()
@@ -326,7 +325,7 @@ runs += [("composed", "keys", torch.float64), ("reference", "everything", torch.
 for name, kind, dtype in runs:
     torch._dynamo.reset(), counters.clear()
     mmfused.set_backend(name)
-    # aot_eager also traces the gradients, which takes long.
+    # aot_eager also traces the backward; it is slow, so one case uses it.
     backend = "aot_eager" if (name, kind) == ("composed", "everything") else "eager"
     compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=backend)
     for n in (17, 40, 33):
@@ -408,7 +407,7 @@ def test_only_the_required_gradient_is_computed(only, backend):
 
 @pytest.mark.parametrize("backend", ["reference", "composed"])
 def test_autocast(backend):
-    """Autocast rounds only the embeddings: the loss and the gradients stay float32."""
+    """Autocast rounds float32 embeddings to bfloat16; loss and gradients are float32."""
     inputs = make(dtype=torch.float32, symmetric=True, positive_weight=0.2)
     low = {
         k: inputs[k].detach().bfloat16().float().requires_grad_() for k in ("query", "candidate")
@@ -452,11 +451,12 @@ def test_composed_saves_no_matrix_of_all_pairs():
         with mmfused.backend(name):
             saved[name] = saved_bytes(lambda: masked_info_nce(**inputs), given)
     assert saved["reference"] > 4 * n * n
-    assert saved["composed"] < 4 * n * d + 30 * 8 * n  # the finite candidates, and vectors
+    # One matrix as large as candidate, and vectors
+    assert saved["composed"] < 4 * n * d + 30 * 8 * n
 
 
-def test_peak_memory():
-    """Eager PyTorch would store five matrices of 1 GiB for these 16384 queries and candidates."""
+def test_peak_memory_is_far_below_one_matrix_of_all_pairs():
+    """A float32 matrix of the 16384 x 16384 pairs has 1 GiB."""
     code = """
 import torch, mmfused
 torch.set_num_threads(1)

@@ -1,7 +1,7 @@
 """The kernels of masked InfoNCE, called through the public function.
 
-On a CPU the kernels run in Triton's interpreter, with tiles so small that little data needs several
-on each side. On a GPU the kernels use the planned tiles.
+On a CPU the kernels run in Triton's interpreter. The tiles are small, so that small inputs span
+several tiles. On a GPU the kernels use the planned tiles.
 """
 
 import pytest
@@ -56,7 +56,7 @@ def test_value_and_gradients(tiles, option):
 @pytest.mark.parametrize("option", ["symmetric", "keys and ids", "sum"])
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_half_precision(tiles, option, dtype):
-    """Row weights are below the range of float16, and there are more candidates than queries."""
+    """The row weights are subnormal in float16."""
     check(
         make(), OPTIONS[option] | dict(row_weight=torch.full((37,), 1e-7), reduction="sum"), dtype
     )
@@ -86,10 +86,9 @@ def test_tiles_planned_for_a_gpu():
 
 @pytest.mark.parametrize("scale", [25.0, 100.0, 1e4])
 def test_large_scales(tiles, scale):
-    """The scales are below and above the bound up to which 16-bit inputs need no maximum.
+    """16-bit logits of at most 32, as at the first scale, need no maximum to be subtracted.
 
-    The owner-computes backward is not tested in float32 on a CPU: the interpreter sums its dot
-    products in another order than the forward's.
+    Only the chunked backward, and only on a CPU, is tested in float32.
     """
     dtype = torch.float32 if tiles.backward == "chunked" and not CUDA else torch.float16
     for option in ("symmetric", "keys and ids"):
@@ -150,8 +149,8 @@ def test_non_contiguous_inputs_give_the_same_bits():
 def test_tiles_without_pairs_are_skipped(monkeypatch):
     """With four sorted keys, each sweep computes 8 of the 8 x 4 tiles.
 
-    If all rows share the first column of tiles (key -1), the first two rows of tiles compute only
-    that column, and the other six rows compute two tiles each.
+    If the first column of tiles has key -1, the first two rows of tiles compute only that column.
+    Each of the other six rows of tiles computes two tiles.
     """
     small_tiles(monkeypatch, "chunked", chunk_bytes=4 * 128 * 128)
     calls = []
@@ -180,23 +179,23 @@ def test_tiles_without_pairs_are_skipped(monkeypatch):
 def arguments(symmetric, everything, with_keys):
     torch.manual_seed(0)
     q, c = torch.randn(20, 24, device=DEVICE), torch.randn(40, 24, device=DEVICE)
-    key = dict(device=DEVICE, dtype=torch.int64)
+    int64 = dict(device=DEVICE, dtype=torch.int64)
     q_key, c_key = (
-        torch.arange(20, **key) // 10,
-        torch.arange(-8, 32, **key).div(16, rounding_mode="floor"),
+        torch.arange(20, **int64) // 10,
+        torch.arange(-8, 32, **int64).div(16, rounding_mode="floor"),
     )
     vectors = (
-        (q_key, c_key, torch.arange(20, **key) % 7, torch.arange(40, **key) % 9)
+        (q_key, c_key, torch.arange(20, **int64) % 7, torch.arange(40, **int64) % 9)
         if with_keys
         else (None,) * 4
     )
     bias = torch.zeros(40, device=DEVICE) if with_keys else None
-    forward = (
+    inputs = (
         q,
         c,
         bias,
         torch.tensor(3.0, device=DEVICE),
-        torch.arange(20, **key),
+        torch.arange(20, **int64),
         *vectors,
         not everything,
     )
@@ -204,9 +203,9 @@ def arguments(symmetric, everything, with_keys):
         torch.rand(4, 20, device=DEVICE),
         torch.rand(4, 40, device=DEVICE) if symmetric else None,
     )
-    return (*forward, symmetric, everything), (
+    return (*inputs, symmetric, everything), (
         *coefficients,
-        *forward,
+        *inputs,
         everything,
         True,
         not everything,
@@ -220,9 +219,9 @@ def arguments(symmetric, everything, with_keys):
 )
 def test_opcheck(monkeypatch, symmetric, everything, with_keys):
     small_tiles(monkeypatch, "owner" if symmetric and with_keys else "chunked")
-    forward, backward = arguments(symmetric, everything, with_keys)
-    torch.library.opcheck(torch.ops.mmfused.info_nce_sweep.default, forward)
-    torch.library.opcheck(torch.ops.mmfused.info_nce_sweep_bwd.default, backward)
+    sweep, sweep_bwd = arguments(symmetric, everything, with_keys)
+    torch.library.opcheck(torch.ops.mmfused.info_nce_sweep.default, sweep)
+    torch.library.opcheck(torch.ops.mmfused.info_nce_sweep_bwd.default, sweep_bwd)
 
 
 def test_plans_stay_within_their_memory_limits():

@@ -1,4 +1,4 @@
-"""Invariances and gradient sums of masked InfoNCE, GradCache, and the module."""
+"""Masked InfoNCE: invariances, sums of gradients, GradCache, and the module."""
 
 import math
 
@@ -65,9 +65,9 @@ def test_symmetric_is_the_mean_of_both_directions():
     inputs = make(c=B, keys="many", same_id="sum", label_smoothing=0.1, positive_weight=0.3)
     key, ids = inputs["query_key"], inputs["candidate_id"]
     inputs |= dict(candidate_key=key, query_id=ids)
-    exchanged = inputs | dict(query=inputs["candidate"], candidate=inputs["query"])
+    mirrored = inputs | dict(query=inputs["candidate"], candidate=inputs["query"])
     both, there, back, exchanged = (
-        run(i, symmetric=s) for s, i in ((1, inputs), (0, inputs), (0, exchanged), (1, exchanged))
+        run(i, symmetric=s) for s, i in ((1, inputs), (0, inputs), (0, mirrored), (1, mirrored))
     )
     exchange = dict(dquery="dcandidate", dcandidate="dquery")
     assert_close(both, {k: (there[k] + back[exchange.get(k, k)]) / 2 for k in there}, 1e-13)
@@ -123,7 +123,8 @@ def test_the_block_size_does_not_change_the_result(keys, monkeypatch):
 def test_gradients_of_logits_sum_to_zero(symmetric, temperature):
     """The gradients of each row's logits sum to 0. In a symmetric loss, only the total is 0.
 
-    The gradient of an added constant dimension is the sum of a row, up to a factor.
+    A constant dimension is added to the candidates. The gradient of a query in this dimension is a
+    multiple of the sum for its row.
     """
     inputs = make(
         keys="three",
@@ -135,7 +136,7 @@ def test_gradients_of_logits_sum_to_zero(symmetric, temperature):
     want = run(inputs)
     assert want["out"] >= 0
     scale = 1 / temperature
-    # With scale = 1 / temperature, d scale = -temperature^2 d temperature.
+    # sum(query * dquery) is scale * dscale, and dscale is -temperature^2 * dtemperature.
     product = (inputs["query"] * want["dquery"]).sum()
     torch.testing.assert_close(product, -want["dtemperature"] / scale, rtol=1e-10, atol=1e-12)
     for name in ("query", "candidate"):
@@ -147,7 +148,7 @@ def test_gradients_of_logits_sum_to_zero(symmetric, temperature):
     assert sums.abs().max() < 1e-12 * scale
     for name in ("dquery", "dcandidate"):
         got[name] = got[name][:, :-1]
-    del got["dtemperature"], want["dtemperature"]  # the constant dimension changes it
+    del got["dtemperature"], want["dtemperature"]  # the constant dimension changes this gradient
     assert_close(got, want, 1e-11)
 
 
@@ -194,7 +195,7 @@ def test_module():
 
 
 def test_temperature_of_the_module():
-    """A learned temperature is a parameter clamped in training; a fixed one is not saved."""
+    """A learned temperature is a parameter, clamped in training. A fixed one is not saved."""
     q, c = torch.randn(6, 4), torch.randn(6, 4)
     learned, fixed = (
         MaskedInfoNCE(0.5, learnable_temperature=True, max_scale=20.0),
@@ -258,19 +259,19 @@ def test_a_masked_non_finite_candidate_gets_a_gradient_of_zero(backend, value, m
     c[2, 1] = value
     # Candidate 2 is masked, because no query has its key 7 or because both queries have its id.
     vector = torch.tensor([0, 0, 7, 0]) if mask == "candidate_key" else None
-    keys = {"candidate_key": vector}
+    labels = {"candidate_key": vector}
     if mask == "candidate_id":
-        keys = {"candidate_id": torch.tensor([0, 0, 0, 1]), "query_id": torch.tensor([0, 0])}
-    gradients = []
+        labels = {"candidate_id": torch.tensor([0, 0, 0, 1]), "query_id": torch.tensor([0, 0])}
+    results = []
     for candidate in (c, c.clone().index_fill_(0, torch.tensor(2), 1.0)):
         leaf = candidate.clone().requires_grad_()
         with mmfused.backend(backend):
-            loss = MaskedInfoNCE(0.2)(q, leaf, **keys)
-        gradients.append((loss, *torch.autograd.grad(loss, (q, leaf))))
-    for got, want in zip(*gradients, strict=True):
+            loss = MaskedInfoNCE(0.2)(q, leaf, **labels)
+        results.append((loss, *torch.autograd.grad(loss, (q, leaf))))
+    for got, want in zip(*results, strict=True):
         assert got.isfinite().all()
         torch.testing.assert_close(got, want)
-    assert not gradients[0][2][2].any()
+    assert not results[0][2][2].any()
     assert MaskedInfoNCE(0.2)(q, c).isnan()  # candidate 2 is not masked here
 
 
@@ -283,7 +284,7 @@ def test_gather_in_one_process(tmp_path):
         for gather in ("global", "local"):
             loss = MaskedInfoNCE(0.2, gather=gather, normalize=False)
             torch.testing.assert_close(loss(q, c), masked_info_nce(q, c, temperature=0.2))
-            # Under autocast, only one of the sides may be bfloat16.
+            # Under autocast, the two sides may have different dtypes.
             with torch.autocast("cpu", torch.bfloat16):
                 assert torch.equal(loss(q.bfloat16(), c), loss(q.bfloat16(), c.bfloat16()))
             with (

@@ -109,7 +109,7 @@ def test_equal_candidates_have_bitwise_equal_logits():
 
 
 def gradients(backend, query, candidate, *, upstream=None, function=masked_info_nce, **options):
-    """Return the losses by row, d query and d candidate."""
+    """Return the losses of the rows, and the gradients of query and candidate."""
     leaves = [x.detach().clone().requires_grad_() for x in (query, candidate)]
     with mmfused.backend(backend):
         out = function(*leaves, **dict(temperature=0.3, reduction="none") | options)
@@ -178,8 +178,7 @@ def test_an_invalid_value_makes_only_its_row_nan(case, backend, unchecked):
     for actual, expected in zip(got[:2], want[:2], strict=True):
         torch.testing.assert_close(actual[~rows], expected[~rows])
         assert actual[rows].isnan().all()
-    # Candidates with the other key are unaffected. The last one is skipped, because it replaces an
-    # out-of-range target.
+    # Candidates with key 1 are unaffected, except the last: a target past the end is clamped to it.
     torch.testing.assert_close(got[2][1:23:2], want[2][1:23:2])
     if name == "target":
         alone = gradients(backend, query, candidate, target=given["target"])
@@ -189,8 +188,8 @@ def test_an_invalid_value_makes_only_its_row_nan(case, backend, unchecked):
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 def test_a_candidate_key_below_minus_one_makes_every_row_nan(backend, unchecked):
     query, candidate = (torch.randn(n, 8, device=DEVICE) for n in (5, 6))
-    for key in (-2, -(2**40)):
-        key = torch.tensor([0, 1, key, 0, 1, -1], device=DEVICE)
+    for invalid in (-2, -(2**40)):
+        key = torch.tensor([0, 1, invalid, 0, 1, -1], device=DEVICE)
         assert all(x.isnan().any() for x in gradients(backend, query, candidate, candidate_key=key))
         assert gradients(backend, query, candidate, candidate_key=key)[0].isnan().all()
 
@@ -304,7 +303,7 @@ def test_strided_and_expanded_arguments_give_the_same_bits(backend, masked):
         wide[tuple(slice(3, None, 2) for _ in x.shape)] = x
         return wide[tuple(slice(3, None, 2) for _ in x.shape)]
 
-    def losses(*sides, **given):
+    def loss_and_gradients(*sides, **given):
         with mmfused.backend(backend):
             # detach keeps the strides.
             leaves = [x.detach().to(DEVICE).requires_grad_() for x in sides]
@@ -314,13 +313,16 @@ def test_strided_and_expanded_arguments_give_the_same_bits(backend, masked):
             out = masked_info_nce(*leaves, **moved)
             return out, *torch.autograd.grad(out, leaves)
 
-    want = losses(*sides, **given)
-    got = losses(*map(view, sides), **{k: view(v) for k, v in given.items()})
+    want = loss_and_gradients(*sides, **given)
+    got = loss_and_gradients(*map(view, sides), **{k: view(v) for k, v in given.items()})
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-    one = {k: v[:1].expand(v.shape) if isinstance(v, torch.Tensor) else v for k, v in given.items()}
-    dense = {k: v.contiguous() if isinstance(v, torch.Tensor) else v for k, v in one.items()}
+    expanded = {
+        k: v[:1].expand(v.shape) if isinstance(v, torch.Tensor) else v for k, v in given.items()
+    }
+    dense = {k: v.contiguous() if isinstance(v, torch.Tensor) else v for k, v in expanded.items()}
     sides = [x[:1].expand(x.shape) for x in sides]
-    got, want = losses(*sides, **one), losses(*(x.contiguous() for x in sides), **dense)
+    got = loss_and_gradients(*sides, **expanded)
+    want = loss_and_gradients(*(x.contiguous() for x in sides), **dense)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 

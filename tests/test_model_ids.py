@@ -1,4 +1,4 @@
-"""Ids and labels out of range give NaN on CUDA and in compiled graphs, which cannot raise an error.
+"""On CUDA and in compiled graphs, ids and labels out of range give NaN instead of an error.
 
 These tests run on a CPU with the check of values disabled.
 """

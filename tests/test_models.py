@@ -111,7 +111,7 @@ def test_model_agrees_with_the_equations(options, backend):
 
 
 def test_q_transform_agrees_with_multihead_attention():
-    """The output equals that of nn.MultiheadAttention with the same weights.
+    """With the same weights, pool and nn.MultiheadAttention have equal outputs.
 
     The transcription reads the projections by name, so it cannot reveal swapped names.
     """
@@ -156,7 +156,10 @@ def tiny(**options) -> FLUID:
 
 
 def pixel_batch(batch=8, length=10) -> dict:
-    """Return pixels and token ids; sample 1 has no image, and sample 2 only [CLS][SEP] as text."""
+    """Return pixels and token ids.
+
+    Sample 1 has no image. The text of sample 2 has two tokens, so it is empty.
+    """
     generator = torch.Generator().manual_seed(3)
     lengths = torch.randint(4, length + 1, (batch,), generator=generator)
     lengths[2] = 2
@@ -339,8 +342,7 @@ def test_training_lowers_the_loss_and_is_reproducible(modalities):
     assert sum(runs[0][-3:]) < 0.75 * sum(runs[0][:3])
 
 
-def test_queries_start_small():
-    """Queries with a standard deviation of 1 would outweigh the attention output."""
+def test_query_std_is_the_standard_deviation_of_the_initial_queries():
     model = tiny(query_std=0.05)
     for transform in (model.image_transform, model.text_transform, model.bottleneck):
         assert 0.03 < transform.queries.std() < 0.07

@@ -75,7 +75,7 @@ def test_copies_give_the_same_output_and_share_no_memory(name, copied):
     module, inputs = make(), inputs()
     out = call(module, *inputs)
     if out.requires_grad:
-        out.sum().backward()  # a module whose parameters have gradients
+        out.sum().backward()  # the parameters to copy have gradients
     twin = copied(module)
     assert torch.equal(call(twin, *inputs), call(module, *inputs))
     for mine, other in zip(module.parameters(), twin.parameters(), strict=True):
@@ -118,8 +118,8 @@ def test_reset_parameters_after_to_empty_equals_a_new_module(name, dtype):
 def test_reset_parameters_draws_from_the_constructors_distribution(name):
     torch.manual_seed(5)
     many = [ALL[name][0]() for _ in range(10)]
-    fresh = [dict(module.named_parameters()) for module in many]
-    fresh = {key: torch.stack([state[key].detach() for state in fresh]) for key in fresh[0]}
+    states = [dict(module.named_parameters()) for module in many]
+    fresh = {key: torch.stack([state[key].detach() for state in states]) for key in states[0]}
     for module in many:
         for parameter in module.parameters():
             parameter.data.fill_(9.0)
@@ -131,7 +131,7 @@ def test_reset_parameters_draws_from_the_constructors_distribution(name):
 
 
 def test_submodules_can_be_reset_in_any_order():
-    """FSDP calls reset_parameters of each submodule that has it."""
+    """FSDP calls reset_parameters of each submodule with parameters of its own."""
     module = nn.ModuleList(make() for make, *_ in ALL.values())
     module.append(ExpertLinear(4, D, 8, norm=True))
     own = {part for part in module.modules() if any(True for _ in part.parameters(recurse=False))}

@@ -83,9 +83,9 @@ def test_model_agrees_with_the_equations(options):
 
 
 def random_rows(model) -> dict:
-    """Return random results of encode as leaves.
+    """Return random results of encode, as leaves.
 
-    Some pairs are so similar that their triplets are filtered.
+    Queries, candidates and negatives are similar, so that some triplets are filtered.
     """
     generator, rows = torch.Generator().manual_seed(5), {}
     base = torch.randn(6, 8, generator=generator, dtype=x64)
@@ -132,8 +132,8 @@ def test_losses_agree_with_the_equations(options, negatives):
     if model.alignment is not None:
         model.alignment.data.normal_()
         alignment = model.alignment
-    start = model.config.filter_margin * 0.75
-    expected = equations.losses(**rows, alignment=alignment, margin=start, c=model.config)
+    margin = model.config.filter_margin * 0.75
+    expected = equations.losses(**rows, alignment=alignment, margin=margin, c=model.config)
     leaves = [
         value for row in rows.values() if row for value in row.values() if value.requires_grad
     ]
@@ -168,9 +168,6 @@ def test_fewer_triplets_are_filtered_as_training_proceeds():
     )
 
 
-# --- the mixture of experts in the host ---
-
-
 def test_casts_and_older_states_do_not_change_the_margin():
     model = tiny()
     state = model.state_dict()
@@ -180,8 +177,11 @@ def test_casts_and_older_states_do_not_change_the_margin():
     assert model.margin == model.config.filter_margin * 0.75
 
 
+# --- the mixture of experts in the host ---
+
+
 def test_a_new_model_computes_the_same_as_its_host():
-    """With expert noise, the outputs are close to those of the host."""
+    """With expert noise, the outputs are only close to those of the host."""
     dense = tiny(without=("moe",)).double()
     part, rows = without_labels(batch()["query"]), []
     rows.append(dense.embed(VIEWS, **part))
@@ -300,8 +300,8 @@ def test_gradients_are_finite_whatever_is_missing(options, missing):
     assert any(parameter.grad.any() for parameter in model.host.visual.parameters()) == (
         "image" not in missing
     )
-    none = {"image": ("inter_image", "inter_both"), "text": ("inter_text", "inter_both")}
-    for name in {name for which in missing for name in none[which]} | (
+    zero = {"image": ("inter_image", "inter_both"), "text": ("inter_text", "inter_both")}
+    for name in {name for which in missing for name in zero[which]} | (
         {"intra_positive", "intra_negative"} if missing else set()
     ):
         assert output.losses[name].item() == 0, name
@@ -328,7 +328,7 @@ def test_a_view_depends_only_on_its_modalities():
         True,
         True,
     ]
-    for item, alone in ((1, "text"), (2, "image")):  # "both" equals the view of the only modality
+    for item, alone in ((1, "text"), (2, "image")):  # these items have one modality
         assert relative_error(before["both"][item], before[alone][item]) < 1e-12
     assert (
         tiny().embed(**{**part, "pixel_values": part["pixel_values"].float()})["both"].dtype
@@ -352,7 +352,7 @@ def test_more_padding_does_not_change_the_embeddings():
 
 
 def train(backend, steps, dtype=x64, rows=6, negatives=True, **options) -> list[torch.Tensor]:
-    """Return losses, parameters and embeddings after some steps."""
+    """Train; return the losses of all steps, the final parameters and the final embeddings."""
     model, losses = tiny(host=SHALLOW, **options).to(device_for(dtype), dtype), []
     parts = {
         role: {name: value[:rows] for name, value in part.items()}
@@ -390,7 +390,7 @@ def test_the_composed_backend_trains_like_the_reference():
         {"sparsity_weight": 0.0101},
     ):
         perturbed = train("composed", 3, **changed)[0]
-        # A change of 1 % in one term is detected.
+        # A change of one setting by 1 % is detected.
         assert relative_error(perturbed, expected[0][:3]) > 1e-6, changed
 
 

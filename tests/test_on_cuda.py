@@ -1,7 +1,6 @@
-"""Tests that need a GPU: host syncs, CUDA graphs, streams, repeated runs, tile sizes, memory.
+"""Tests on a GPU: accuracy, host syncs, CUDA graphs, streams, repeated runs, devices, memory.
 
-The cases are in on_cuda_cases.py. Without a GPU, the interpreter runs each case once at a tiny
-size, to find errors in the cases.
+The cases are in on_cuda_cases.py. Without a GPU, only the tests of the accuracy run, at tiny sizes.
 """
 
 import contextlib
@@ -47,7 +46,7 @@ def on_backend(name, backend):
 
 
 def values(problem) -> dict[str, torch.Tensor]:
-    """Return all tensors that ``problem.run`` reads."""
+    """Return all inputs and parameters of the problem."""
     return problem.leaves() | {name: x for name, x in problem.given.items()}
 
 
@@ -74,9 +73,9 @@ def assert_same(actual, expected) -> None:
 
 
 def faults(problem, dtype, backend, name, compiler=None) -> list[str]:
-    """Return the results that are less accurate than plain PyTorch in ``dtype``.
+    """Return a sentence for each result that is less accurate than plain PyTorch in ``dtype``.
 
-    The errors of some results are random, so their tolerance is larger: single numbers, and results
+    Two kinds of results have more random errors and a larger tolerance: single numbers, and results
     that are 0 up to rounding, such as the gradient of a key bias.
     """
     with on_backend(name, "reference"):
@@ -133,7 +132,7 @@ def test_composed_paths_are_as_accurate_as_plain_pytorch(name):
 @pytest.mark.skipif(not (CUDA or INTERPRETED), reason="needs a CUDA GPU, or TRITON_INTERPRET=1")
 @pytest.mark.parametrize("name", MODULES)
 def test_compiled_modules_are_as_accurate_as_plain_pytorch(name, monkeypatch):
-    """Each module compiles to one graph. Without a GPU, the graph is only traced."""
+    """Each module compiles to one graph. Without a GPU, the graph runs without inductor."""
     monkeypatch.undo()  # the compiler would trace into conftest's patched torch.empty
     torch._dynamo.reset()
     dtype, compiler = (HALF, "inductor") if CUDA else (torch.float32, "aot_eager")
@@ -246,7 +245,7 @@ def peak_bytes(call) -> int:
 
 @needs_cuda
 def test_info_nce_of_32768_pairs_needs_less_than_a_gigabyte():
-    """The matrix of logits alone would take 2 GB in 16 bits."""
+    """The matrix of logits alone would take 2 GiB in 16 bits."""
     inputs = {
         name: torch.randn(32768, 256, device="cuda", dtype=HALF).div_(16).requires_grad_()
         for name in ("query", "candidate")

@@ -180,15 +180,15 @@ BUILD_WHEEL = "from setuptools import build_meta as hooks; print(hooks.build_whe
 
 
 @pytest.mark.parametrize(
-    ("hidden", "reason"),
+    ("prelude", "reason"),
     [
         ("import sys; sys.modules['torch'] = None", "the build environment has no torch"),
         ("import torch", "has no bin/nvcc"),
     ],
 )
-def test_the_cuda_extension_is_skipped_with_the_reason(hidden, reason, clone, wheels, tmp_path):
+def test_the_cuda_extension_is_skipped_with_the_reason(prelude, reason, clone, wheels, tmp_path):
     settings = dict(MMFUSED_CUDA="1", CUDA_HOME=str(tmp_path / "nowhere"))
-    output = run("-c", f"{hidden}\n{BUILD_WHEEL.format(str(tmp_path))}", cwd=clone, **settings)
+    output = run("-c", f"{prelude}\n{BUILD_WHEEL.format(str(tmp_path))}", cwd=clone, **settings)
     (line,) = (line for line in output.splitlines() if line.startswith("mmfused: MMFUSED_CUDA=1"))
     assert "skipped" in line and reason in line
     assert output.splitlines()[-1].endswith("py3-none-any.whl")

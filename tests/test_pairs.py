@@ -9,7 +9,7 @@ from mmfused.data.pairs import hard_negatives, rows_by_label
 
 
 class Rows:
-    """A labeled data set in which all pixels of a picture have the number of the row."""
+    """A labeled data set; all pixels of row i's picture are first + i."""
 
     def __init__(self, labels, coarse=None, first=0):
         self.labels, self.coarse_labels, self.first = labels, coarse, first
@@ -129,7 +129,7 @@ def test_data_that_cannot_make_pairs_is_refused(collate):
         PairBatches(Rows(LABELS), collate, 3, world=2)
 
 
-def test_rows_by_label():
+def test_rows_by_label_and_hard_negatives():
     found = rows_by_label([5, 2, 5, 2, 9])
     assert {label: rows.tolist() for label, rows in found.items()} == {2: [1, 3], 5: [0, 2], 9: [4]}
     negatives = hard_negatives([2], Rows([5, 2, 5, 2, 9], [1, 1, 1, 1, 2]), found)

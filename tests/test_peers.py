@@ -86,7 +86,8 @@ def test_a_broken_test_is_reported_unless_it_is_an_exception(peers, checkouts, m
     out = capsys.readouterr().out
     assert f"{checkouts / 'lost'} is missing" in out
     row = next(line for line in out.splitlines() if line.startswith("small, fuse  "))
-    # Columns: passes without mmfused and with it, ran an op, broken, broken with exceptions.
+    # Numbers of tests that pass without mmfused, pass with mmfused, ran an op, are broken
+    # (without the exceptions), and are broken (with the exceptions).
     assert row.split()[2:] == ["3", "1", "2", "1", "2"], out
     faults = [line for line in out.splitlines() if line.startswith("FAULT")]
     assert len(faults) == 1 and "::test_class_inside_a_called_model: AssertionError" in faults[0]
@@ -103,9 +104,9 @@ def test_a_missing_checkout_prints_what_to_clone(peers, tmp_path, capsys):
 
 
 def test_running_no_op_and_passing_no_test_are_faults(peers, monkeypatch, tmp_path):
-    ran = {"outcome": "passed", "calls": 0, "failure": ""}
+    passed = {"outcome": "passed", "calls": 0, "failure": ""}
     suite = peers.Suite("small", "checkout", ("tests",))
-    cases = (({"t": ran}, "no test ran an mmfused op."), ({}, "no test passes plain."))
+    cases = (({"t": passed}, "no test ran an mmfused op."), ({}, "no test passes plain."))
     for tests, fault in cases:
         monkeypatch.setattr(peers, "run", lambda *args, tests=tests: tests)
         assert peers.compare(suite, tmp_path, tmp_path, 0)[1] == [f"small, fuse: {fault}"]
@@ -113,7 +114,7 @@ def test_running_no_op_and_passing_no_test_are_faults(peers, monkeypatch, tmp_pa
 
 def test_a_test_that_fails_only_once_does_not_count_as_broken(peers, monkeypatch, tmp_path):
     suite, runs = peers.Suite("small", "checkout", ("tests",)), iter(["passed", "failed", "passed"])
-    note = lambda outcome: {"outcome": outcome, "calls": 1, "failure": ""}  # noqa: E731
-    monkeypatch.setattr(peers, "run", lambda *args: {"t": note(next(runs))})
+    record = lambda outcome: {"outcome": outcome, "calls": 1, "failure": ""}  # noqa: E731
+    monkeypatch.setattr(peers, "run", lambda *args: {"t": record(next(runs))})
     rows, faults, _ = peers.compare(suite, tmp_path, tmp_path, 0)
     assert rows[0][4] == "0" and not faults

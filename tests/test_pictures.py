@@ -46,7 +46,7 @@ def test_every_format_loads_from_a_path_bytes_and_an_open_file(tmp_path, format)
 def test_the_exif_orientation_is_applied(format):
     stored = np.zeros((40, 60, 3), np.uint8)
     stored[:20, :30] = 255  # the top left quarter
-    places = {
+    places = {  # orientation -> row and column of the bright quarter
         1: (0, 0),
         2: (0, 1),
         3: (1, 1),
@@ -62,7 +62,7 @@ def test_the_exif_orientation_is_applied(format):
         data = saved(stored, format, exif=exif)
         picture = load_picture(data)
         assert picture.shape[1:] == ((40, 60) if orientation < 5 else (60, 40))
-        # The crop keeps the middle third of the long side, here 20 x 20.
+        # The crop to 20 x 20 keeps the middle two thirds of the long side.
         for shown in (picture, load_picture(data, 20)):
             bright = [shown[:, y, x].float().mean() > 128 for y in (2, -3) for x in (1, -2)]
             assert bright.index(True) == 2 * row + column and sum(bright) == 1
@@ -85,7 +85,7 @@ def test_sixteen_bit_grey_is_scaled(format):
     if format == "TIFF":
         assert grey(saved(RAMP, format, compression="tiff_lzw")) == expected
         assert grey(saved(RAMP.astype(">u2"), format)) == expected
-        # The third argument is the photometric interpretation: 0 means that 0 is white.
+        # With photometric interpretation 0, the value 0 is white.
         assert grey(tiff(RAMP[0], 0, 16)) == [255 - value for value in expected]
 
 
@@ -153,16 +153,16 @@ def test_transparent_grey_of_two_and_four_bits_is_white():
 
 def test_a_resize_does_not_mix_in_the_colors_of_transparent_pixels():
     pixels = np.zeros((32, 32, 4), np.uint8)
-    pixels[..., 0] = 255  # red and transparent, except for a white column
-    pixels[:, ::2] = 255
+    pixels[..., 0] = 255  # red and transparent
+    pixels[:, ::2] = 255  # every second column: white and opaque
     assert load_picture(saved(pixels, "PNG"), 8).unique().tolist() == [255]
 
 
 def test_cmyk_ycbcr_and_lab_are_converted_to_rgb():
     red = (255, 0, 0)
-    for format, quality in (("JPEG", {"quality": 100}), ("TIFF", {})):
+    for format, options in (("JPEG", {"quality": 100}), ("TIFF", {})):
         cmyk = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
-        assert corner(saved(cmyk, format, **quality)) == list(red)
+        assert corner(saved(cmyk, format, **options)) == list(red)
     ycbcr = saved(Image.new("RGB", (8, 8), red).convert("YCbCr"), "TIFF")
     assert np.abs(np.array(corner(ycbcr)) - red).max() <= 2
     assert corner(saved(Image.new("1", (8, 8), 1), "TIFF")) == [255, 255, 255]
@@ -220,12 +220,12 @@ def test_pictures_with_too_many_pixels_are_refused_before_decoding(monkeypatch):
     large = [saved(Image.new("L", (1500, 1000)), format) for format in FORMATS]
     with monkeypatch.context() as patch:
         patch.setattr(ImageFile.ImageFile, "load", lambda image: pytest.fail("it was decoded"))
-        webp = pictures.WebPImagePlugin.WebPImageFile  # opening it allocates memory
+        webp = pictures.WebPImagePlugin.WebPImageFile  # opening a WEBP allocates memory
         patch.setattr(webp, "_open", lambda image: pytest.fail("it was opened"))
         for data in large:
             with pytest.raises(BrokenPicture, match=message):
                 load_picture(data)
-    # For a JPEG the scaled size counts, unless it is progressive and libjpeg must hold all of it.
+    # For a JPEG the scaled size counts, for a progressive JPEG the full size.
     assert load_picture(blank_jpeg(1500, 1000), 100).shape == (3, 100, 100)
     with pytest.raises(BrokenPicture, match=message):
         load_picture(blank_jpeg(1500, 1000, progressive=True), 100)
@@ -251,7 +251,7 @@ def test_a_file_with_too_many_bytes_is_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("limit", [None, 10])
-def test_pillows_own_pixel_limit_has_no_effect(monkeypatch, limit):
+def test_pillows_own_pixel_limit_affects_only_webp(monkeypatch, limit):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
     for format in set(FORMATS) - {"WEBP"} | ({"WEBP"} if limit is None else set()):
         assert load_picture(saved(NOISE, format)).shape == (3, 24, 32)

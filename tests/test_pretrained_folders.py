@@ -33,8 +33,8 @@ def change(folder, name="config.json", **changes):
 @pytest.fixture
 def vit(tmp_path):
     arguments = {"img_size": 32, "depth": 1}
-    saved = timm.create_model("vit_tiny_patch16_224", num_classes=5, **arguments)
-    timm.models.save_for_hf(saved, tmp_path / "vit", model_args=arguments, safe_serialization=True)
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=5, **arguments)
+    timm.models.save_for_hf(model, tmp_path / "vit", model_args=arguments, safe_serialization=True)
     return tmp_path / "vit"
 
 

@@ -116,7 +116,7 @@ NAN_CASES = [
 ]
 NAN_CASES += [
     ("fused", "absorbed", dtype) for dtype in (torch.float32, torch.float16)
-]  # one plan each
+]  # each dtype has its own plan
 
 
 @pytest.mark.parametrize("backend, form, dtype", NAN_CASES)
@@ -164,7 +164,7 @@ def test_empty_inputs(batch, length, backend):
 
 @pytest.mark.parametrize("factor, mean", [(300, 0), (1, 1)])
 def test_large_logits_and_a_common_mean_stay_within_the_budget(factor, mean):
-    """The logits are in the thousands, or the tokens have a common mean, which the norm removes."""
+    """Queries times 300 give large logits. The norm removes a common mean of the tokens."""
     inputs, heads = make(norm=True, padding="mask", dtype=torch.float32)
     with torch.no_grad():
         inputs["queries"].mul_(factor), inputs["x"].add_(mean)
@@ -247,7 +247,7 @@ def test_opcheck(eps, padding):
 
 @pytest.mark.parametrize("backend", ["reference", "composed", "fused"])
 def test_autocast_and_master_weights(backend):
-    """Autocast rounds the tokens and the folded weights to 16 bits; gradients stay float32."""
+    """Autocast rounds to 16 bits; the gradients of float32 inputs are float32."""
     inputs, heads = make(dtype=torch.float32, norm=True)
     low = torch.float16 if DEVICE == "cuda" else torch.bfloat16
     with torch.autocast(DEVICE, dtype=low):
@@ -268,7 +268,7 @@ def test_checkpoint_and_bitwise_repeats(backend):
     want = run(inputs, heads, backend, upstream)
 
     def pool(tensors):
-        # Backward calls this again, when a context around the forward call would have ended.
+        # backward() calls pool again, after a context around the forward would have ended.
         with mmfused.backend(backend):
             return query_pooling(**tensors, num_heads=heads, form="absorbed")
 

@@ -107,7 +107,7 @@ def test_kernels_stay_within_the_budget_at_more_shapes(shape):
 
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
 def test_kernels_stay_within_the_budget_without_biases(norm):
-    """Without biases, ``ksum`` is unused and has no gradient."""
+    """Without biases, the operator's output ``ksum`` is unused and has no gradient."""
     inputs, heads = make(norm=norm, dtype=torch.float16)
     check_budget({k: v for k, v in inputs.items() if k not in ("b_v", "norm_bias")}, heads)
 
@@ -134,7 +134,7 @@ def test_half_precision_plans_in_float32(monkeypatch, shape, norm, arch):
 
 
 @pytest.mark.parametrize("backend, form", BACKENDS_AND_FORMS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)  # one plan each
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("padding", ["mask", "lengths"])
 def test_samples_without_tokens_give_zero_and_nan_in_ignored_tokens_has_no_effect(
     padding, dtype, backend, form
@@ -207,9 +207,10 @@ def test_the_mask_equals_dropout_mask(dtype, backend, form):
 
 
 def test_the_mask_is_random():
-    """Shares and correlations are within 5 standard deviations of the expected values.
+    """All statistics are within 5 standard deviations of their expected values.
 
-    The correlations are those of neighbors, streams and seeds.
+    The statistics are the shares of kept elements, and the correlations between neighbors, between
+    streams and between seeds.
     """
     shape, p = (40, 3, 7, 301), 0.2
     mask = dropout_mask(seed(0), shape, p)
@@ -271,9 +272,9 @@ def test_equal_seeds_give_equal_bits_and_other_seeds_other_results(backend, form
     assert not torch.equal(
         run(inputs, heads, backend, upstream, form, **dropout_options(value=8))["out"], want["out"]
     )
-    none = run(inputs, heads, backend, upstream, form)
+    without = run(inputs, heads, backend, upstream, form)
     for name, value in run(inputs, heads, backend, upstream, form, **dropout_options(0.0)).items():
-        assert torch.equal(value, none[name]), name
+        assert torch.equal(value, without[name]), name
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -299,7 +300,7 @@ def test_a_recomputation_draws_the_same_mask(backend, form, reentrant):
         return out
 
     want = value_and_gradients(plain, inputs)
-    if reentrant:  # supports .backward() only
+    if reentrant:  # torch.autograd.grad is not supported
         leaves = {k: v.detach().requires_grad_() for k, v in inputs.items()}
         out = checkpointed(**leaves)
         out.backward(torch.ones_like(out))
@@ -328,7 +329,7 @@ def test_no_mask_is_saved_and_no_mask_is_made_without_dropout():
     with launches_made() as launches:
         without = saved()
     assert masks_made(launches) == 0
-    rows = 2 * 36  # one number is saved for each row, and the seed
+    rows = 2 * 36  # dropout saves the seed, and one more number for each row
     with launches_made() as launches:
         assert saved(**dropout_options()) - without <= rows * 4 + 8
     assert masks_made(launches) == 1
@@ -446,7 +447,7 @@ def test_auto_form_under_dropout_compares_only_flops():
 
 
 def test_one_compiled_graph_serves_three_lengths():
-    """Forward and backward compile once, and each call draws a new seed."""
+    """Forward and backward compile once. Calls without a seed draw new seeds."""
     code = """
 import torch, mmfused
 from torch._dynamo.utils import counters
@@ -487,7 +488,7 @@ print("done")
 @pytest.mark.parametrize("p", [0.1, P])
 @pytest.mark.parametrize(("backend", "form"), BACKENDS_AND_FORMS)
 def test_logits_have_no_gradient_if_one_token_has_all_the_weight(backend, form, p, shape):
-    """The gradient of the logits is a difference of two terms, which must be rounded equally."""
+    """The gradient of the logits is the difference of two equal terms, rounded equally."""
     torch.manual_seed(5)
     batch, length, dim = (3, 5, 24) if shape == "small" else (2, 3, 1100)
     x = torch.randn(batch, length, dim, device=DEVICE) * 10

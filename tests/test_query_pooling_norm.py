@@ -62,7 +62,7 @@ def test_half_precision_plans_in_float32_at_any_mean(monkeypatch, shape, arch, m
 @pytest.mark.parametrize("dim", [1, 2, 3])
 @pytest.mark.parametrize("backend, form, dtype", BACKENDS_FORMS_DTYPES, ids=str)
 def test_tokens_of_few_columns(monkeypatch, backend, form, dtype, dim):
-    """The derivative of a LayerNorm has rank D - 2; with one column it is 0."""
+    """The derivative of a LayerNorm of D > 1 columns has rank D - 2; of one column, it is 0."""
     import query_pooling_cases as cases
 
     monkeypatch.setitem(cases.SHAPES, "few columns", (24, 9, dim, 4, 2, 8, 6))

@@ -36,7 +36,7 @@ def test_an_invalid_length_gives_nan_only_for_its_sample(unchecked, backend, for
     inputs["lengths"][1] = bad
     got = run(inputs, heads, backend, form=form)
     assert got["out"][1].isnan().all()
-    # A length below 0 means no tokens, which add nothing to the gradients of the weights.
+    # A length below 0 counts as no tokens, so the gradients of the weights may be finite.
     assert bad < 0 or got["dw_v"].isnan().all()
     for name in ("out", "dx"):
         assert torch.equal(got[name][0::2], want[name][0::2]), name
@@ -169,7 +169,7 @@ def test_large_logits_stay_within_the_budget(backend, form, shape, norm, logit, 
 @pytest.mark.parametrize("dim", [24, 1100], ids=["one pass", "wide"])
 @pytest.mark.parametrize("backend", ["composed", "fused"])
 def test_a_large_constant_in_all_logits_does_not_reduce_accuracy(backend, dim, logit):
-    """All inputs are integers, so plain PyTorch computes exact logits and differences."""
+    """The logits are sums of integers, so plain PyTorch computes them exactly."""
     x = torch.randint(-1, 2, (2, 37, dim), device=DEVICE).float()
     queries = torch.randint(-1, 2, (5, dim), device=DEVICE).float()
     queries[:, 20:] = 0.0

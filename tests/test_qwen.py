@@ -1,4 +1,4 @@
-"""The code around Qwen2-VL against transformers: its processors and its models' forward."""
+"""The code around Qwen2-VL agrees with the processors and models of transformers."""
 
 import json
 
@@ -192,7 +192,7 @@ def test_without_masks_all_tokens_and_pictures_are_used():
     ],
 )
 def test_hidden_states_agree_with_the_hosts_own_forward(kind, shape, view):
-    """The host's forward computes positions and inserts pictures itself, for one item at a time."""
+    """The host's forward gets one item at a time, computes positions and inserts pictures."""
     model, batch = host(kind), items(*shape)
     sequence, states = run_host(model, batch, view)
     for i in range(5):

@@ -29,7 +29,7 @@ def pass_times(both: float, forward: float | None = None) -> dict[str, list[floa
 
 
 def timed(gate: str = "passed", **launches) -> dict:
-    """Return a provider; ``launches``: seconds of both passes, or (both, forward), by launch."""
+    """Return a provider. ``launches``: by launch, seconds of both passes, or (both, forward)."""
     seconds = {
         name: pass_times(*time) if isinstance(time, tuple) else pass_times(time)
         for name, time in launches.items()
@@ -223,18 +223,18 @@ def test_a_masked_case_is_compared_with_the_unmasked_case():
 
 
 def test_failed_accuracy_checks_and_records_in_another_dtype():
-    row = {
+    baselines = {
         "nn.MultiheadAttention": timed(eager=9.0),
         "nn.MultiheadAttention, compiled": timed(eager=9.0),
     }
     failed_check = {"compiled": None, "gate": "failed", "reasons": ["out: relative error 1"]}
     # If ours fails its check, nothing is timed.
-    untimed = {name: {"compiled": None, "gate": "passed", "reasons": []} for name in row}
+    untimed = {name: {"compiled": None, "gate": "passed", "reasons": []} for name in baselines}
     failed = verdicts(
         gpu_record("query_pooling", "fluid-h8-b128", untimed | {"fused": failed_check})
     )
     assert [verdict.met for verdict in failed] == [False] and "relative error" in failed[0].measured
-    fused = row | {"fused": timed(eager=1.0)}
+    fused = baselines | {"fused": timed(eager=1.0)}
     assert targets_met(gpu_record("query_pooling", "fluid-h8-b128", fused)) == [True]
     assert targets_met(gpu_record("query_pooling", "fluid-h8-b128", fused, dtype="float16")) == [
         None

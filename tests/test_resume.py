@@ -19,7 +19,7 @@ from training_runs import (
 )
 
 from mmfused.data import GeneratedProducts
-from mmfused.training import tasks
+from mmfused.training import checkpoint, tasks
 from mmfused.training.checkpoint import newest
 from mmfused.training.run import train
 from mmfused.training.signals import Stopped, stop_on_signals
@@ -136,18 +136,22 @@ def test_only_the_newest_checkpoints_are_kept_and_all_are_complete(tmp_path):
 
 
 def test_a_failed_write_leaves_no_partial_checkpoint(tmp_path, monkeypatch):
-    from mmfused.training import checkpoint
+    """The write of step 6 fails after the weights; the checkpoint of step 3 stays intact."""
+    write_json = checkpoint.write_json
 
-    def full(path, value):
-        raise OSError("disk full")
+    def fill_disk_in_step_6(path, value):
+        assert (path.parent / "model.safetensors").is_file()
+        if value["step"] == 6:
+            path.write_text("{")
+            raise OSError("disk full")
+        write_json(path, value)
 
-    train(small_run(tmp_path / "run", save_every=3, keep=1))
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "write_json", full)
-        with pytest.raises(OSError, match="disk full"):
-            train(small_run(tmp_path / "other", save_every=3))
-    assert list((tmp_path / "other" / "checkpoints").iterdir()) == []
-    assert steps_saved(tmp_path / "run") == [9]
+    monkeypatch.setattr(checkpoint, "write_json", fill_disk_in_step_6)
+    with pytest.raises(OSError, match="disk full"):
+        train(small_run(tmp_path / "run", save_every=3, keep=1))
+    (path,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert path.name == "step-00000003"
+    assert newest(path.parent)[1]["step"] == 3
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,8 @@ COLORS = ("red", "green", "blue", "white", "black", "brown")
 def write(folder, rows):
     """Write a data set of rows (label, text) and return its folder.
 
-    The color of a picture depends on its label. If the text is None, the picture is broken.
+    The color of a picture depends on its label and its row. If the text is None, the picture is
+    broken.
     """
     (folder / "images").mkdir(parents=True)
     with open(folder / "metadata.csv", "w", newline="") as file:
@@ -278,8 +279,8 @@ def test_embed_refuses_parts_of_changed_data(folders, run, tmp_path, capsys, mon
 
 
 def test_a_lowered_batch_size_is_logged_for_retrieval_models(folders, tmp_path, caplog):
-    few = {**folders, "val": folders["data"]}
-    assert main(arguments(few, tmp_path / "run", "--batch-size", "64", "--steps", "1")) == 0
+    sets = {**folders, "val": folders["data"]}
+    assert main(arguments(sets, tmp_path / "run", "--batch-size", "64", "--steps", "1")) == 0
     assert "batch_size: 64 is lowered to 18, because there are only 18 rows" in caplog.text
 
 
@@ -326,11 +327,11 @@ def test_a_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(folders, tmp_pat
 
 
 def test_init_loads_the_weights_of_the_first_stage(folders, tmp_path, capsys):
-    few = {**folders, "val": folders["data"]}
+    sets = {**folders, "val": folders["data"]}
     unite = ["--model", "unite", "--option", 'query_views=["image"]']
-    assert main(arguments(few, tmp_path / "one", *unite, "--option", "stage=1")) == 0
+    assert main(arguments(sets, tmp_path / "one", *unite, "--option", "stage=1")) == 0
     init = ["--init", str(tmp_path / "one"), "--lr", "1e-9", "--steps", "1"]
-    assert main(arguments(few, tmp_path / "two", *unite, *init)) == 0
+    assert main(arguments(sets, tmp_path / "two", *unite, *init)) == 0
     stages = [
         read_json(tmp_path / name / "config.json")["model"]["stage"] for name in ("one", "two")
     ]
@@ -342,12 +343,12 @@ def test_init_loads_the_weights_of_the_first_stage(folders, tmp_path, capsys):
     for name, tensor in first.items():
         torch.testing.assert_close(second[name], tensor, rtol=0, atol=1e-6)
     assert (
-        main(arguments(few, tmp_path / "three", *init)) == 2
+        main(arguments(sets, tmp_path / "three", *init)) == 2
         and "the weights of another model" in capsys.readouterr().err
     )
-    assert main(arguments(few, tmp_path / "three", *unite, "--option", "stage")) == 2
+    assert main(arguments(sets, tmp_path / "three", *unite, "--option", "stage")) == 2
     assert "option: got 'stage', expected NAME=VALUE" in capsys.readouterr().err
-    assert main(arguments(few, tmp_path / "three", *unite, "--option", "stages=1")) == 2
+    assert main(arguments(sets, tmp_path / "three", *unite, "--option", "stages=1")) == 2
     assert "UNITEConfig: got a field 'stages', expected host" in capsys.readouterr().err
 
 
@@ -451,7 +452,7 @@ def test_train_and_evaluate_with_qwens_own_tokenizer(folders, tmp_path):
     options = {**TINY_QWEN2_VL, "text_config": {**TINY_QWEN2_VL["text_config"], "vocab_size": 300}}
     for part in (qwen.build_qwen2_vl(options), tokenizer):
         part.save_pretrained(tmp_path / "host")
-    few = {**folders, "val": folders["data"]}
+    sets = {**folders, "val": folders["data"]}
     given = [
         "--model",
         "unite",
@@ -464,7 +465,7 @@ def test_train_and_evaluate_with_qwens_own_tokenizer(folders, tmp_path):
         "--save-every",
         "1",
     ]
-    assert main(arguments(few, tmp_path / "run", *given)) == 0
+    assert main(arguments(sets, tmp_path / "run", *given)) == 0
     evaluated = [
         "eval",
         "--checkpoint",
@@ -494,7 +495,7 @@ def test_training_starts_from_the_weights_of_the_host(folders, tmp_path):
     host = qwen.build_qwen2_vl(options)
     for part in (host, tokenizer):
         part.save_pretrained(tmp_path / "host")
-    few = {**folders, "val": folders["data"]}
+    sets = {**folders, "val": folders["data"]}
     for name in ("unite", "moon2"):
         given = [
             "--model",
@@ -508,7 +509,7 @@ def test_training_starts_from_the_weights_of_the_host(folders, tmp_path):
             "--image-size",
             "32",
         ]
-        assert main(arguments(few, tmp_path / name, *given)) == 0
+        assert main(arguments(sets, tmp_path / name, *given)) == 0
         trained = safetensors.torch.load_file(tmp_path / name / "model.safetensors")
         for key, tensor in host.state_dict().items():
             if name == "unite" or ".mlp." not in key or "visual" in key:
@@ -575,9 +576,9 @@ def test_data_that_cannot_be_evaluated_is_refused_before_training(folders, tmp_p
 
 
 def test_embed_refuses_a_classifier(folders, tmp_path, capsys):
-    few = {"data": folders["data"], "val": folders["data"]}
-    assert main(arguments(few, tmp_path / "run", "--model", "fluid", "--steps", "1")) == 0
-    embed = [
+    sets = {"data": folders["data"], "val": folders["data"]}
+    assert main(arguments(sets, tmp_path / "run", "--model", "fluid", "--steps", "1")) == 0
+    command = [
         "embed",
         "--checkpoint",
         str(tmp_path / "run"),
@@ -587,6 +588,6 @@ def test_embed_refuses_a_classifier(folders, tmp_path, capsys):
         str(tmp_path / "items.npz"),
     ]
     assert (
-        main(embed) == 2
+        main(command) == 2
         and "holds fluid, a classifier, expected a retrieval model" in capsys.readouterr().err
     )

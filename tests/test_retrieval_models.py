@@ -17,7 +17,7 @@ import mmfused
 from mmfused.models.retrieval import VIEWS
 from mmfused.training.gradients import add_cached_gradients, add_gradients
 
-# MOON2.0's balance loss depends on the forward pass, so it differs with GradCache and with ranks.
+# MOON2.0 computes its balance loss in each forward pass, so GradCache and ranks change this loss.
 EXACT = {"moon2": {"without": ("balance",)}}
 
 
@@ -47,7 +47,7 @@ def test_grad_cache_gives_the_gradients_of_the_whole_batch(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_model_from_the_meta_device_computes_the_same_after_loading(name):
-    """Only buffers of the encoders are not in the state dict."""
+    """Buffers that the state dict lacks belong to the encoders or the host, and are copied."""
     model = small_model(name)
     with torch.device("meta"):
         empty = small_model(name)

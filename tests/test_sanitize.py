@@ -44,7 +44,7 @@ OUT_OF_BOUNDS = """\
 def fake(tmp_path, monkeypatch):
     """Put a fake compute-sanitizer on PATH, and return a function that sets the output of a run.
 
-    Other runs report no errors.
+    The run "control" reports its deliberate error. Other runs report no errors.
     """
     folder, answers = tmp_path / "bin", tmp_path / "answers"
     folder.mkdir()

@@ -222,8 +222,8 @@ def compare(function, inputs, backend, layout, cache, only=None):
     actual, exact, plain = floats
     # A gradient that is 0 but for rounding has no relative error.
     exact = {name: x if x.norm() > 1e-12 else torch.zeros_like(x) for name, x in exact.items()}
-    # A wrong stride gives an error near 1. Smaller factors fail on some CPUs, whose matrix products
-    # round by layout.
+    # A wrong stride gives an error near 1. Smaller factors fail on CPUs that round matrix products
+    # differently for each layout.
     return faults + over_budget(actual, exact, plain, factor=10)
 
 

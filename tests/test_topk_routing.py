@@ -187,19 +187,19 @@ def test_balance_losses_of_a_uniform_routing_and_of_transformers():
         torch.testing.assert_close(theirs, k * ours)
 
 
-def test_the_router_gets_a_gradient_if_k_is_1():
+def test_a_single_weight_has_a_gradient_unless_it_is_renormalized():
     logits = torch.randn(9, 5, dtype=torch.float64, requires_grad=True)
     for score in ("softmax", "sigmoid"):
         routing = topk_routing(logits, 1, score=score)
         d_logits = torch.autograd.grad(routing.weights.sum(), logits)[0]
-        # A single renormalized weight is always 1.
+        # By default, only sigmoid renormalizes a single weight, which is then always 1.
         assert d_logits.any() == (score == "softmax"), score
     routing = topk_routing(logits, 1, score="sigmoid", renormalize=False)
     assert torch.autograd.grad(routing.weights.sum(), logits)[0].any()
 
 
 @pytest.mark.parametrize("backend", ["reference", "composed"])
-def test_ties_go_to_the_lower_expert_and_minus_infinity_is_never_chosen(backend):
+def test_ties_go_to_the_lower_expert_and_minus_infinity_is_chosen_last(backend):
     with mmfused.backend(backend):
         check_ties()
 
@@ -211,7 +211,7 @@ def check_ties(inf=math.inf):
     torch.testing.assert_close(
         routing.weights, torch.tensor([[0.5, 0.5], [0.5, 0.5], [0.5, 0.5], [1.0, 0.0]])
     )
-    # The unavailable expert 0 is never chosen before experts with probability 0.
+    # Experts with probability 0 are chosen before the unavailable expert 0.
     available = torch.tensor([[False, True, True, True]])
     assert topk_routing(logits, 3, available=available).indices.tolist() == [
         [1, 2, 3],

@@ -49,9 +49,9 @@ def module_of(function):
 
 
 def check(leaves, k, options, upstream=None):
-    """Check values and gradients against the error budget, for the experts the kernels chose.
+    """Check values and gradients against the error budget, and the order against its definition.
 
-    The order is compared with its definition.
+    The reference is given the experts that the kernels chose.
     """
     tokens = len(next(iter(leaves.values())))
     upstream = (
@@ -186,7 +186,7 @@ def test_all_tokens_to_one_expert():
 def test_ties_go_to_the_lower_index(option):
     """The logits have few distinct values, so nearly all rows have ties."""
     options = make_options(option, 257, 21, 4)
-    if "selection_bias" in options:  # the sigmoid of these values is exact in any arithmetic
+    if "selection_bias" in options:  # in float32, the sigmoids are exactly 0.5 and 0
         options["selection_bias"] = torch.randint(-2, 3, (21,), device=DEVICE).float()
         logits = torch.where(torch.rand(257, 21, device=DEVICE) < 0.5, 0.0, -200.0)
     else:
@@ -272,9 +272,9 @@ def test_nan_in_masked_tokens_has_no_effect(source):
 
 
 def test_replayed_indices_out_of_range_give_nan_only_for_their_tokens():
-    """The losses and the weights of tokens with such indices are NaN, because a GPU does not check.
+    """The losses are NaN, and so are the weights and gradients of tokens with such indices.
 
-    Everything else is as if the indices were clamped.
+    All other results equal those of clamped indices.
     """
     logits, options = (
         torch.randn(70, 5, device=DEVICE),
@@ -429,7 +429,7 @@ def test_repeated_runs_are_bitwise_equal():
 def test_opcheck(from_input, option):
     options = make_options(option, 37, 5, 2)
     names = "token_padding_mask", "segments", "num_segments", "available", "balance"
-    masked = [options.get(name, dict(num_segments=1, balance="switch").get(name)) for name in names]
+    common = [options.get(name, dict(num_segments=1, balance="switch").get(name)) for name in names]
     sigmoid, noise = (
         options.get("score") == "sigmoid",
         (options.get("jitter", 0.0), options.get("jitter_seed")),
@@ -444,7 +444,7 @@ def test_opcheck(from_input, option):
         True,
         options.get("selection_bias"),
     )
-    args = (*args, *masked, options.get("indices"), *noise)
+    args = (*args, *common, options.get("indices"), *noise)
     ops = torch.ops.mmfused
     torch.library.opcheck(ops.topk_routing_fwd, args)
     logits, indices, weights, *_, coefficients = ops.topk_routing_fwd(*args)
@@ -459,14 +459,14 @@ def test_opcheck(from_input, option):
             coefficients,
             sigmoid,
             True,
-            *masked,
+            *common,
             *noise,
         )
         torch.library.opcheck(ops.topk_routing_bwd, backward)
-    torch.library.opcheck(ops.expert_order, (indices, masked[0], 5))
+    torch.library.opcheck(ops.expert_order, (indices, common[0], 5))
     if from_input:
         for needed in ((True, True), (True, False), (False, True)):
-            args = (torch.randn_like(logits), leaves[0], leaves[1], masked[0], *needed)
+            args = (torch.randn_like(logits), leaves[0], leaves[1], common[0], *needed)
             torch.library.opcheck(ops.topk_routing_input_bwd, args)
 
 
@@ -509,7 +509,7 @@ def test_jitter_is_bitwise_equal_to_plain_pytorchs():
 
 
 def test_offsets_are_64_bit():
-    """load_logits reads elements far beyond the first 2^31."""
+    """load_logits reads elements beyond the first 2^31."""
     if CUDA:
         pytest.skip("tested in the interpreter, which runs the same source")
     import triton

@@ -35,9 +35,9 @@ def unchecked(monkeypatch):
 
 
 def check_non_finite(got, exact, plain):
-    """Check NaN and inf against the float64 reference; return the tables with zeros instead.
+    """Check NaN and inf against the float64 reference; return the tables with zeros in their place.
 
-    If the reference's gradient of a token contains NaN, all its logits may have NaN gradients.
+    If one gradient of a token is NaN in the reference, all gradients of the token may be NaN.
     """
     tables = [dict(table) for table in (got, exact, plain)]
     for name, want in exact.items():
@@ -179,7 +179,7 @@ def test_a_non_finite_token_of_x_affects_only_its_outputs(value, backend):
 
 
 def bad_values(tokens, experts, k):
-    """Yield options with an invalid value, and the tokens that have it."""
+    """Yield options with invalid values, and the tokens that these affect."""
     segments = (torch.arange(tokens) % 3).to(DEVICE)
     for s in (-1, 2**40):
         given = segments.clone()
@@ -307,7 +307,7 @@ def test_experts_with_indices_out_of_range_give_nan_only_for_their_tokens(
 def large(size):
     """Return logits up to ``size`` in absolute value.
 
-    The logits of a row are far apart, all close to ``size`` or to ``-size``, equal, or small.
+    Each row has one kind of logits: far apart, near ``size``, near ``-size``, equal, or small.
     """
     logits = torch.randn(64, 13, dtype=torch.float64)
     near = torch.rand(64, 13, dtype=torch.float64) * 4
@@ -384,9 +384,9 @@ def near_1():
 @pytest.mark.parametrize("k", [1, 2])
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 def test_the_gradient_of_a_probability_near_1_keeps_its_digits(backend, k):
-    """The gradient P (1 - P) is computed as P times the sum of the other probabilities.
+    """The gradient of P by its logit is computed as P times the sum of the other probabilities.
 
-    In float32, P - P^2 would have no correct digits.
+    In float32, P - P^2 would lose digits as P approaches 1.
     """
     logits, upstream, gradients = near_1(), torch.randn(40, k), []
     for name, dtype in ((backend, torch.float32), ("reference", torch.float64)):

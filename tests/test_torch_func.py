@@ -1,6 +1,6 @@
 """torch.func on every op and module: grad, vmap, jvp, jacrev and combinations of them.
 
-Expected values come from the reference in float64 with plain autograd.
+Expected values come from plain autograd in float64.
 """
 
 import pytest
@@ -100,7 +100,7 @@ def test_vmap_of_grad_through_routing_from_indices():
 
 
 def test_a_vectorized_jacobian_equals_a_loop():
-    """PyTorch applies vmap only to the backward of the composed path, not to its forward."""
+    """With vectorize=True, PyTorch applies vmap to the backward, but not to the forward."""
     module, make = case("experts")
     (x,), _ = make(2, 3)
     jacobian = torch.autograd.functional.jacobian

@@ -335,8 +335,8 @@ def text_model_and_batches(products, tmp_path, batch_size):
     The model has one modality, no dropout, and cross-entropy as its only loss.
     """
     without_dropout = {"hidden_dropout_prob": 0.0}
-    options_ = {"loss_weights": (1, 0, 0), "text": without_dropout}
-    changes = {"modalities": "text", "batch_size": batch_size, "model_options": options_}
+    model_options = {"loss_weights": (1, 0, 0), "text": without_dropout}
+    changes = {"modalities": "text", "batch_size": batch_size, "model_options": model_options}
     config = TrainConfig(**options(products, tmp_path / "run", **changes))
     data = load_data(config)
     tokenizer = train_tokenizer(data[0].texts)

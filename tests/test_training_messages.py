@@ -1,4 +1,4 @@
-"""Error messages of train, ablate, eval and embed for invalid arguments."""
+"""Messages of train, ablate, eval, embed and demo: errors, warnings and stops by a signal."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""If the settings of two ranks differ or one rank fails, both stop within seconds with an error."""
+"""If the settings of two ranks differ or one rank fails, both stop soon with an error."""
 
 import csv
 import json
@@ -128,7 +128,7 @@ def full_disk_at_the_end(rank, out, folder, patch):
     return small_run(out, steps=1)
 
 
-# The expected errors of the first rank and of the second.
+# case -> the beginnings of the errors on rank 0 and on rank 1
 CASES = {
     different_lr: ("ValueError: lr: got 0.1 on rank 0 and 0.2 on rank 1, expected one value",) * 2,
     different_steps: ("ValueError: steps: got 4 on rank 0 and 5 on rank 1, expected one value",)

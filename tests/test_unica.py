@@ -107,8 +107,10 @@ def test_a_new_pre_norm_model_computes_the_same_as_without_bica():
 # --- parity ---
 
 
-def trained(backend, steps, dtype, optimizer=torch.optim.AdamW, perturb=1.0, items=6, **options):
-    """Return (losses and terms of each step, parameters, embeddings) after some steps."""
+def trained(
+    backend, steps, dtype, make_optimizer=torch.optim.AdamW, perturb=1.0, items=6, **options
+):
+    """Train; return the losses and terms of all steps, the parameters and the embeddings."""
     torch.manual_seed(5)  # for dropout
     # Random parameters, because a new model's output depends little on its items.
     model = random_model(**options).to(device_for(dtype), dtype)
@@ -120,7 +122,7 @@ def trained(backend, steps, dtype, optimizer=torch.optim.AdamW, perturb=1.0, ite
     for part in batch.values():
         part["image_tokens"] = part["image_tokens"].to(dtype)
     batch = to_device(batch, device_for(dtype))
-    optimizer, history = optimizer(model.parameters(), lr=3e-3), []
+    optimizer, history = make_optimizer(model.parameters(), lr=3e-3), []
     with mmfused.backend(backend):
         for _ in range(steps):
             output = model(**batch)
@@ -165,7 +167,13 @@ def test_training_with_dropout_is_the_same_on_both_backends():
 
 def test_the_fused_backend_trains_like_the_reference():
     """Train with SGD, because Adam's first steps amplify the rounding errors of zero gradients."""
-    options = {"optimizer": torch.optim.SGD, "items": 3, "text_dim": 32, "num_heads": 2, "ffn": 32}
+    options = {
+        "make_optimizer": torch.optim.SGD,
+        "items": 3,
+        "text_dim": 32,
+        "num_heads": 2,
+        "ffn": 32,
+    }
     fused = trained("fused", 2, torch.float32, **options)
     assert largest_error(trained("reference", 2, torch.float32, **options), fused) < 1e-5
     assert (
@@ -267,7 +275,7 @@ def test_a_view_depends_only_on_its_modalities():
         assert (
             relative_error(expected[view].norm(dim=-1), torch.ones(6, dtype=torch.float64)) < 1e-12
         )
-    assert relative_error(expected["both"][2], expected["image"][2]) < 1e-12  # without text
+    assert relative_error(expected["both"][2], expected["image"][2]) < 1e-12  # item 2 has no text
     with pytest.raises(ValueError, match="views: got video, expected some of"):
         model.embed(("video",), **items)
 

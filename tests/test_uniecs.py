@@ -39,24 +39,27 @@ def random_model(**options) -> UniECS:
     return model
 
 
-def token_items(seed: int, no_image=(), no_text=(), batch=4, rows=4) -> dict:
-    """Return precomputed tokens of texts of unequal lengths; items 0 and 3 have the same label."""
+def token_items(seed: int, no_image=(), no_text=(), batch=4, length=4) -> dict:
+    """Return precomputed tokens of pictures, and of texts with at most ``length`` tokens.
+
+    Items 0 and 3 have the same label.
+    """
     generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(1, rows + 1, (batch,), generator=generator)
+    lengths = torch.randint(1, length + 1, (batch,), generator=generator)
     lengths[list(no_text)] = 0
     return {
         "image_tokens": torch.randn(batch, 3, 6, generator=generator, dtype=torch.float64),
-        "text_tokens": torch.randn(batch, rows, 7, generator=generator, dtype=torch.float64),
-        "text_padding_mask": torch.arange(rows) >= lengths[:, None],
+        "text_tokens": torch.randn(batch, length, 7, generator=generator, dtype=torch.float64),
+        "text_padding_mask": torch.arange(length) >= lengths[:, None],
         "image_present": torch.tensor([i not in no_image for i in range(batch)]),
         "labels": torch.tensor([0, 1, 2, 0]),
     }
 
 
 def token_pair() -> tuple[dict, dict]:
-    """Return queries and candidates, some of which lack a modality.
+    """Return queries and candidates; some of the items lack a modality.
 
-    Only one item has neither, because two empty embeddings on one side would tie in top k.
+    Only one item lacks both, because two such items on one side would tie in top k.
     """
     return token_items(2, no_image=(1,), no_text=(1, 2)), token_items(
         3, no_image=(3,), no_text=(0,)
@@ -142,7 +145,7 @@ def test_model_agrees_with_the_equations(options):
 
 
 def test_self_attention_agrees_with_multihead_attention():
-    """The output equals that of nn.MultiheadAttention with the same weights.
+    """The block equals one with nn.MultiheadAttention and the same weights.
 
     The transcription reads the projections by name, so it cannot reveal swapped names.
     """
@@ -339,7 +342,7 @@ def test_thirty_steps_agree_and_a_changed_loss_weight_does_not():
     expected = train("reference", 30)
     assert largest_error(train("composed", 30), expected) < 1e-9
     assert expected[0][-1, 0] < expected[0][0, 0]
-    weights = (0.5, 1.0, 1.01, *UniECSConfig().loss_weights[3:])  # V2F changes by 1 %
+    weights = (0.5, 1.0, 1.01, *UniECSConfig().loss_weights[3:])  # the weight of V2F changes by 1 %
     assert largest_error(train("composed", 3, loss_weights=weights), train("reference", 3)) > 1e-5
 
 
@@ -375,7 +378,7 @@ def tiny(**options) -> UniECS:
 
 
 def pixel_items(seed=3, batch=4, length=8) -> dict:
-    """Return pixels and token ids; item 1 has no image, and item 2's text is only [CLS][SEP]."""
+    """Return pixels and token ids; item 1 has no image, and the text of item 2 is empty."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(4, length + 1, (batch,), generator=generator)
     lengths[2] = 2
@@ -476,8 +479,8 @@ def test_removing_a_component_changes_the_loss(name):
     assert torch.allclose(a, b) != embeds
     first, second = whole(*parts), less(*parts)
     assert abs(first.loss.item() - second.loss.item()) > 1e-6
-    groups = {"cmal": 5, "clal": 6, "imcl": 7}
-    assert len(second.losses) == groups.get(name, 9)
+    remaining = {"cmal": 5, "clal": 6, "imcl": 7}
+    assert len(second.losses) == remaining.get(name, 9)
 
 
 @pytest.mark.parametrize("name", ["paper", "code", "tiny"])
@@ -498,10 +501,7 @@ def test_presets_build_models_and_round_trip_through_json(name):
 @pytest.mark.parametrize("preset", ["tiny", "paper", "code"])
 @pytest.mark.parametrize("missing", [None, "image", "text"])
 def test_first_gradients_are_moderate(preset, missing):
-    """The first gradients stay moderate even if items lack a modality.
-
-    A LayerNorm of zeros multiplies gradients by 316, so zeros must not pass many LayerNorms.
-    """
+    """A LayerNorm of zeros multiplies gradients by 316, so zeros must not pass many LayerNorms."""
     torch.manual_seed(0)
     model = UniECS(
         UniECSConfig.preset(preset, image=None, text=None, image_dim=24, text_dim=20, dropout=0.0)

@@ -223,7 +223,7 @@ def test_a_view_depends_only_on_its_modalities():
         True,
         True,
     ]
-    for item, alone in ((1, "text"), (2, "image")):  # "both" equals the view of the only modality
+    for item, alone in ((1, "text"), (2, "image")):  # these items have one modality
         assert relative_error(before["both"][item], before[alone][item]) < 1e-12
     assert (
         tiny().embed(**{**part, "pixel_values": part["pixel_values"].float()})["both"].dtype
@@ -247,12 +247,12 @@ def test_more_padding_does_not_change_the_embeddings():
 
 
 def test_chunks_draw_the_same_views_as_the_whole_batch():
-    model, part, losses, gradients = tiny(), in_float32(batch()), [], []
+    model, parts, losses, gradients = tiny(), in_float32(batch()), [], []
     torch.manual_seed(3)
-    whole = model.encode("query", **part["query"])["code"]
+    whole = model.encode("query", **parts["query"])["code"]
     torch.manual_seed(3)
     halves = [
-        {name: value[rows] for name, value in part["query"].items()}
+        {name: value[rows] for name, value in parts["query"].items()}
         for rows in (slice(0, 4), slice(4, 6))
     ]
     assert torch.equal(torch.cat([model.encode("query", **half)["code"] for half in halves]), whole)
@@ -261,9 +261,11 @@ def test_chunks_draw_the_same_views_as_the_whole_batch():
         model.zero_grad()
         torch.manual_seed(3)
         losses.append(
-            (add_cached_gradients(model, part, 4) if chunked else add_gradients(model, [part], 1))[
-                0
-            ]
+            (
+                add_cached_gradients(model, parts, 4)
+                if chunked
+                else add_gradients(model, [parts], 1)
+            )[0]
         )
         gradients.append([parameter.grad.clone() for parameter in model.parameters()])
     assert relative_error(losses[1], losses[0]) < 1e-6
@@ -271,7 +273,7 @@ def test_chunks_draw_the_same_views_as_the_whole_batch():
 
 
 def train(backend, steps, dtype=torch.float64, **options) -> list[torch.Tensor]:
-    """Return losses, parameters and embeddings after some steps."""
+    """Train; return the losses of all steps, the parameters and the embeddings."""
     model, parts, losses = tiny(**options, host=ONE_LAYER).to(device_for(dtype), dtype), batch(), []
     parts = to_device(parts if dtype == torch.float64 else in_float32(parts), device_for(dtype))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-6)
@@ -301,7 +303,7 @@ def test_the_composed_backend_trains_like_the_reference(stage):
     assert largest_error(train("composed", 30, stage=stage), expected) < 1e-8
     assert expected[0][-5:].mean() < 0.9 * expected[0][:5].mean()
     perturbed = train("composed", 3, stage=stage, temperature=0.303)[0]
-    assert relative_error(perturbed, expected[0][:3]) > 1e-4  # 1 % in the temperature is detected
+    assert relative_error(perturbed, expected[0][:3]) > 1e-4  # a change by 1 % is detected
 
 
 @pytest.mark.parametrize("stage", [1, 2])
