@@ -1,4 +1,4 @@
-"""Types that group the arguments of masked InfoNCE other than embeddings and temperature."""
+"""Types that group the arguments of masked InfoNCE, except embeddings and temperature."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Reduction = Literal["mean", "sum", "none"]
 
 
 class Labels(NamedTuple):
-    """Vectors with one number per query, (B,), or per candidate, (C,)."""
+    """Vectors with one number per query (B,) or per candidate (C,)."""
 
     target: Tensor | None = None  # (B,) int64
     query_key: Tensor | None = None  # (B,) int64
@@ -24,7 +24,7 @@ class Labels(NamedTuple):
 
 @dataclass(frozen=True)
 class Options:
-    """Numbers and switches of the loss; see :func:`masked_info_nce`."""
+    """The arguments of :func:`masked_info_nce` that are not tensors, except the temperature."""
 
     same_id: SameId = "drop"
     symmetric: bool = False
@@ -35,7 +35,7 @@ class Options:
 
 
 class LabelArguments(TypedDict, total=False):
-    """Keyword arguments that have the names and types of :class:`Labels`."""
+    """Keyword arguments with the names and types of the fields of :class:`Labels`."""
 
     target: Tensor | None
     query_key: Tensor | None
@@ -46,7 +46,10 @@ class LabelArguments(TypedDict, total=False):
 
 
 class OptionArguments(TypedDict, total=False):
-    """Keyword arguments that have the names and types of :class:`Options`, without reduction."""
+    """Keyword arguments with the names and types of the fields of :class:`Options`.
+
+    ``reduction`` is left out.
+    """
 
     same_id: SameId
     symmetric: bool
@@ -56,10 +59,10 @@ class OptionArguments(TypedDict, total=False):
 
 
 class LossArguments(LabelArguments, OptionArguments, total=False):
-    """Keyword arguments of :func:`.functional.loss_over_ranks` other than the temperature."""
+    """Keyword arguments of :func:`.functional.loss_over_ranks`, except the temperature."""
 
 
 def grouped(**arguments: object) -> tuple[Labels, Options]:
-    """Group keyword arguments into labels and options; an unknown name raises ``TypeError``."""
+    """Group keyword arguments into labels and options. An unknown name raises ``TypeError``."""
     labels = {name: arguments.pop(name) for name in Labels._fields if name in arguments}
     return Labels(**labels), Options(**arguments)  # type: ignore[arg-type]

@@ -1,7 +1,8 @@
 """The autograd function of masked InfoNCE: a forward and a backward sweep over all pairs.
 
-The equations are in :mod:`.reference`. Both sweeps are registered operators, so torch.compile does
-not trace into them: kernels for backend "fused", and blocks of rows for "composed".
+The equations are in :mod:`.reference`. Each sweep has two registered operators: one launches the
+kernels, for backend "fused", and one runs blocks of rows in plain PyTorch, for backend "composed".
+torch.compile does not trace into registered operators.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _SIZE = len(SweepInputs._fields)
 
 
 def _forward_arguments(args: tuple[Any, ...]) -> tuple[SweepInputs, tuple[Any, ...]]:
-    """Split the arguments of the forward sweep into inputs and (columns, everything, ...)."""
+    """Split the arguments of the forward sweep: inputs, (columns, everything, ...)."""
     return SweepInputs(*args[:_SIZE]), args[_SIZE:]
 
 
@@ -69,7 +70,7 @@ def _sweep_flops(*args: Any, out_shape: object) -> int:
 
 
 def _sweep_backward_flops(*args: Any, out_shape: object) -> int:
-    """Count one matrix product for the logits and one for each gradient."""
+    """Count one product for the logits, one for dq or d_scale, and one for dc."""
     _, _, inputs, (_, need_dq, need_dc, need_scale, *_) = _backward_arguments(args)
     return _products_flops(inputs) * (1 + (need_dq or need_scale) + need_dc)
 
@@ -125,7 +126,10 @@ def info_nce_sweep_bwd_composed(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class _Inputs(NamedTuple):
-    """Inputs of both sweeps in the caller's order, and the permutations that sort them by key."""
+    """The inputs of both sweeps in the caller's order.
+
+    ``query_order`` and ``candidate_order`` are the permutations that sort by key.
+    """
 
     query: Tensor
     candidate: Tensor
@@ -141,29 +145,27 @@ class _Inputs(NamedTuple):
 
     def by_key(self, drop: bool) -> SweepInputs:
         """Return the inputs of a sweep, sorted by key."""
-        rows, columns = self.query_order, self.candidate_order
-        place = _place(self.target, columns)
+        by_row, by_column = self.query_order, self.candidate_order
         return SweepInputs(
-            q=_sort(self.query, rows),
-            c=_sort(self.candidate, columns),
-            bias=_sort_given(self.bias, columns),
+            q=_sort(self.query, by_row),
+            c=_sort(self.candidate, by_column),
+            bias=_sort_given(self.bias, by_column),
             scale=self.scale,
-            target=_sort(place, rows),
-            q_key=_sort_given(self.query_key, rows),
-            c_key=_sort_given(self.candidate_key, columns),
-            q_id=_sort_given(self.query_id, rows),
-            c_id=_sort_given(self.candidate_id, columns),
+            target=_sort(_place(self.target, by_column), by_row),
+            q_key=_sort_given(self.query_key, by_row),
+            c_key=_sort_given(self.candidate_key, by_column),
+            q_id=_sort_given(self.query_id, by_row),
+            c_id=_sort_given(self.candidate_id, by_column),
             drop=drop,
         )
 
 
 class InfoNCE(torch.autograd.Function):
-    """Compute nce (B,) and the targets' dot products q . c (B,) in float32 or float64.
+    """Compute nce (B,) and the dot products q . c (B,) of the targets, in float32 or float64.
 
-    Saves the embeddings and vectors of length B and C.
-
-    ``broken`` (B,) bool, or None: rows whose loss must be NaN. With ``ranks``, candidate, its keys
-    and its ids are those of this rank, but target indexes the candidates of all ranks.
+    ``broken`` (B,) bool, or None: rows whose loss must be NaN. With ``ranks``, candidate,
+    candidate_key and candidate_id are those of this rank, but target indexes the candidates of all
+    ranks.
     """
 
     @staticmethod
@@ -185,7 +187,7 @@ class InfoNCE(torch.autograd.Function):
         """Sweep over the pairs, and add the targets."""
         ctx.options, ctx.backend, ctx.ranks = options, backend, ranks
         ctx.device_type = query.device.type
-        # The rounding of a matrix product depends on the layout, so both sweeps use the same one.
+        # The rounding of a matrix product depends on the layout, so both sweeps use one layout.
         query, candidate = query.contiguous(), candidate.contiguous()
         if ranks is not None:
             candidate = ranks.gather(candidate)
@@ -195,7 +197,7 @@ class InfoNCE(torch.autograd.Function):
         ctx.everything = options.label_smoothing > 0 or positives
         bias, nan = None, _nan_rows(query)
         if candidate_key is not None or candidate_id is not None:
-            # A NaN candidate must not reach rows for which it does not count: 0 * NaN is NaN.
+            # Otherwise a NaN candidate would reach all rows, since 0 * NaN is NaN.
             candidate, bias = _without_nan(candidate)
         else:
             nan = nan | _nan_rows(candidate).any()
@@ -236,35 +238,35 @@ class InfoNCE(torch.autograd.Function):
         row, column, dots = ctx.saved_tensors[-3:]
         inputs = _Inputs(query, *others)
         if inputs.bias is not None:
-            # A query set to 0 here has lse = NaN, so dS stays NaN for the pairs that count.
+            # The lse of a query that is set to 0 here is NaN, so dS is NaN for pairs that count.
             query = query.masked_fill(_nan_rows(query)[:, None], 0.0)
             inputs = _Inputs(query, *others)
         options, everything, logit = ctx.options, ctx.everything, dots * inputs.scale
         d_nce = d_nce / 2 if options.symmetric else d_nce
         row, d_logit = gradient_coefficients(row, logit, d_nce, options, everything)
         if options.symmetric:
-            column, more = gradient_coefficients(column, logit, d_nce, options, everything)
-            d_logit = d_logit + more
+            column, of_column = gradient_coefficients(column, logit, d_nce, options, everything)
+            d_logit = d_logit + of_column
             # Only the columns of targets have a loss.
             column = column.new_zeros(4, inputs.candidate.shape[0]).index_copy_(
                 1, inputs.target, column
             )
             column = column if ctx.ranks is None else ctx.ranks.share_columns(column)
         dq, dc, d_scale = _swept_backward(ctx, inputs, row, column, dots)
-        acc = dots.dtype
-        pair = (d_logit * inputs.scale + d_dots).to(acc)[:, None]
+        wide = dots.dtype
+        d_target = (d_logit * inputs.scale + d_dots).to(wide)[:, None]
         need_query, need_candidate, need_scale = ctx.needs_input_grad[:3]
         d_query = d_candidate = None
         if need_query:
             dq = _unsort(dq, inputs.query_order, 0).mul_(inputs.scale)
-            targets = inputs.candidate[inputs.target].to(acc)
-            d_query = dq.add_(pair * targets).to(query.dtype)
+            targets = inputs.candidate[inputs.target].to(wide)
+            d_query = dq.add_(d_target * targets).to(query.dtype)
         if need_candidate:
             dc = _unsort(dc, inputs.candidate_order, 0).mul_(inputs.scale)
-            dc = _add_rows(dc, inputs.target, pair * query.to(acc))
+            dc = _add_rows(dc, inputs.target, d_target * query.to(wide))
             dc = dc if ctx.ranks is None else ctx.ranks.return_gradient(dc)
             d_candidate = dc.to(inputs.candidate.dtype)
-        # These two large sums nearly cancel, so they are float64.
+        # d_scale and the added sum may nearly cancel, so both are float64.
         d_scale = (d_scale + (d_logit * dots).sum()).to(inputs.scale.dtype) if need_scale else None
         return d_query, d_candidate, d_scale, *[None] * 9
 
@@ -277,18 +279,18 @@ def _statistics(
     nan: Tensor,
     broken: Tensor,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return the results of a sweep in the caller's order, with NaN for broken rows.
+    """Return the results of the forward sweep in the caller's order.
 
-    The results are the statistics (5, B) of the rows, those of the targets' columns (None unless
-    symmetric), and the targets' dot products (B,). ``nan`` (B,) bool: rows with embeddings that are
-    not finite. ``broken`` (B,) bool: rows whose loss must be NaN.
+    The results are the statistics (5, B) of the rows, the statistics (5, B) of the targets' columns
+    (None unless symmetric), and the dot products (B,) of the targets. ``nan`` (B,) bool: rows with
+    an embedding that is not finite. ``broken`` (B,) bool: rows whose dot product is set to NaN.
     """
     row, column, dots = swept
     dots = _unsort(dots, inputs.query_order, 0)
     if inputs.bias is not None:
         dots = dots + inputs.bias[inputs.target].to(dots.dtype)
     dots = dots.masked_fill(broken, float("nan"))
-    # Vectors are cheap in float64, and a logsumexp keeps its digits.
+    # In float64 a logsumexp keeps its digits.
     row = _unsort(row.double(), inputs.query_order)
     if not options.symmetric:
         return row, None, dots
@@ -306,7 +308,7 @@ def _swept_backward(
     column: Tensor | None,
     dots: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dq / scale and dc / scale, sorted by key, and this sweep's part of d_scale."""
+    """Return dq / scale and dc / scale, sorted by key, and d_scale without the targets' part."""
     options = ctx.options
     args = (
         _sort(row, inputs.query_order, 1),
@@ -330,7 +332,7 @@ def _nan_rows(x: Tensor) -> Tensor:
 def _without_nan(candidate: Tensor) -> tuple[Tensor, Tensor]:
     """Set candidates that are not finite to 0; also return a bias (C,), NaN for these candidates.
 
-    Adding the bias to the logits makes only those rows NaN for which such a candidate counts.
+    With the bias added to the logits, a row becomes NaN only if such a candidate counts for it.
     """
     broken = _nan_rows(candidate)
     bias = torch.zeros(candidate.shape[0], device=candidate.device)
@@ -340,7 +342,7 @@ def _without_nan(candidate: Tensor) -> tuple[Tensor, Tensor]:
 def _add_rows(x: Tensor, at: Tensor, rows: Tensor) -> Tensor:
     """Add ``rows`` to ``x[at]`` in place, deterministically even if ``at`` repeats an index.
 
-    On a CPU index_add_ is deterministic, on CUDA index_put_ is.
+    index_add_ is deterministic on a CPU, and index_put_ on CUDA.
     """
     if x.device.type == "cpu":
         return x.index_add_(0, at, rows)
@@ -364,7 +366,7 @@ def _unsort(x: Tensor, order: Tensor | None, dim: int = 1) -> Tensor:
 
 
 def _place(target: Tensor, order: Tensor | None) -> Tensor:
-    """Return the indices of the targets in the candidates that ``order`` has sorted."""
+    """Return the index of each target among the candidates as sorted by ``order``."""
     if order is None:
         return target
     place = torch.empty_like(order)

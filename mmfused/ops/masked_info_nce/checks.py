@@ -26,8 +26,8 @@ def check_arguments(
 ) -> None:
     """Raise ``TypeError`` or ``ValueError`` on bad input.
 
-    ``temperature``: None if the caller passes a scale instead. ``over_ranks``: whether the loss
-    spans several ranks, so that this rank may have no rows.
+    ``temperature``: None if the caller has a scale instead. ``over_ranks``: whether the loss spans
+    several ranks. Then this rank may have no rows.
     """
     _check_embeddings(query, candidate, over_ranks)
     _check_shapes(query, candidate, labels)
@@ -41,7 +41,7 @@ def check_arguments(
 
 
 def _check_embeddings(query: Tensor, candidate: Tensor, over_ranks: bool) -> None:
-    """Check the embeddings; the other checks read their shapes."""
+    """Check the embeddings, whose shapes the other checks read."""
     for name, tensor in (("query", query), ("candidate", candidate)):
         if tensor is None:
             raise TypeError(f"{OP}: {name}: got None, expected a torch.Tensor")
@@ -137,7 +137,7 @@ def _check_options(options: Options) -> None:
 
 
 def _check_reciprocal(temperature: float | Tensor, query: Tensor) -> None:
-    """Check that 1 / temperature, the factor of the logits, is finite in their dtype."""
+    """Check that 1 / temperature is finite in the dtype of the logits."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     message = (
         f"{OP}: temperature: got a number too small for 1 / temperature in {dtype}, "
@@ -171,7 +171,7 @@ def _check_values(labels: Labels, candidates: int) -> None:
     if target is not None:
         check_value(
             lambda: ((target >= 0) & (target < candidates)).all(),
-            # A function: a number in the message would become a constant of an exported graph.
+            # A function, since a number in a string would become a constant of an exported graph.
             lambda: (
                 f"{OP}: target: got a value outside [0, {candidates}), expected the index of a "
                 "candidate"

@@ -1,10 +1,9 @@
 """The sweeps over all pairs in plain PyTorch, one block of rows at a time.
 
-The equations and symbols are in :mod:`.reference`. No B x C tensor is stored. Queries and
-candidates must be sorted by key. The sweeps leave out the target of each row, and :mod:`.autograd`
-adds it. So a row without other pairs has a logsumexp of exactly -inf, and a loss near 0 keeps its
-digits. The statistics are float64: rounding a logsumexp of 20 to float32 would cause a relative
-error of 1e-6 in all probabilities of the row.
+The equations and symbols are in :mod:`.reference`. Queries and candidates must be sorted by key.
+The sweeps leave out the target of each row, and :mod:`.autograd` adds the target afterwards. So a
+row without other pairs has a logsumexp of exactly -inf. The statistics are float64: rounding a
+logsumexp of 20 to float32 would cause a relative error of 1e-6 in all probabilities of the row.
 """
 
 from __future__ import annotations
@@ -15,15 +14,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Bytes of one block of logits, which stays in the cache for the exponential and the sums.
+# Bytes of one block of logits.
 BLOCK_BYTES = 16 * 2**20
-# Largest allowed shift: exp(-2 * shift) must be a normal number, and exp(2 * shift) must not
-# overflow when multiplied by an upstream gradient of 2^24 (loss scaling).
+# Largest allowed shift: exp(-2 * shift) must be a normal number, and the product of exp(2 * shift)
+# and an upstream gradient of 2^24 (loss scaling) must not overflow.
 SAFE_SHIFT = {torch.float32: 36.0, torch.float64: 320.0}
 
 
 class SweepInputs(NamedTuple):
-    """Inputs of both sweeps; queries and candidates are sorted by key."""
+    """The inputs of both sweeps, sorted by key."""
 
     q: Tensor  # (B, D)
     c: Tensor  # (C, D)
@@ -34,7 +33,7 @@ class SweepInputs(NamedTuple):
     c_key: Tensor | None  # (C,)
     q_id: Tensor | None  # (B,)
     c_id: Tensor | None  # (C,)
-    drop: bool  # True: leave out other candidates with the row's id; False: they are positives
+    drop: bool  # whether to leave out further positives: other candidates with the row's id
 
 
 def sweep_blocks(
@@ -50,12 +49,13 @@ def sweep_blocks(
         columns: whether to compute the statistics of the columns.
         everything: whether to compute statistics 1 to 4 in addition to the logsumexp.
         margin: leave out pairs whose dot product exceeds that of the row's target by more than
-            this, unless the candidate has key -1.
+            this number, unless the candidate has key -1.
 
     Returns:
-        The statistics of the rows (5, B), those of the columns (5, C), or (5, 0) without
-        ``columns``, and the targets' dot products q . c (B,). If a block contains a target, the dot
-        product comes from the matrix product of that block.
+        row: (5, B), the statistics of the rows.
+        column: (5, C), the statistics of the columns; (5, 0) without ``columns``.
+        dots: (B,), the dot products q . c of the targets. They come from the matrix products of the
+            blocks, if a block contains the target.
     """
     inputs = _widened(inputs)
     q, c = inputs.q, inputs.c
@@ -97,16 +97,17 @@ def sweep_blocks_backward(
     dots: Tensor,
     margin: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute dS c and dS^T q, which are dq / scale and dc / scale, and the gradient of the scale.
+    """Return dS c (dq / scale), dS^T q (dc / scale) and the gradient of the scale.
 
     ``row`` (4, B) and ``column`` (4, C) hold four coefficients for each row and each column: lse
-    (the logsumexp with the target), weight, positive and uniform. Row i adds to dS_ij the number
+    (the logsumexp with the target), weight, positive and uniform. dS_ij is a term with the
+    coefficients of row i plus, unless ``column`` is None, the same term with those of column j:
 
         weight * exp(S_ij - lse) - uniform - (positive if the pair is a further positive)
 
-    with its coefficients, and column j does the same. Without ``everything``, uniform and positive
-    are not read. ``dots`` (B,): the targets' dot products. The gradient of the scale is a float64
-    scalar, the sum of dS_ij q_i . c_j. A gradient that is not needed has shape (0,).
+    Without ``everything``, uniform and positive are not read. ``dots`` (B,) holds the dot products
+    of the targets. The gradient of the scale is a float64 scalar, the sum of dS_ij q_i . c_j. A
+    gradient that is not needed has shape (0,).
     """
     inputs = _widened(inputs)
     q, c = inputs.q, inputs.c
@@ -122,7 +123,7 @@ def sweep_blocks_backward(
             ds.sub_(sum(side[3] for side in sides))
             if block.same is not None:
                 ds.sub_(block.same * sum(side[2] for side in sides))
-        ds = block.fill(ds, 0.0)  # as the last step, since a broken row is NaN up to here
+        ds = block.fill(ds, 0.0)  # the last step, since broken rows of ds are NaN until here
         if need_dq or need_scale:
             dq[block.rows].addmm_(ds, c[block.columns])
         if need_dc:
@@ -134,8 +135,8 @@ def sweep_blocks_backward(
 
 
 def _softmax_gradient(logits: Tensor, sides: list[Tensor], shift: float | None) -> Tensor:
-    """Return the sum over ``sides`` of weight * exp(logits - lse); overwrites ``logits``."""
-    # With weight 0, lse = inf keeps exp(logits - lse) from overflowing.
+    """Return the sum over ``sides`` of weight * exp(logits - lse); may overwrite ``logits``."""
+    # Where the weight is 0, lse = inf keeps exp(logits - lse) from overflowing.
     lses = [side[0].masked_fill(side[1] == 0, float("inf")) for side in sides]
     if shift is not None:
         factors = [
@@ -154,14 +155,14 @@ def _logsumexp(logits: Tensor, axis: int) -> Tensor:
 
 
 class _Block(NamedTuple):
-    """The logits of a slice of rows and a slice of columns, and which of the pairs count."""
+    """The logits of a slice of rows and a slice of columns, and the pairs that count."""
 
     logits: Tensor  # (R, M)
     rows: slice
     columns: slice
     targets: tuple[Tensor, Tensor]  # row and column indices of the targets inside the block
-    excluded: Tensor | None  # (R, M) bool; None if every pair counts
-    same: Tensor | None  # (R, M) bool: further positives; None if there are none
+    excluded: Tensor | None  # (R, M) bool: pairs that do not count; None if all pairs count
+    same: Tensor | None  # (R, M) bool: further positives; None if there can be none
 
     def fill(self, tensor: Tensor, value: float) -> Tensor:
         """Write ``value`` into each target and each excluded pair of ``tensor``, in place."""
@@ -185,7 +186,7 @@ class _Columns(NamedTuple):
     low: int
     high: int
     several_keys: bool = False  # whether the rows of the block have different keys
-    shared: bool = False  # whether the candidates have key -1, to which no margin applies
+    shared: bool = False  # whether the candidates have key -1; the margin does not apply to key -1
 
 
 def _blocks(
@@ -196,9 +197,9 @@ def _blocks(
 ) -> Iterator[_Block]:
     """Yield blocks that cover all pairs that count.
 
-    With keys, a block of rows is paired with the candidates that have key -1, which are sorted
-    first, and with the range of candidates that have the keys of its rows. ``update_dots``: whether
-    to write the targets' dot products into ``dots``.
+    With keys, a block of rows is paired with two ranges of candidates: the candidates with key -1,
+    and the candidates with the keys of the rows. ``update_dots``: whether to write the dot products
+    of the targets into ``dots``.
     """
     q, c, target = inputs.q, inputs.c, inputs.target
     rows_at_once = max(16, BLOCK_BYTES // (4 * len(c)))
@@ -235,7 +236,7 @@ def _key_and_id_masks(
     targets: tuple[Tensor, Tensor],
     several_keys: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return bool masks of a block's excluded pairs and further positives, or None."""
+    """Return the fields ``excluded`` and ``same`` of a block, without the margin."""
     excluded = None
     if several_keys and inputs.q_key is not None and inputs.c_key is not None:
         excluded = inputs.q_key[rows, None] != inputs.c_key[columns]
@@ -253,7 +254,7 @@ def _key_and_id_masks(
 def _ranges(first: Tensor, last: Tensor, c_key: Tensor) -> list[list[_Columns]]:
     """Return the ranges of candidates for blocks of rows with keys from ``first`` to ``last``."""
     shared = int(torch.searchsorted(c_key, 0))
-    # A row whose target has key -1 has that key too and is paired with the shared range only.
+    # Rows with key -1 need only the shared range.
     low = torch.searchsorted(c_key, first).clamp_(min=shared).tolist()
     high = torch.searchsorted(c_key, last, right=True).tolist()
     several = (first != last).tolist()
@@ -275,9 +276,9 @@ def _widened(inputs: SweepInputs) -> SweepInputs:
 
 
 def _safe_shift(q: Tensor, c: Tensor, bias: Tensor | None, scale: Tensor) -> float | None:
-    """Return a bound of |logits| to subtract in place of the maximum of each row and column.
+    """Return an upper bound of |logits|, to subtract instead of the maximum of each row and column.
 
-    Returns None if exponentials could underflow or overflow with that shift.
+    Returns None if the exponentials could underflow or overflow with this shift.
     """
     if len(q) == 0 or (bias is not None and bias.any()):  # a bias other than 0 is NaN
         return None

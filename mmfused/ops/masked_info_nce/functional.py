@@ -44,51 +44,56 @@ def masked_info_nce(
 ) -> Tensor:
     """Compute the softmax contrastive loss of queries and candidates, masked by integer keys.
 
-    No B x C matrix is stored. Equations: :mod:`mmfused.ops.masked_info_nce.reference`.
+    The kernels and the composed path store no B x C matrix. The equations are in
+    :mod:`mmfused.ops.masked_info_nce.reference`.
 
     Args:
-        query: (B, D), float32, float16, bfloat16 or float64; normalise the embeddings first.
-        candidate: (C, D), of the same dtype.
+        query: (B, D), float32, float16, bfloat16 or float64. The function does not normalise.
+        candidate: (C, D), in the dtype of ``query``.
         temperature: divides the dot products; a float, or a tensor of one element, which may
             require grad.
         target: (B,) int64, index of the positive candidate of each row; default ``arange(B)``.
         query_key: (B,) int64, accepted only together with ``candidate_key``.
-        candidate_key: (C,) int64. The candidates that count for a row are those with the row's key,
-            those with key -1, and the target. Without ``query_key`` each row has the key of its
-            target (UNITE's MAMCL); if that key is -1, only candidates with key -1 count.
-        query_id: (B,) int64, accepted only together with ``candidate_id``; equal ids mark the same
+        candidate_key: (C,) int64. A candidate counts for a row if it has the row's key or key -1,
+            or is the target. Without ``query_key`` each row has the key of its target (UNITE's
+            MAMCL). For a row with key -1, only candidates with key -1 count.
+        query_id: (B,) int64, accepted only together with ``candidate_id``. Equal ids mark the same
             item.
         candidate_id: (C,) int64. Without ``query_id`` each row has the id of its target.
         same_id: what to do with candidates that have the row's id but are not its target. "drop":
             leave them out. "mean": treat them as further positives, and average the
             log-probabilities of all positives (SupCon). "sum": like "mean", but sum (UNITE).
-        symmetric: whether to average the losses of both directions. Needs the default target and
-            C >= B. The loss of a column uses the same pairs as the losses of the rows.
-        positive_weight: factor of ``1 - query_i . candidate_target``, which is added to the loss of
-            each row (UniCA's positive similarity).
+        symmetric: whether to average the losses of rows and columns. Needs the default target and
+            C >= B. The pairs that count are the same in both directions.
+        positive_weight: factor of ``1 - q . c``, with the dot product of query and target; the
+            result is added to the loss of the row (UniCA's positive similarity).
         row_weight: (B,), constant and >= 0, multiplies the losses of the rows. Reduction "mean"
             divides by the sum of the weights, and gives 0 if all weights are 0.
-        label_smoothing: share of the target distribution that is uniform over the pairs that count.
-        false_negative_margin: leave out other candidates whose dot product with the query exceeds
-            that of the target by more than this, as unlabelled positives. Candidates with key -1
-            (curated negatives) are kept. There is no kernel for this option.
+        label_smoothing: share of the label distribution that is uniform over the pairs that count.
+        false_negative_margin: leave out candidates whose dot product with the query exceeds that of
+            the target by more than this number; such candidates may be unlabelled positives.
+            Candidates with key -1 (curated negatives) are kept. No kernel supports this option.
         reduction: "mean", "sum" or "none"; "none" returns the losses (B,).
 
     Returns:
         The loss in float32, or in float64 for float64 inputs. A row (or column) for which only the
-        target counts has a contrastive loss of exactly 0 and is included in the mean. A candidate
-        that counts for no row may be NaN and gets gradient 0. Any other candidate that is not
-        finite makes the rows for which it counts NaN. A query that is not finite makes its row NaN,
-        and gives NaN gradients to the candidates that count for that row. Second derivatives raise.
-        The kernels do not synchronise with the CPU. On a GPU, "composed" synchronises to find the
-        blocks that contain pairs, so it cannot be captured in a CUDA graph.
+        target counts has a contrastive loss of exactly 0 and is included in the mean.
+
+        A candidate that counts for no row may be NaN and gets gradient 0. Any other candidate that
+        is not finite makes each row NaN for which the candidate counts. A query that is not finite
+        makes its row NaN, and gives NaN gradients to the candidates that count for the row.
+
+        Second derivatives raise, except under ``backend("reference")``. The kernels do not
+        synchronise with the CPU. On a GPU, the composed path synchronises, so a CUDA graph cannot
+        capture it.
 
     Raises:
         TypeError: bad input.
         ValueError: bad input. Values in tensors are checked only on a CPU in eager mode. Elsewhere
-            a row becomes NaN if its target is out of range, or if its key or weight is negative.
-            All rows become NaN if any candidate key is below -1, if the temperature is not above 0,
-            or if 1 / temperature overflows (temperature below 3e-39 in float32).
+            a row becomes NaN if its target is out of range, its query key is negative, or its
+            weight is negative. All rows become NaN if any candidate key is below -1, if the
+            temperature is not above 0, or if 1 / temperature overflows (in float32: temperature
+            below 3e-39).
         RuntimeError: ``backend("fused")`` cannot run; raised before any kernel is launched.
 
     Source: UNITE (arXiv 2505.19650), UniCA (arXiv 2606.28350), SupCon (arXiv 2004.11362). Masking
@@ -139,14 +144,17 @@ def loss_over_ranks(
     """Compute :func:`masked_info_nce` with the candidates of every rank.
 
     The result is the sum of the losses of this rank's rows, times the number of ranks, divided by
-    the number of rows on all ranks (or by the sum of all row weights). All tensors are those of
-    this rank, and ``target`` indexes this rank's candidates. ``share_gradients`` is that of
-    :class:`mmfused.distributed.Ranks`. A rank without rows returns 0; its candidates still get
-    gradients from the rows of other ranks.
+    the sum of the row weights on all ranks. Without row weights, each weight is 1. A rank without
+    rows returns 0.
+
+    All tensors are those of this rank, and ``target`` indexes the candidates of this rank.
+    ``share_gradients``: whether candidates get gradients from the rows of all ranks, or only from
+    the rows of their own rank.
 
     Raises:
-        TypeError, ValueError: the inputs of this rank are bad; all other ranks raise RuntimeError
-            and name this rank. All ranks also raise if their settings differ.
+        TypeError, ValueError: the inputs of this rank are bad.
+        ValueError: the settings of the ranks differ, or no rank has rows.
+        RuntimeError: another rank has failed; the message names that rank.
     """
     try:
         labels, options = grouped(**arguments, reduction="sum")
@@ -173,7 +181,7 @@ def loss_over_ranks(
 
 
 class _Call(NamedTuple):
-    """The checked arguments of a loss; either temperature or scale is None."""
+    """The checked arguments of a loss. One of temperature and scale is None."""
 
     query: Tensor
     candidate: Tensor
@@ -217,7 +225,7 @@ def _checked(
 
 
 def _settings(call: _Call, share_gradients: bool) -> dict[str, object]:
-    """Return the settings that must be equal on all ranks, under their names in error messages."""
+    """Return the settings that must be equal on all ranks, by their names in error messages."""
     labels, options = call.labels, call.options
     settings: dict[str, object] = {
         "dim": call.query.shape[1],
@@ -288,7 +296,7 @@ def _from_whole_matrix(call: _Call) -> Tensor:
 
 
 def _scale(call: _Call) -> Tensor:
-    """Return the factor of the dot products as a scalar tensor in float32 or float64."""
+    """Return the factor of the dot products, as a float32 or float64 scalar tensor."""
     query, scale, temperature = call.query, call.scale, call.temperature
     dtype = torch.promote_types(query.dtype, torch.float32)
     if isinstance(temperature, Tensor):

@@ -31,21 +31,21 @@ class MaskedInfoNCE(nn.Module):
             temperature is not in the state dict, and casting the module does not round it.
         learnable_temperature: whether ``log_scale`` = log(1 / temperature) is a parameter. In
             training, ``forward`` clamps the parameter in place to at most log(``max_scale``).
-        max_scale: the largest 1 / temperature in training.
+        max_scale: the largest 1 / temperature of a learned temperature in training.
         normalize: whether to scale queries and candidates to unit length first, in float32 or
             float64.
         gather: which candidates the loss uses. It has no effect without a process group.
 
             - None: the candidates of this process.
             - "global": the candidates of all W ranks. With N rows in total, each rank returns W / N
-              times the sum of the losses of its own rows, and each candidate's gradient is sent
-              back to its rank. DDP's average over ranks is then the gradient of one process with
-              the whole batch. This also holds for the temperature, and for ranks with different
-              numbers of rows, or none. If the inputs of one rank are bad, or options, dtypes or
-              requires_grad differ between ranks, all ranks raise.
+              times the sum of the losses of its own rows. The gradients of candidates are sent to
+              the ranks that own the candidates. DDP's average over ranks is then the gradient of
+              one process with the whole batch, also for the temperature. Ranks may have different
+              numbers of rows, or none. All ranks raise if the inputs of one rank are bad, or if
+              options, dtypes or requires_grad differ between ranks.
             - "local": the same loss as "global", but the candidates of other ranks are constants.
-              This is cheaper, but the gradients are biased. It cannot be combined with
-              ``symmetric``: the gradient of a column would lack the contribution of other ranks.
+              "local" is cheaper, but the gradients are biased. It cannot be combined with
+              ``symmetric``, since the gradient of a column would lack the rows of other ranks.
 
             The public code of UNITE and VISTA yields the gradient of "global" divided by W.
         reduction: as in :func:`masked_info_nce`; must be "mean" with ``gather``.
@@ -76,7 +76,7 @@ class MaskedInfoNCE(nn.Module):
         self.gather = gather
         self.reduction: Reduction = reduction
         self.options = options
-        # A fixed temperature is not registered, so that state dicts omit it and casts keep it.
+        # A fixed temperature is not a buffer, so state dicts omit it and casts do not round it.
         device = None if learnable_temperature else "cpu"
         log_scale = torch.tensor(-math.log(temperature), device=device)
         self.log_scale = nn.Parameter(log_scale) if learnable_temperature else log_scale
@@ -101,10 +101,10 @@ class MaskedInfoNCE(nn.Module):
         """
         temperature = self._temperature()
         if self.normalize:
-            keys = (labels.get("candidate_key"), labels.get("candidate_id"))
-            masked = any(x is not None for x in keys)
+            of_candidates = (labels.get("candidate_key"), labels.get("candidate_id"))
+            may_be_ignored = any(x is not None for x in of_candidates)
             query = _unit(query, may_be_ignored=False)
-            candidate = _unit(candidate, may_be_ignored=masked)
+            candidate = _unit(candidate, may_be_ignored=may_be_ignored)
         if self.gather is None or not dist.is_available() or not dist.is_initialized():
             return masked_info_nce(
                 query,
@@ -194,7 +194,7 @@ def _without_fixed_scale(
     prefix: str,
     *_: object,
 ) -> None:
-    """Drop the fixed temperature from state dicts of version 0.1; the module keeps its own."""
+    """Drop ``log_scale`` from a state dict of version 0.1 if the temperature is fixed."""
     if module.learnable_temperature:
         return
     log_scale = state_dict.pop(prefix + "log_scale", None)

@@ -1,27 +1,30 @@
 """Masked InfoNCE: a softmax contrastive loss in which integer keys select the pairs.
 
-Row i of the B x C matrix of pairs is the query q_i, column j the candidate c_j. The target t_i is
-the index of the positive of row i, and P_i is the set of the candidates j that count for row i:
+Row i of the B x C matrix of pairs belongs to the query q_i, column j to the candidate c_j. The
+target t_i is the index of the positive of row i. P_i is the set of the candidates j that count for
+row i:
 
     S_ij  = q_i . c_j / temperature
     nce_i = -log( exp(S_i,t_i) / sum over j in P_i of exp(S_ij) )
 
 Without keys, all candidates count. With keys, P_i contains the candidates with the key of row i
 (such as the modality of its target: UNITE's MAMCL), the candidates with key -1, and the target. The
-options same_id and false_negative_margin can remove candidates from P_i. A symmetric loss is the
-mean of nce_i and the corresponding term of column t_i, a sum over the rows k with t_i in P_k.
+options same_id and false_negative_margin can remove candidates from P_i. If symmetric, the loss of
+row i is the mean of nce_i and the same expression for column t_i. The sum in this expression runs
+over the rows k that have t_i in P_k.
 
 The fused and composed paths leave the target out of the sum. Let n_i be the logarithm of the sum of
 exp(S_ij) over P_i without the target. Then nce_i = softplus(n_i - S_i,t_i), and its derivative with
-respect to S_i,t_i is -sigmoid(n_i - S_i,t_i). Neither loses digits when the probability of the
-target is close to 1, and a row without negatives (n_i = -inf) has a loss of exactly 0.
+respect to S_i,t_i is -sigmoid(n_i - S_i,t_i). Both expressions keep their digits when the
+probability of the target is close to 1. A row without negatives has n_i = -inf and a loss of 0.
 
 A sweep visits all pairs without storing a B x C matrix. The forward sweep computes n for rows and
-columns from the same logits. With dS the gradient of the loss with respect to S, the backward sweep
-computes the gradients of q and c and that of 1 / temperature, the sum of dS_ij q_i . c_j over all
-pairs. Forward and backward together need 8 B C D FLOPs, with or without symmetric.
+columns from the same logits. Let dS be the gradient of the loss with respect to S. The backward
+sweep computes the gradients of q and c, and the gradient of 1 / temperature, which is the sum of
+dS_ij q_i . c_j over all pairs. Without keys, both sweeps together need 8 B C D FLOPs, symmetric or
+not.
 
-The code below is the specification and does store the B x C matrix.
+The code below is the specification. It stores the B x C matrix.
 """
 
 from __future__ import annotations
@@ -53,7 +56,7 @@ def masked_info_nce_reference(
     false_negative_margin: float | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """Compute :func:`masked_info_nce` in plain PyTorch, with a B x C matrix.
+    """Compute :func:`masked_info_nce` in plain PyTorch.
 
     This is the specification. It supports any floating dtype, any device and derivatives of any
     order.
@@ -121,7 +124,7 @@ def _pairs(
     labels: Labels,
     options: Options,
 ) -> tuple[Tensor, Tensor]:
-    """Return bool masks (B, C) of the pairs that count and of the positives, before the margin."""
+    """Return bool masks (B, C) of the pairs that count and of the positives, without the margin."""
     allowed, positive = torch.ones_like(is_target), is_target
     if labels.candidate_key is not None and rows.query_key is not None:
         same_key = rows.query_key[:, None] == labels.candidate_key
@@ -152,7 +155,7 @@ def _cross_entropy(
 
 
 class Rows(NamedTuple):
-    """Labels of the rows with the defaults filled in."""
+    """The labels of the rows, with defaults filled in."""
 
     target: Tensor  # (B,), a valid index even in broken rows
     query_key: Tensor | None  # (B,)
@@ -185,7 +188,7 @@ def resolve_rows(query: Tensor, candidate: Tensor, labels: Labels) -> Rows:
 
 
 def reduce_rows(loss: Tensor, row_weight: Tensor | None, reduction: Reduction) -> Tensor:
-    """Weight and reduce the losses (B,) of the rows; a negative weight gives NaN."""
+    """Multiply the losses (B,) by the row weights and reduce them. A negative weight gives NaN."""
     if row_weight is not None:
         row_weight = row_weight.to(loss.dtype)
         row_weight = row_weight.masked_fill(row_weight < 0, float("nan"))

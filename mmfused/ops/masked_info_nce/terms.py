@@ -1,14 +1,17 @@
-"""Loss of each row or column and its derivatives, from the statistics of the forward sweep.
+"""Losses of rows or columns, and their derivatives, from the statistics of the forward sweep.
 
 The equations are in :mod:`.reference`. ``logit`` (B,) holds the logits of the targets.
-``statistics`` (5, B) covers the pairs that count, without the target:
+``statistics`` (5, B) holds for each row (or column) these numbers over the pairs that count, except
+the target:
 
-    0       logsumexp of the logits
-    1, 2    number of further positives, and sum of their logits
-    3, 4    number of pairs, and sum of their logits
+    0    logsumexp of the logits
+    1    number of further positives
+    2    sum of the logits of the further positives
+    3    number of pairs
+    4    sum of the logits of the pairs
 
-Further positives are candidates that have the id of the row but are not its target. Statistics 1 to
-4 are computed only if ``everything`` is true: label smoothing and further positives need them.
+A further positive is a candidate that has the id of the row but is not the target. Label smoothing
+and further positives need statistics 1 to 4, which are computed only if ``everything`` is true.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from .arguments import Options
 
 
 def target_term(statistics: Tensor, logit: Tensor, options: Options, everything: bool) -> Tensor:
-    """Return the loss (B,): -log p of the target, with label smoothing and further positives."""
+    """Return the losses (B,), including label smoothing and further positives."""
     others = statistics[0]
     if not everything:
         return -F.logsigmoid(logit - others)
@@ -47,8 +50,8 @@ def gradient_coefficients(
     """Return the coefficients (4, B) for the backward sweep, and the gradient (B,) of ``logit``.
 
     The coefficients lse, weight, positive and uniform are defined in
-    :func:`.composed.sweep_blocks_backward`. They have the dtype of ``logit``, and the weight
-    corrects for the rounding of lse to that dtype.
+    :func:`.composed.sweep_blocks_backward`. They have the dtype of ``logit``. The weight corrects
+    for the rounding of lse.
     """
     others = statistics[0]
     lse = torch.logaddexp(others, logit)
