@@ -316,9 +316,8 @@ def test_eval_on_generated_products_matches_the_validation(tmp_path, monkeypatch
     assert (found["loss"], found["macro_f1"]) == (summary["val_loss"], summary["macro_f1"])
     assert main([*arguments, "--out", str(tmp_path / "numbers.json"), "--batch-size", "7"]) == 0
     other = json.loads((tmp_path / "numbers.json").read_text())
-    assert (
-        other["accuracy"] == found["accuracy"] and other["loss"] != found["loss"]
-    )  # with smaller batches, the contrastive loss has fewer negatives
+    # With smaller batches, the contrastive loss has fewer negatives.
+    assert other["accuracy"] == found["accuracy"] and other["loss"] != found["loss"]
 
 
 def reshape_weights(run):

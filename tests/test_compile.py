@@ -53,7 +53,7 @@ print("done")
 
 
 def test_fluid_is_one_graph():
-    """Compile the model without encoders, for texts of three lengths, and with encoders."""
+    """Compile a model without encoders for texts of three lengths, and a model with encoders."""
     code = """
 import torch, mmfused
 from torch._dynamo.utils import counters

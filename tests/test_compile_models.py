@@ -1,6 +1,6 @@
-"""A training step of UniECS or UniCA compiles to one graph, from tokens of the encoders.
+"""The losses of UniECS and UniCA compile to one graph, given the tokens of the encoders.
 
-test_moon2.py and test_unite.py compile the other models.
+test_moon2.py and test_unite.py compile the other retrieval models.
 """
 
 from compiling import run_python

@@ -58,9 +58,9 @@ print("done")
 
 
 def test_fused_moe_calls_five_ops_on_fake_tensors():
-    """Router and experts call one op each, forward and backward.
+    """The router and the experts each have one op for the forward and one for the backward.
 
-    The fifth op computes the gradient of the router's input.
+    The fifth op computes the gradients of the router's input and weight.
     """
     code = """
 import torch, mmfused

@@ -124,7 +124,7 @@ async def tasks():
 
 asyncio.run(tasks())
 assert len(seen) == 12 and all(want == got for want, got in seen), seen
-assert graphs() == 6  # a backend has two graphs: one as the default, one in a with statement
+assert graphs() == 6  # a backend has one graph as the default, and another in a with statement
 """
 
 BREAKS = """

@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 import training_runs
 from training_runs import (
-    everything,
+    contents_of,
     small_run,
 )
 
@@ -175,11 +175,11 @@ def test_resume_rejects_damaged_state_and_changes_no_file(tmp_path, stopped_run,
     (tmp_path / "secret").write_text("secret")
     damage, message = DAMAGE[name]
     damage(out / "checkpoints" / "step-00000004")
-    before = everything(out)
+    before = contents_of(out)
     with pytest.raises(ValueError, match=message) as caught:
         train(small_run(out, resume=True))
     assert "\n" not in str(caught.value)
-    assert everything(out) == before
+    assert contents_of(out) == before
 
 
 @pytest.mark.parametrize("name", ["summary.json", "config.json"])
@@ -250,13 +250,13 @@ def test_resume_rejects_links_and_pipes(tmp_path, stopped_run, name, kind):
         (out / name).symlink_to(tmp_path / name)
     else:
         os.mkfifo(out / name)
-    before = everything(tmp_path)
+    before = contents_of(tmp_path)
     with pytest.raises(
         FileExistsError,
         match=f"links, pipes or folders with the names of a run's files .{name}.; move them",
     ):
         train(small_run(out, resume=True))
-    assert everything(tmp_path) == before
+    assert contents_of(tmp_path) == before
 
 
 def test_resume_accepts_moved_data_and_rejects_changed_data(tmp_path):

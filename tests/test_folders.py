@@ -11,7 +11,7 @@ import pytest
 import training_runs
 from training_runs import (
     assert_same_run,
-    everything,
+    contents_of,
     in_step,
     small_run,
 )
@@ -56,10 +56,10 @@ def test_training_rejects_a_folder_with_files_that_no_run_made(tmp_path, name, c
     for file, text in FOREIGN[name].items():
         (out / file).parent.mkdir(parents=True, exist_ok=True)
         (out / file).write_text(text)
-    before = everything(out)
+    before = contents_of(out)
     with pytest.raises(FileExistsError, match=r"out: .* holds files that no run made \(.*\)"):
         train(small_run(out, **changes))
-    assert everything(out) == before
+    assert contents_of(out) == before
 
 
 @pytest.mark.parametrize(
@@ -77,10 +77,10 @@ def test_overwrite_never_removes_files_that_were_added_to_a_run(tmp_path, whole_
         (out / place).symlink_to("step-00000009")
     else:
         (out / place).write_text("mine")
-    before = everything(out)
+    before = contents_of(out)
     with pytest.raises(FileExistsError, match=f"no run made .{place}."):
         train(small_run(out, overwrite=True))
-    assert everything(out) == before
+    assert contents_of(out) == before
     (out / place).unlink()
     (out / "notes.txt").write_text("mine")
     train(small_run(out, overwrite=True))
@@ -178,12 +178,12 @@ def test_out_must_be_a_folder(tmp_path, capsys):
 def test_training_rejects_a_locked_folder(tmp_path, stopped_run, changes):
     out = shutil.copytree(stopped_run, tmp_path / "run")
     with Lock(out):
-        before = everything(out)
+        before = contents_of(out)
         with pytest.raises(
             FileExistsError, match="out: another process is writing to .*run; wait for it"
         ):
             train(small_run(out, **changes))
-        assert everything(out) == before
+        assert contents_of(out) == before
     train(small_run(out, **changes))
 
 

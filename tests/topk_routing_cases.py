@@ -7,12 +7,12 @@ from mmfused import topk_routing, topk_routing_from_input
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
-# bfloat16 is tested only on a GPU, because the interpreter truncates instead of rounding to it.
+# The interpreter truncates where hardware rounds to bfloat16, so bfloat16 is tested only on a GPU.
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if CUDA else [])
 LOSSES = ("balance_loss", "z_loss", "entropy")
 
-# Options for make_options. If mask, bias, replay or available is True, make_options draws a random
-# tensor; segments is the number of segments.
+# Options for make_options. For each of mask, bias, replay and available that is True, make_options
+# draws a random tensor. segments is the number of segments.
 OPTIONS = {
     "softmax": dict(),
     "sigmoid": dict(score="sigmoid"),
@@ -95,7 +95,8 @@ def run(leaves, k, options, backend, upstream=None, indices=None):
     """Return a dictionary of results, and the routing.
 
     The results are the weights, the losses, and the gradients "d<leaf> from <output>". ``upstream``
-    is the gradient of the weights; the losses have a gradient of 1. "all" is the sum of outputs.
+    is the upstream gradient of the weights. The losses have an upstream gradient of 1. The output
+    "all" is the sum of all outputs, weighted with the upstream gradients.
     """
     if indices is not None:
         options = options | dict(indices=indices)
@@ -118,7 +119,7 @@ def _gradients(scalar, leaves, name):
 
 
 def plain_order(indices, mask, experts):
-    """Compute order, position and offsets by their definition, as lists."""
+    """Return order, position and offsets as lists, computed by definition."""
     tokens, k = indices.shape
     masked = [False] * tokens if mask is None else mask.tolist()
     key = [

@@ -74,7 +74,7 @@ def steps_saved(out):
 
 
 def in_step(monkeypatch, number, act):
-    """Call ``act`` just before the training step ``number`` of this process."""
+    """Call ``act`` just before the update in the training step ``number`` of this process."""
     made, update = [], training.update
 
     def acting(*args):
@@ -106,7 +106,7 @@ def whole_run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stopped_run(tmp_path_factory):
-    """Return a run that failed in step 6 of 9, after its checkpoint of step 4."""
+    """Return a run that failed in step 6 of 9, after the checkpoint of step 4."""
     out = tmp_path_factory.mktemp("stopped") / "run"
     with pytest.MonkeyPatch.context() as patch:
         fail_in_step(patch, 6)
@@ -115,5 +115,5 @@ def stopped_run(tmp_path_factory):
     return out
 
 
-def everything(folder):
+def contents_of(folder):
     return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}

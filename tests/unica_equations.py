@@ -1,6 +1,6 @@
 """A literal transcription of UniCA's equations in float64, and a small model with batches.
 
-Items, heads and tokens are loops, and nothing is padded. ``p`` maps parameter names to parameters,
+The functions loop over items, heads and tokens, without padding. ``p`` maps names to parameters,
 and ``c`` is a UniCAConfig.
 """
 
@@ -34,7 +34,7 @@ def gelu(x):
 
 
 def multi_head_attention(query, key, value, heads):
-    """Compute multi-head attention of queries (L, D) to keys and values (N, D)."""
+    """Compute multi-head attention of queries (L, D) over keys and values (N, D)."""
     size, rows = query.shape[1] // heads, []
     for q in query:
         parts = [slice(h * size, (h + 1) * size) for h in range(heads)]
@@ -50,7 +50,7 @@ def multi_head_attention(query, key, value, heads):
 
 
 def embedded(p, x, position):
-    """Return BERT's embedding of a token with the vector ``x`` at ``position``."""
+    """Return BERT's input embedding of the vector ``x`` at ``position``."""
     x = x + p[HOST + "embeddings.position_embeddings.weight"][position]
     x = x + p[HOST + "embeddings.token_type_embeddings.weight"][0]
     return norm(p, HOST + "embeddings.LayerNorm", x, 1e-12)
@@ -156,7 +156,7 @@ def embeddings(p, items, c):
 def losses(query, candidate, labels, c):
     """Return the losses. ``labels`` are the labels of the queries and of the candidates.
 
-    Candidate i is the positive of query i. Hard negatives follow the positives.
+    Candidate i is the positive of query i. Hard negatives are the last candidates.
     """
     info_nce = similarity_loss = 0
     for i, q in enumerate(query):
@@ -176,7 +176,7 @@ def losses(query, candidate, labels, c):
 
 
 def transcription(p, parts, c):
-    """Return the loss, its terms, and the embeddings of the queries."""
+    """Return the losses, and the embeddings of the queries."""
     encoded = {role: embeddings(p, items, c) for role, items in parts.items()}
     roles = (
         ["candidate"]
@@ -214,7 +214,7 @@ SMALL = {
 
 
 def random_model(**options) -> UniCA:
-    """Return a float64 model without an image encoder, in which all parameters are random."""
+    """Return a float64 model with random parameters and no image encoder."""
     model = UniCA(UniCAConfig(**{**SMALL, **options})).double()
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
@@ -243,7 +243,10 @@ def token_part(seed=2, batch=6, images=3, length=6, labels=None) -> dict:
 
 
 def token_batch() -> dict:
-    """Return a batch; queries 0 and 4 have the same product, as do negative 5 and query 1."""
+    """Return a batch.
+
+    Queries 0 and 4 have the same product. Query 1 and negative 5 have the same product.
+    """
     return {
         "query": token_part(2, labels=[0, 1, 2, 3, 0, 5]),
         "candidate": token_part(3, labels=[0, 1, 2, 3, 0, 5]),

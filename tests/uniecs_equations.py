@@ -1,6 +1,6 @@
 """A literal transcription of UniECS's equations in float64.
 
-Items, passes, heads, tokens and pairs are loops. ``p`` maps parameter names to parameters, and
+The functions loop over items, passes, heads, tokens and pairs. ``p`` maps names to parameters, and
 ``c`` is a UniECSConfig.
 """
 
@@ -68,7 +68,10 @@ def attention(p, name, tokens, context, heads):
 
 
 def gated_layer(p, name, image, text, e_v, e_t, c):
-    """Apply gated cross-attention both ways; ``e_v``, ``e_t``: 1 if the modality exists, else 0."""
+    """Apply gated cross-attention in both directions.
+
+    ``e_v`` is 1 if the image exists, otherwise 0. ``e_t`` is 1 if the text exists, otherwise 0.
+    """
     if c.missing == "skip" and 0 in (e_v, e_t):
         return image, text
     outs = []
@@ -115,7 +118,7 @@ def pooled(p, name, x):
 def encoder(p, image, text, c):
     """Return the embedding of one item. ``image`` and ``text`` are pairs (present, tokens).
 
-    Tokens that are not present are replaced by zeros.
+    Absent tokens are replaced by zeros.
     """
     e_v, e_t = int(image[0]), int(text[0])
     image, text = (x if there else torch.zeros_like(x) for there, x in (image, text))
@@ -162,7 +165,7 @@ def embeddings(p, items, c):
         text = [unit(linear(p, "text_map", x)) for x in text[real]]
         if c.text_length is not None:
             text = text[: c.text_length]
-        # Pad with zeros. Without a fixed length, any number of zeros gives the same result.
+        # Without ``text_length``, any number of zeros gives the same result.
         if not has_text or not c.text_mask:
             text = text + [torch.zeros(c.dim, dtype=torch.float64)] * (
                 (c.text_length or 3) - len(text)
@@ -205,16 +208,21 @@ def mean_cosine(a, b, has):
 def loss_terms(rows1, rows2, flags1, flags2, labels, scale, c):
     size = len(labels)
     (v1, t1, f1), (v2, t2, f2) = rows1.unbind(1), rows2.unbind(1)
-    (i1, x1), (i2, x2) = zip(*flags1, strict=True), zip(*flags2, strict=True)
-    any1, any2 = ([a or b for a, b in zip(*pair, strict=True)] for pair in ((i1, x1), (i2, x2)))
+    (has_v1, has_t1), (has_v2, has_t2) = zip(*flags1, strict=True), zip(*flags2, strict=True)
+    any1, any2 = (
+        [a or b for a, b in zip(*pair, strict=True)]
+        for pair in ((has_v1, has_t1), (has_v2, has_t2))
+    )
     forward = c.v2f == "v_to_f"
     a1, a2, a3, a4 = c.margins
-    out = {"alignment": (2 - mean_cosine(v1, f1, i1)) / 2 + (2 - mean_cosine(t1, f1, x1)) / 2}
-    out["v2t"] = info_nce(v1, t2, i1, x2, labels, c.temperature, symmetric=True)
+    out = {
+        "alignment": (2 - mean_cosine(v1, f1, has_v1)) / 2 + (2 - mean_cosine(t1, f1, has_t1)) / 2
+    }
+    out["v2t"] = info_nce(v1, t2, has_v1, has_t2, labels, c.temperature, symmetric=True)
     out["v2f"] = info_nce(
-        *((v1, f2, i1, any2) if forward else (f1, v2, any1, i2)), labels, c.temperature
+        *((v1, f2, has_v1, any2) if forward else (f1, v2, any1, has_v2)), labels, c.temperature
     )
-    out["t2f"] = info_nce(t1, f2, x1, any2, labels, c.temperature)
+    out["t2f"] = info_nce(t1, f2, has_t1, any2, labels, c.temperature)
     mm, vm, tm = scale * f1 @ f2.T, scale * (v1 @ f2.T if forward else f1 @ v2.T), scale * t1 @ f2.T
     out["ppm"] = out["pdc"] = out["plc"] = 0
     top = min(c.nearest, size)
@@ -227,7 +235,7 @@ def loss_terms(rows1, rows2, flags1, flags2, labels, scale, c):
         for j in sorted(range(size), key=lambda j: -mm[i, j].item())[:top]:
             for a, b in ((vm, mm), (tm, mm), (vm, tm)):
                 out["plc"] = out["plc"] + relu((a[i, j] - b[i, j]) ** 2 - a3) / (3 * size * top)
-    out["v2v"] = info_nce(v1, v2, i1, i2, labels, c.temperature_v2v)
+    out["v2v"] = info_nce(v1, v2, has_v1, has_v2, labels, c.temperature_v2v)
     hardest = int(c.hard_fraction * size)
     for i in range(size if "hard_negatives" not in c.without else 0):
         logits = v1[i] @ v2.T / c.temperature_v2v
@@ -235,7 +243,7 @@ def loss_terms(rows1, rows2, flags1, flags2, labels, scale, c):
             :hardest
         ]:
             out["v2v"] = out["v2v"] + relu(a4 + logits[j] - logits[i]) / (size * hardest)
-    out["t2t"] = info_nce(t1, t2, x1, x2, labels, c.temperature_t2t)
+    out["t2t"] = info_nce(t1, t2, has_t1, has_t2, labels, c.temperature_t2t)
     return {
         name: out[name]
         for group, names in GROUPS.items()
@@ -245,9 +253,10 @@ def loss_terms(rows1, rows2, flags1, flags2, labels, scale, c):
 
 
 def transcription(p, query, candidate, c):
-    """Return the embeddings of both sides, the loss and its terms.
+    """Return the embeddings of both sides, the loss and the loss terms.
 
-    Adaptive weights are constants, computed from the gradient norm of each group's loss.
+    The adaptive weight of a group is a constant, computed from the gradient norm of the group's
+    loss.
     """
     (rows1, flags1), (rows2, flags2) = embeddings(p, query, c), embeddings(p, candidate, c)
     terms = loss_terms(

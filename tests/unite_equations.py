@@ -1,6 +1,6 @@
 """A literal transcription of UNITE's equations in float64.
 
-Each item runs alone through the host's own forward; the losses are loops.
+Each item runs alone through the host's own forward. The losses are computed in loops.
 """
 
 import torch
@@ -13,7 +13,10 @@ CODES = {"text": 1, "image": 2, "video": 4}
 
 
 def sequence(batch, i, view, tokens, count) -> tuple[list[int], int]:
-    """Return the tokens of item i in a view, and its modality code."""
+    """Return the token ids and the modality code of item i in a view.
+
+    ``count``: the number of tokens of a picture or video.
+    """
     image = bool(batch["image_present"][i]) and view != "text"
     real = batch["attention_mask"][i] == 1
     words = (
@@ -21,7 +24,7 @@ def sequence(batch, i, view, tokens, count) -> tuple[list[int], int]:
         if view == "image"
         else [word for word in batch["input_ids"][i][real].tolist() if word not in tokens["drop"]]
     )
-    seen = "video" if batch["pixel_values"].ndim == 5 else "image"
+    medium = "video" if batch["pixel_values"].ndim == 5 else "image"
     ids = (
         [tokens["vision_start"]] + [tokens["image"]] * count + [tokens["vision_end"]]
         if image
@@ -29,10 +32,10 @@ def sequence(batch, i, view, tokens, count) -> tuple[list[int], int]:
     )
     ids += (
         words
-        + tokens["prompts"][KINDS[image, bool(words)].replace("image", seen)]
+        + tokens["prompts"][KINDS[image, bool(words)].replace("image", medium)]
         + [tokens["end"]]
     )
-    return ids, image * CODES[seen] + bool(words) * CODES["text"]
+    return ids, image * CODES[medium] + bool(words) * CODES["text"]
 
 
 def forward(host, ids, pixels, tokens):
@@ -62,7 +65,7 @@ def forward(host, ids, pixels, tokens):
 
 
 def embeddings(host, batch, views, config):
-    """Return embeddings (B, D) and modality codes; ``views`` has one entry for each item."""
+    """Return embeddings (B, D) and modality codes. ``views`` has one view for each item."""
     pixels = batch["pixel_values"]
     count = (
         pixels.shape[-1]
@@ -92,7 +95,11 @@ def log_share(scores, allowed, i):
 
 
 def loss(query, candidate, negative, codes, labels, config):
-    """Return the loss; ``labels`` are the labels of queries, candidates and negatives."""
+    """Return the loss.
+
+    ``codes``: the modality codes of the candidates. ``labels``: the labels of the queries,
+    candidates and negatives.
+    """
     size, total = len(query), torch.zeros((), dtype=torch.float64)
     dual = config.stage == 1 and "dual" not in config.without
     masked = config.stage == 2 and "mamcl" not in config.without

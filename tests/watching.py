@@ -10,7 +10,8 @@ import pytest
 import safetensors.torch
 
 CODE = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "pickle.find_class")
-_watched = []  # (folder, events) of the active watcher; an audit hook cannot be removed
+# (folder, events) of each active watcher. The audit hook stays installed and uses the last entry.
+_watched = []
 
 
 def _hook(event, arguments):
@@ -58,7 +59,7 @@ def _noting(call):
 
 
 class Payload:
-    """An object that creates a file when it is unpickled."""
+    """An object whose unpickling creates the file ``marker``."""
 
     def __init__(self, marker: Path):
         self.marker = marker
@@ -68,9 +69,9 @@ class Payload:
 
 
 class Outside:
-    """A folder that a hostile folder refers to, and that must not be opened.
+    """A folder that hostile files refer to, and that must not be opened.
 
-    Its pickle and its module create the file ``marker`` if they run.
+    Loading the pickle or running the module creates the file ``marker``.
     """
 
     def __init__(self, folder: Path):
