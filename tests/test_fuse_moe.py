@@ -1,6 +1,6 @@
 """Tests of fuse(model) on transformers' mixtures of experts.
 
-The experts implementation "mmfused" is tested, too. Both must match the original models.
+The experts implementation "mmfused" is tested, too. All results must match the original model's.
 """
 
 import copy
@@ -43,7 +43,7 @@ pytest.importorskip("transformers.integrations.moe")
 
 @pytest.fixture
 def library_calls(monkeypatch):
-    """Return a list that collects the names of this library's calls that compute experts."""
+    """Return a list that collects the names of the called functions of this library."""
     module, calls = swap, []
     for name in ("grouped_mlp", "grouped_linear"):
         real = getattr(module, name)
@@ -257,7 +257,7 @@ def test_left_modules_are_reported_with_a_reason(words):
 def test_single_expert_with_its_softmax_weight_is_swapped():
     assert len(fuse(qwen2(num_experts_per_tok=1, norm_topk_prob=False)).swapped) == 2
     assert len(fuse(mixtral(num_experts_per_tok=1)).left) == 2
-    # Experts without their router are swapped, because the routing weights are unknown.
+    # Without the router, fuse cannot know that the routing weights are always 1, so it swaps.
     assert fuse(last_experts(mixtral(num_experts_per_tok=1))).swapped
 
 
@@ -375,11 +375,11 @@ def test_experts_implementation_rejects_unsupported_experts():
 @pytest.mark.parametrize("backend", ["composed", "reference", "fused"])
 @pytest.mark.parametrize("act", ["silu", "gelu"])
 def test_experts_implementation_ignores_experts_of_other_ranks(act, backend):
-    """In expert parallelism, indices of at least E stand for experts of other ranks."""
+    """In expert parallelism, the index E stands for every expert of another rank."""
     mmfused.register_experts()
     module = experts("mixtral.modeling_mixtral.MixtralExperts", torch.float32, hidden_act=act)
     module._is_expert_parallel = True
-    # Nearly half of the indices stand for experts of other ranks.
+    # Nearly half of the indices are at least E.
     x, index, weights = choices(3, dtype=torch.float32, experts=E + 4)
     assert (index >= E).any(1).any() and (index < E).any()
     index = index.clamp(max=E)

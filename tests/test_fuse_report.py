@@ -1,4 +1,4 @@
-"""Tests of fuse(model): `only` and `skip`, the texts of the report and its printed table."""
+"""Tests of fuse(model): `only` and `skip`, and the texts and the table of the report."""
 
 import copy
 import re
@@ -173,7 +173,7 @@ def test_second_fuse_keeps_swapped_modules():
     assert set(unfuse(copy.deepcopy(model))) == POOLING | {"losses"}
 
 
-def test_families_are_those_of_the_known_kinds():
+def test_every_family_has_a_known_kind():
     assert {kind.family for kind in KINDS.values()} == set(FAMILIES)
 
 
@@ -181,7 +181,7 @@ def test_families_are_those_of_the_known_kinds():
 
 
 def expected_ratio(dim, queries, width, heads):
-    """Return the FLOPs per token with keys and values, divided by those of query pooling."""
+    """Return the FLOPs per token with keys and values, divided by the FLOPs of query pooling."""
     return (12 * dim * width + 14 * queries * width) / (14 * heads * queries * dim)
 
 
@@ -286,7 +286,7 @@ def test_report_is_printed_as_a_table(model):
     words = " ".join(line[columns[3] :] for line in lines[2:])
     for text in [*report.swapped.values(), *report.left.values(), *report.expected.values()]:
         assert " ".join(text.split()) in " ".join(words.split())
-    # The three blocks share one row, and losses has no such line.
+    # One line for each row of swapped modules; the three blocks share one row.
     assert sum(line[columns[3] :].startswith("expected: ") for line in lines) == 5
 
 

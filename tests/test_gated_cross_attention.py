@@ -55,7 +55,7 @@ def literal(
     context,
     ignored,
     present,
-    own_present,
+    own_has_tokens,
     own_ignored,
     options,
     keep,
@@ -69,7 +69,7 @@ def literal(
         keys = readable[s] if has_context[s] or missing in ("attend", "constant") else []
         rows = []
         for i in range(x.shape[1]):
-            skip = missing == "skip" and not (has_context[s] and own_present[s])
+            skip = missing == "skip" and not (has_context[s] and own_has_tokens[s])
             if skip or own_ignored[s][i]:
                 rows.append(x[s, i])
                 continue
@@ -84,10 +84,10 @@ def literal(
                         (q[part] * linear(direction.k_proj, c)[part]).sum() / math.sqrt(width)
                     )
                     values.append(linear(direction.v_proj, c)[part])
-                total = sum(torch.exp(logit) for logit in logits)
+                denominator = sum(torch.exp(logit) for logit in logits)
                 factors = [keep[0][s, h, i, j] for j in keys]
                 terms = [
-                    torch.exp(a) / total * v * k
+                    torch.exp(a) / denominator * v * k
                     for a, v, k in zip(logits, values, factors, strict=True)
                 ]
                 heads.append(sum(terms) if keys else torch.zeros(width, dtype=torch.float64))
@@ -224,7 +224,7 @@ def test_one_direction_matches_the_bidirectional_module(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_missing_constant_matches_missing_attend(backend, p):
-    """All tokens of an absent context are equal, so attending to one equals attending to all."""
+    """All tokens of an absent context are equal, so attention to one equals attention to all."""
     built, seed = module(GatedCrossAttention, missing="constant", dropout=p), torch.tensor(3)
     x, context = randn(B, N, D), randn(B, M, D).detach()
     context[~PRESENT] = context[~PRESENT][:, :1]
@@ -241,7 +241,7 @@ def test_missing_constant_matches_missing_attend(backend, p):
             )
         upstream = torch.linspace(-1, 1, out.numel()).view(out.shape)
         dx, d_context, *others = torch.autograd.grad(out, [x, leaf, *built.parameters()], upstream)
-        # The modes divide the gradient differently among equal tokens, so its sum is compared.
+        # The modes divide the gradient differently among equal tokens, so the sums are compared.
         results.append([out, dx, d_context.sum(1), *others])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
@@ -356,7 +356,7 @@ def test_dropout_masks_have_the_right_frequencies_and_are_independent():
 
 
 def test_mean_over_seeds_is_the_result_without_dropout():
-    """There is no gate, so the output is linear in the dropped probabilities."""
+    """There is no gate, so the output is linear in each dropout mask."""
     built = module(GatedCrossAttention, gate="none", dropout=0.2)
     x, context = randn(2, 3, D), randn(2, 4, D)
     with torch.no_grad():
@@ -389,7 +389,7 @@ def test_shared_weights_and_state_dicts():
     assert GatedCrossAttention(D, HEADS, gate="none", pre_norm=False, bias=False).gate_proj is None
 
 
-def test_autocast_and_float32_weights_give_bfloat16_outputs():
+def test_autocast_and_bfloat16_tokens_give_bfloat16_outputs():
     built, a, b = module(), randn(B, N, D), randn(B, M, D)
     exact = built(a, b, b_present=PRESENT)
     low = BidirectionalGatedCrossAttention(D, HEADS)

@@ -49,10 +49,7 @@ NARROW = [
     ids=str,
 )
 def test_both_forms_give_the_same_outputs(monkeypatch, shape, options):
-    """Outputs agree up to rounding, and the same elements are equal to the input.
-
-    An element equals the input if it is dropped, masked, or of a missing sample.
-    """
+    """The outputs agree up to rounding, and they equal the input at the same elements."""
     module, inputs, extra = make(shape, **options, dtype=torch.float32)
     extra["dropout_seed"] = torch.tensor(3, device=DEVICE)
     outs = {}

@@ -1,6 +1,6 @@
 """Tests of edge cases of gated cross-attention, on every backend.
 
-The cases are absent contexts, gradients of some inputs only, strides, and offsets above 2^31.
+These are absent contexts, gradients of some inputs only, strides, and offsets above 2^31.
 """
 
 import itertools
@@ -22,7 +22,7 @@ BACKENDS = ("reference", "composed", "fused")
 
 
 def assert_close(got, want, tolerance=2e-5):
-    """Assert that each result is close to the expected one, relative to its norm."""
+    """Assert that the norm of each error is at most ``tolerance`` * (1 + norm of ``want``)."""
     for name, value in got.items():
         assert (value - want[name]).norm() <= tolerance * (1 + want[name].norm()), name
 
@@ -36,9 +36,9 @@ def assert_close(got, want, tolerance=2e-5):
     "gate, missing", [*itertools.product(["channel", "token", "none"], ["skip", "zero"])]
 )
 def test_gradients_are_zeros_if_all_contexts_are_absent(gate, missing, both, backend):
-    """The context, and the parameters applied to it, have gradients of zeros, not None.
+    """The context, and the parameters applied to the context, have gradients of zeros, not None.
 
-    The context holds NaN, unless it is also the query side of the other direction.
+    The context holds NaN, unless the other direction computes with the context as its queries.
     """
     module, inputs, _ = make(
         gate=gate, missing=missing, both=both, dropout=0.3, dtype=torch.float32
@@ -68,10 +68,10 @@ def test_context_without_tokens_counts_as_absent(missing, backend):
     """The mode "skip" returns x, and the other modes set the indicator to 0."""
     module, inputs, _ = make(both=False, missing=missing, dtype=torch.float32)
     batch, width = len(inputs[0]), inputs[1].shape[-1]
-    none = inputs[1].detach()[:, :0]
+    empty = inputs[1].detach()[:, :0]
     masked = {"context_key_padding_mask": torch.zeros(batch, 0, dtype=torch.bool, device=DEVICE)}
-    plain = run(module, [inputs[0], none], {}, backend)
-    for name, value in run(module, [inputs[0], none], masked, backend).items():
+    plain = run(module, [inputs[0], empty], {}, backend)
+    for name, value in run(module, [inputs[0], empty], masked, backend).items():
         assert torch.equal(value, plain[name]), name
     assert torch.equal(plain["out0"], inputs[0]) == (missing == "skip")
     gone = {"context_present": torch.zeros(batch, dtype=torch.bool, device=DEVICE)}
@@ -84,8 +84,8 @@ def test_context_without_tokens_counts_as_absent(missing, backend):
 
 # ---- pairs of options ----------------------------------------------------------------------------
 
-# Together with the cases of test_gated_cross_attention_fused.py, these cases contain every pair of
-# values of gate, missing and masks.
+# With the cases of test_gated_cross_attention_fused.py, every value of gate occurs with every value
+# of missing, and every value of masks with every value of gate and of missing.
 PAIRS = [
     (True, dict(gate="token", masks="present")),
     (True, dict(gate="none", missing="constant", masks="present")),
@@ -111,7 +111,7 @@ def test_pairs_of_options_keep_the_error_budget(both, options):
     [*itertools.product(["channel", "token", "none"], ["skip", "zero", "attend", "constant"])],
 )
 def test_composed_matches_the_reference(gate, missing, both, dropout):
-    """Some samples lack a side, so the gathered samples have other indices than in the batch."""
+    """Some samples lack a side, so a gathered sample has another index than in the batch."""
     module, inputs, extra = make(gate=gate, missing=missing, both=both, dropout=dropout)
     if missing == "constant":
         gone = ~extra["b_present" if both else "context_present"]
@@ -135,7 +135,7 @@ def check_budget(module, inputs, extra):
             ("fused", torch.float32),
         )
     )
-    # Not twice: over so few rows plain PyTorch's error depends on how the CPU's BLAS adds.
+    # Over so few rows, plain PyTorch's error depends on the CPU's BLAS. The default factor is 2.
     assert not over_budget(fused, exact, plain, factor=3)
 
 
@@ -193,7 +193,7 @@ def functional(backend, module, inputs, wanted=None, **changes):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_gradients_of_some_inputs_match_those_of_all_inputs(backend):
+def test_gradients_do_not_depend_on_which_inputs_need_gradients(backend):
     module, inputs, _ = make(both=False, dtype=torch.float32)
     want = functional(backend, module, inputs)
     for wanted in (["x"], ["context"], ["w_v", "b_g"], ["norm_context_weight"], ["w_g", "context"]):
@@ -277,14 +277,14 @@ def test_directions_and_samples_drop_different_elements():
         a, b = module(x, x, dropout_seed=torch.tensor(3, device=DEVICE))
         evaluated = module.eval()(x, x)
     torch.testing.assert_close(evaluated[0], evaluated[1], rtol=1e-5, atol=1e-5)
-    rows = [(out != x).flatten(0, 1) for out in (a, b)]
+    kept = [(out != x).flatten(0, 1) for out in (a, b)]
     agree = torch.stack(
         [
-            (rows[0] == rows[1]).float().mean(),
-            *((rows[0] == rows[0].roll(i, 0)).float().mean() for i in (1, 6)),
+            (kept[0] == kept[1]).float().mean(),
+            *((kept[0] == kept[0].roll(i, 0)).float().mean() for i in (1, 6)),
         ]
     )
-    assert ((agree - 0.5).abs() < 5 * 0.5 / rows[0].numel() ** 0.5).all(), agree
+    assert ((agree - 0.5).abs() < 5 * 0.5 / kept[0].numel() ** 0.5).all(), agree
 
 
 # ---- offsets above 2^31 --------------------------------------------------------------------------
@@ -297,9 +297,9 @@ def _offsets_kernel(out_ptr, first, width):
 
 
 def test_offsets_are_64_bit():
-    """Test the offsets of an output tile, and inputs whose last tokens are beyond element 2^31.
+    """Test the offsets of an output tile, and inputs whose last sample is beyond element 2^31.
 
-    The inputs use little memory, because most of their storage is never touched.
+    The inputs use little memory, because most of the storage is never touched.
     """
     if CUDA:
         pytest.skip("this test runs only in the interpreter")

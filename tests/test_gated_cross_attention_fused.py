@@ -25,8 +25,8 @@ def check_budget(module, inputs, extra):
             ("fused", dtype),
         )
     )
-    # With a single key, the exact gradients of queries and keys are 0. Their rounding errors are
-    # compared with the largest norm of all results.
+    # Some exact gradients are 0, for example of queries and keys if there is a single key. Their
+    # rounding errors are compared with the largest norm of all results.
     size = max(want.norm() for want in exact.values())
     for name in [name for name, want in exact.items() if not want.any()]:
         rounding = fused[name].double().norm()
@@ -109,7 +109,7 @@ def test_16_bit_plans_keep_the_budget_in_float32(monkeypatch, case):
     check_budget(*make(shape, **PLAN_CASES[case], dtype=torch.float32))
 
 
-def test_dropout_drops_the_elements_of_dropout_mask():
+def test_dropout_keeps_the_elements_of_dropout_mask():
     module, inputs, extra = make(gate="none", dropout=0.4, masks="none", dtype=torch.float32)
     got = run(module, inputs, extra, "fused", seed=5)
     for i, x in enumerate(inputs):
@@ -183,7 +183,7 @@ def test_skipped_samples_need_no_products(monkeypatch):
 def check_skip(monkeypatch):
     """Check that no matrix product is computed if no sample has both sides.
 
-    Samples must be returned unchanged, and the parameters' gradients must be zeros, not None.
+    Samples must be returned unchanged. The parameters' gradients must be zeros, not None.
     """
     if CUDA:
         pytest.skip("products are counted only in the interpreter")
@@ -294,12 +294,12 @@ def test_operators_pass_opcheck(monkeypatch, options):
         torch.library.opcheck(op, args, test_utils=utils)
 
 
-def test_forward_makes_at_most_five_launches():
-    for shape, most in (("narrow", 4), ("wide", 5)):
+def test_forward_makes_four_launches_or_five_if_wide():
+    for shape, count in (("narrow", 4), ("wide", 5)):
         module, inputs, extra = make(shape, dtype=torch.float16)
         with torch.no_grad(), mmfused.backend("fused"), launches_made() as launches:
             module(*inputs, **extra)
-        assert len(launches) == most, [launch.name for launch in launches]
+        assert len(launches) == count, [launch.name for launch in launches]
 
 
 @pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120])

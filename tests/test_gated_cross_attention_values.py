@@ -32,8 +32,8 @@ def test_tokens_with_a_large_mean_keep_the_error_budget(backend, dtype, mean):
 def with_biases_as_columns(results):
     """Append the gradients of query and key biases to the gradients of their weights.
 
-    The exact gradient of a key bias is 0, and that of a query bias is nearly 0. Their errors are
-    therefore measured relative to the gradients of the weights.
+    The exact gradient of a key bias is 0. The errors of both biases are therefore measured relative
+    to the gradients of the weights.
     """
     for name in [name for name in results if name.endswith(("q_proj.bias", "k_proj.bias"))]:
         weight = name.replace("bias", "weight")
@@ -43,7 +43,7 @@ def with_biases_as_columns(results):
 
 @pytest.mark.parametrize("backend, dtype", BACKENDS_AND_DTYPES, ids=str)
 def test_single_key_gives_queries_and_keys_zero_gradients(backend, dtype):
-    """The softmax of one logit is always 1, so the gradient must be exactly 0.
+    """The softmax of one logit is always 1, so these gradients must be exactly 0.
 
     Adam would turn a rounding error into a full step.
     """
@@ -93,9 +93,8 @@ def test_non_finite_token_affects_only_its_own_sample(backend, value):
                 got[name][[0, 2, 3]], want[name][[0, 2, 3]], rtol=1e-5, atol=1e-5
             )
         own, other = ("out0", "out1") if side == 0 else ("out1", "out0")
-        assert (
-            got[other][1].isnan().all()
-        )  # every token of the other side attends to the broken token
+        # Every token of the other side attends to the broken token.
+        assert got[other][1].isnan().all()
         rows = [i for i in range(inputs[side].shape[1]) if i != 2]
         torch.testing.assert_close(got[own][1, rows], want[own][1, rows], rtol=1e-5, atol=1e-5)
 
@@ -104,7 +103,7 @@ def test_non_finite_token_affects_only_its_own_sample(backend, value):
 def test_kernel_keeps_the_error_budget_if_logits_have_a_large_mean(logit):
     """Queries and keys are integers, so that the reference's logits and their maximum are exact.
 
-    The composed backend is not tested: the error of torch's fused attention is 2e-4 at 10,000.
+    The composed backend is not tested, because torch's fused attention is less accurate here.
     """
     module, _, _ = make(
         "several tiles",

@@ -25,7 +25,7 @@ def python_slice(name, text, source="one"):
 
 @pytest.fixture
 def run_slices(tmp_path, monkeypatch):
-    """Return a function that runs ``make gpu`` on slices and returns its exit code and journal."""
+    """Return a function that runs ``make gpu`` on slices and returns exit code and journal."""
 
     def call(parts, *arguments):
         monkeypatch.setattr(gpu, "slices", lambda out, dry: parts)
@@ -123,7 +123,7 @@ def test_slice_over_its_limit_is_killed_with_its_children(run_slices, tmp_path, 
 def test_remaining_budget_is_passed_to_the_command(run_slices, tmp_path):
     text = f"import sys; open({str(tmp_path / 'ran')!r}, 'w').write(sys.argv[1])"
     run_slices([gpu.Slice("bench-x", ("-c", text, "{budget}"), "one")], "--budget-seconds", "100")
-    assert not (tmp_path / "ran").exists()  # less than gpu.LAST seconds are left
+    assert not (tmp_path / "ran").exists()  # less than RESERVE_SECONDS are left
     run_slices([gpu.Slice("bench-x", ("-c", text, "{budget}"), "one")], "--budget-seconds", "250")
     assert 125 <= int((tmp_path / "ran").read_text()) <= 130
     run_slices([gpu.Slice("bench-x", ("-c", text, "{budget}"), "one")])

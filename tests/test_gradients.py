@@ -70,7 +70,7 @@ def gradients(model):
 
 @pytest.mark.parametrize("chunk", [1, 4, 11, 20])
 @pytest.mark.parametrize("negatives", [False, True])
-def test_cached_gradients_match_those_of_the_whole_batch(chunk, negatives):
+def test_cached_gradients_match_the_gradients_of_the_whole_batch(chunk, negatives):
     whole, cached = Toy(), Toy()
     loss, terms = add_gradients(whole, [batch(negatives=negatives)], 1)
     cached_loss, cached_terms = add_cached_gradients(cached, batch(negatives=negatives), chunk)
@@ -104,7 +104,7 @@ def test_cached_gradients_recompute_the_same_dropout():
         )
     literal.compare(**parts).loss.backward()
     torch.testing.assert_close(gradients(model), gradients(literal), rtol=1e-10, atol=1e-12)
-    assert torch.equal(after, torch.rand(3))  # the state of the generator is the same afterwards
+    assert torch.equal(after, torch.rand(3))  # both leave the generator in the same state
 
 
 def rank_main(rank, world, path, chunk, folder):

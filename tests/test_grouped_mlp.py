@@ -176,7 +176,7 @@ def test_grouped_linear_matches_einsum_and_grouped_mlp(gather, combine):
 
 
 def test_grouped_mm_matches_the_loop_over_experts(monkeypatch):
-    """On CUDA, torch's grouped_mm replaces the loop in bfloat16; this test runs it on a CPU."""
+    """Run torch's grouped_mm, which replaces the loop in bfloat16 on CUDA, on a CPU."""
     leaves, routing, activation = make(
         "swiglu", tokens=40, logits=torch.randn(40, EXPERTS).index_fill(1, torch.tensor(2), -99.0)
     )

@@ -37,7 +37,7 @@ def replace_plan(monkeypatch, function):
 
 @pytest.fixture(autouse=True)
 def long_steps(monkeypatch):
-    """Use a larger BK in the interpreter, whose time is proportional to the number of steps.
+    """Use a larger BK in the interpreter, which is faster with fewer steps.
 
     On a GPU, the registers would not suffice for this BK in float32.
     """
@@ -138,7 +138,7 @@ def test_16_bit_plans_keep_the_budget_in_float32(monkeypatch, variant, height, a
     planned = set()
 
     def half(kind, rows, experts, n, k, dtype, _):
-        if height == "long":  # uses the tiles of large batches and widths
+        if height == "long":  # plan for large batches and widths
             rows, n, k = 64 * rows, 4096, 4096
         planned.add(kind)
         tile = plan(kind, rows, experts, n, k, torch.float16, arch)
@@ -392,11 +392,14 @@ def test_gradient_of_a_single_input_of_grouped_linear(only, combine):
 
 
 def test_kernels_that_are_launched():
-    """Forward launches three kernels and backward five, or fewer if parameters are frozen."""
+    """Forward launches three kernels. Backward launches five, or three if parameters are frozen.
+
+    The kernels of the routing are not counted.
+    """
     leaves, indices = make_mlp("odd", "swiglu"), choose_experts(37, 5, 2)
     with launches_made() as launches:
         run_mlp(leaves, indices, torch.float32, variant="swiglu", sort="fused")
-    sort = ("count_kernel", "scan_kernel", "finish_kernel")  # kernels of the routing
+    sort = ("count_kernel", "scan_kernel", "finish_kernel")
     products = ["rows_kernel", "rows_kernel", "combine_kernel"]
     assert [launch.name for launch in launches if launch.name not in sort] == [
         *products,
@@ -416,7 +419,7 @@ def test_kernels_that_are_launched():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("arch", [80, 86, 90, 100])
 def test_plans_have_valid_tiles(arch, dtype):
-    """A tile's height must be that of the map of tiles."""
+    """BM must be the tile height of the map of tiles, except for the gradients of weights."""
     for rows, experts in ((0, 5), (100, 16), (512, 16), (1024, 16), (1 << 20, 8)):
         for n, k in ((768, 3072), (5504, 2048), (70, 300)):
             for kind in KINDS:
@@ -424,9 +427,7 @@ def test_plans_have_valid_tiles(arch, dtype):
                 assert kind.endswith("weights") or tile.BM == tile_rows(rows, experts)
                 assert tile.BN >> tile.halvings >= 16
                 if tile.BM >= 64 and dtype != torch.float32:
-                    assert (
-                        tile.BM * tile.num_warps >= 256
-                    )  # the large matrix instructions need whole warp groups
+                    assert tile.BM * tile.num_warps >= 256
 
 
 # ---- offsets above 2^31 --------------------------------------------------------------------------

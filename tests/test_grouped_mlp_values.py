@@ -27,9 +27,10 @@ GARBAGE = 2**20 + 7
 
 
 def strict_grouped_mm(x, weight, *, offs):
-    """Emulate torch's bfloat16 grouped_mm and check its requirements on a GPU.
+    """Emulate torch's bfloat16 grouped_mm and check what grouped_mm requires on a GPU.
 
-    Rows must be dense, and their stride and address must be multiples of 16 bytes.
+    Rows or columns must be dense. Their stride and the address of the matrix must be multiples of
+    16 bytes.
     """
     for matrix in (x, weight):
         row, column = matrix.stride()[-2:]
@@ -64,7 +65,7 @@ def backend(request, monkeypatch):
 @pytest.mark.parametrize("where", ["x", "upstream", "weights"])
 @pytest.mark.parametrize("variant", ["gelu", "relu", "swiglu"])
 def test_non_finite_token_affects_only_its_own_results(variant, where, value, backend):
-    """Only the token's output and gradients, and its experts' parameter gradients, may change.
+    """Only the results of token 4 and the parameter gradients of the token's experts may change.
 
     All other results must be bitwise equal.
     """
@@ -238,7 +239,7 @@ def test_bias_and_counts_of_update_selection_bias_may_be_views():
 @pytest.mark.parametrize("variant", ["gelu", "swiglu", "packed"])
 def test_every_tensor_of_the_experts_may_be_a_view(variant, backend):
     leaves = {n: x.float().to(DEVICE) for n, x in make_mlp((5, 3, 2, 8, 8, 8), variant).items()}
-    with mmfused.backend("fused"):  # it also makes the map of tiles
+    with mmfused.backend("fused"):  # makes the map of tiles, too
         routing = topk_routing(
             torch.randn(5, 3, device=DEVICE),
             2,
@@ -274,9 +275,8 @@ def test_every_tensor_of_the_experts_may_be_a_view(variant, backend):
                 sorted_rows, rows, w_up.mT, gather=False, combine=True
             )
 
-    views = (
-        ("every second", "wider rows") if backend == "fused" else VIEWS
-    )  # the interpreter is slow; test_strides.py tests other layouts
+    # The interpreter is slow; test_strides.py tests other layouts.
+    views = ("every second", "wider rows") if backend == "fused" else VIEWS
     check_views(mlp, leaves, fields, False, views)
     if variant == "gelu":
         check_views(
@@ -341,7 +341,7 @@ def garbage(monkeypatch):
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_routing_does_not_read_uninitialized_memory(option, garbage):
-    """Compare with composed for no tokens, one and two blocks of tokens, and all tokens masked."""
+    """Compare with composed for no tokens, only masked tokens, and several blocks of tokens."""
     for tokens, all_masked in ((0, False), (21, True), (70, False)):
         options = make_options(option, tokens, 13, 2)
         if all_masked:
@@ -372,9 +372,8 @@ def test_routing_does_not_read_uninitialized_memory(option, garbage):
 @pytest.mark.parametrize("variant", ["gelu", "packed"])
 def test_experts_do_not_read_uninitialized_memory(variant, sort, garbage):
     for tokens, experts, k in ((0, 5, 2), (1, 1, 1), (40, 5, 2)):
-        indices = (
-            torch.rand(tokens, experts).argsort(1)[:, :k].to(DEVICE) // 2 * 2
-        )  # odd experts get no tokens, and a token may choose an even expert twice
+        # Odd experts get no tokens, and a token may choose an even expert twice.
+        indices = torch.rand(tokens, experts).argsort(1)[:, :k].to(DEVICE) // 2 * 2
         indices = indices.clamp(max=experts - 1)
         for share in (0.0, 0.4, 1.0):
             mask = (torch.rand(tokens) < share).to(DEVICE)

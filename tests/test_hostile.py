@@ -1,6 +1,6 @@
 """Tests of folders with malicious files: no code may run, and no outside file may be read.
 
-The command must end with a one-line error.
+A damaged run or metadata.csv gives a one-line error. A damaged picture is skipped and reported.
 """
 
 import csv
@@ -103,7 +103,7 @@ def eval_command(place):
 
 
 def resume_command(place):
-    """Delete all but the last checkpoint of the run; return the command that resumes it."""
+    """Delete the files of the finished model; return the command that resumes the run."""
     for name in ("config.json", "summary.json", "model.safetensors"):
         (place.run / name).unlink(missing_ok=True)
     return ["train", *place.options, "--out", str(place.run), "--resume"]
@@ -516,7 +516,7 @@ def test_at_least_60_hostile_cases_are_tested():
 
 
 def test_watched_detects_outside_reads_and_code(place):
-    """The tests above rely on ``watched``."""
+    """The other tests rely on ``watched``."""
     with watched(place.outside) as seen:
         Path(place.outside / "secret.json").read_bytes()
         (place.outside / "link").symlink_to("secret.json")

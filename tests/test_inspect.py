@@ -17,7 +17,7 @@ def test_every_launch_sets_enable_fp_fusion():
         assert job.options["enable_fp_fusion"] is True, job.kernel
 
 
-def test_second_inspection_reads_its_cache_and_compiles_damaged_results_again(tmp_path):
+def test_second_inspection_reads_the_cache_and_compiles_damaged_results_again(tmp_path):
     env = {
         "MMFUSED_INSPECT_CACHE": str(tmp_path / "store"),
         "TRITON_CACHE_DIR": str(tmp_path / "users"),

@@ -1,4 +1,4 @@
-"""Tests that train and embed give the same results if they are killed and resumed.
+"""Tests that train and embed, killed and resumed, give the results of uninterrupted commands.
 
 Run as a script, this file starts and kills the commands.
 """
@@ -76,8 +76,8 @@ def test_killed_embed_gives_the_results_of_an_uninterrupted_embed(run_script, tm
 def kill_training(folder: Path):
     """Kill training at random moments.
 
-    The children are forked from this process, which must not compute gradients itself: autograd
-    does not work in the children of a process that has used it.
+    This process forks the children, so it must not compute gradients: autograd does not work in a
+    fork of a process that has used autograd.
     """
     import timm.models.vision_transformer  # noqa: F401 (so that no child has to import it)
     from transformers import BertModel  # noqa: F401
