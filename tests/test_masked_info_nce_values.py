@@ -22,11 +22,7 @@ BACKENDS = ("composed", "fused")
 # ---- unwritten memory, which conftest.py fills with NaN ------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("partial_bytes", "backward"),
-    [(1, "chunked"), (512 * MIB, "owner")],
-    ids=["one group", "several groups"],
-)
+@pytest.mark.parametrize(("partial_bytes", "backward"), [(1, "chunked"), (512 * MIB, "owner")])
 @pytest.mark.parametrize("same_id", [None, "drop", "mean", "sum"])
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_kernels_never_read_unwritten_memory(

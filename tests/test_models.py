@@ -158,7 +158,7 @@ def tiny(**options) -> FLUID:
 def pixel_batch(batch=8, length=10) -> dict:
     """Return pixels and token ids.
 
-    Sample 1 has no image. The text of sample 2 has two tokens, so it is empty.
+    Sample 1 has no image. The text of sample 2 has two tokens and counts as empty.
     """
     generator = torch.Generator().manual_seed(3)
     lengths = torch.randint(4, length + 1, (batch,), generator=generator)

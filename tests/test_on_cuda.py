@@ -1,6 +1,6 @@
 """Tests on a GPU: accuracy, host syncs, CUDA graphs, streams, repeated runs, devices, memory.
 
-The cases are in on_cuda_cases.py. Without a GPU, only the tests of the accuracy run, at tiny sizes.
+The cases are in on_cuda_cases.py. Without a GPU, only the tests of accuracy run, at tiny sizes.
 """
 
 import contextlib
@@ -73,7 +73,7 @@ def assert_same(actual, expected) -> None:
 
 
 def faults(problem, dtype, backend, name, compiler=None) -> list[str]:
-    """Return a sentence for each result that is less accurate than plain PyTorch in ``dtype``.
+    """Return a sentence for each result whose error exceeds a multiple of plain PyTorch's error.
 
     Two kinds of results have more random errors and a larger tolerance: single numbers, and results
     that are 0 up to rounding, such as the gradient of a key bias.

@@ -9,7 +9,7 @@ from mmfused.data.pairs import hard_negatives, rows_by_label
 
 
 class Rows:
-    """A labeled data set; all pixels of row i's picture are first + i."""
+    """A labeled data set; all pixels of the picture of row i have the value first + i."""
 
     def __init__(self, labels, coarse=None, first=0):
         self.labels, self.coarse_labels, self.first = labels, coarse, first

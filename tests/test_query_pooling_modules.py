@@ -203,5 +203,5 @@ def test_auto_form_follows_flops_and_measurements():
     )
     assert form(197, 64, 12) == form(197, 32, 12) == form(8, 32, 1) == "projected"
     assert form(257, 32, 12, per_sample=True) == "projected"
-    # On a CPU, the absorbed form needs to save fewer FLOPs to be chosen.
+    # On a CPU, the absorbed form is chosen for a smaller saving of FLOPs than on CUDA.
     assert form(197, 32, 12, device="cpu") == "absorbed"

@@ -29,7 +29,7 @@ def pass_times(both: float, forward: float | None = None) -> dict[str, list[floa
 
 
 def timed(gate: str = "passed", **launches) -> dict:
-    """Return a provider. ``launches``: by launch, seconds of both passes, or (both, forward)."""
+    """Return a provider's record; ``launches``: seconds of both passes, or (both, forward)."""
     seconds = {
         name: pass_times(*time) if isinstance(time, tuple) else pass_times(time)
         for name, time in launches.items()

@@ -384,7 +384,7 @@ def near_1():
 @pytest.mark.parametrize("k", [1, 2])
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 def test_the_gradient_of_a_probability_near_1_keeps_its_digits(backend, k):
-    """The gradient of P by its logit is computed as P times the sum of the other probabilities.
+    """The gradient of a probability P by its logit is computed as P times the sum of the others.
 
     In float32, P - P^2 would lose digits as P approaches 1.
     """

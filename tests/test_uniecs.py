@@ -378,7 +378,7 @@ def tiny(**options) -> UniECS:
 
 
 def pixel_items(seed=3, batch=4, length=8) -> dict:
-    """Return pixels and token ids; item 1 has no image, and the text of item 2 is empty."""
+    """Return pixels and token ids; item 1 has no image, and item 2 has no text."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(4, length + 1, (batch,), generator=generator)
     lengths[2] = 2
