@@ -56,8 +56,8 @@ def gated_cross_attention(
         x, context: tokens; both have one dtype.
         weights: a :class:`CrossAttentionWeights`.
         num_heads: number of heads, a divisor of D.
-        norm_x, norm_context: weight and bias of the LayerNorm over x, and of that over the context.
-            With ``pre_norm``, both are needed. Without it, only norm_x is accepted, for the output
+        norm_x, norm_context: weight and bias of a LayerNorm over x, and of one over the context.
+            ``pre_norm=True`` needs both. ``pre_norm=False`` accepts only norm_x, for the output
             ``norm_x(x + A)``.
         gate: "channel": one gate per channel, w_g (D, 2D + 1). "token": one gate per token, w_g
             (1, 2D + 1). "none": no gate, the output is ``x + A``. ``pre_norm=False`` needs "none".
@@ -76,8 +76,8 @@ def gated_cross_attention(
         dropout_seed: int64 scalar tensor, default drawn from the device's generator. A seed gives
             the same dropout masks on every backend (``mmfused.testing.dropout_mask``).
         context_key_padding_mask: (B, M) bool, True = ignore. Ignored tokens may be NaN.
-        context_lengths: (B,) int, used instead of a mask: the context of sample b has its first
-            ``context_lengths[b]`` tokens.
+        context_lengths: (B,) int; only the first ``context_lengths[b]`` tokens of the context of
+            sample b count. An alternative to the mask.
         context_present: (B,) bool, default all True.
 
     Returns: the output (B, N, D).

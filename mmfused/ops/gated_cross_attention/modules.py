@@ -147,7 +147,7 @@ class GatedCrossAttention(_Direction):
             x: (B, N, dim).
             context: (B, M, context_dim).
             context_key_padding_mask: (B, M) bool, True = ignore.
-            context_lengths: (B,) int, the number of first tokens to use, instead of a mask.
+            context_lengths: (B,) int, the number of tokens that count; an alternative to the mask.
             context_present: (B,) bool, default all True.
             dropout_seed: see :func:`gated_cross_attention`.
         """
@@ -248,7 +248,8 @@ class BidirectionalGatedCrossAttention(nn.Module):
         Args:
             a, b: (B, N, dim) and (B, M, dim).
             a_key_padding_mask, b_key_padding_mask: (B, N) and (B, M) bool, True = ignore.
-            a_lengths, b_lengths: (B,) int, the number of first tokens to use, instead of a mask.
+            a_lengths, b_lengths: (B,) int, the number of tokens that count; an alternative to the
+                masks.
             a_present, b_present: (B,) bool, default all True.
             dropout_seed: see :func:`gated_cross_attention`.
         """

@@ -97,7 +97,7 @@ def grouped_mlp(
         b_up: (E, I).
         b_down: (E, Dout).
         w_gate: (E, I, D), for "swiglu" only; None if ``w_up`` is packed.
-        activation: "gelu" (the erf form), "relu" or "swiglu", ``silu(W_gate x) * (W_up x + b_up)``.
+        activation: "gelu" (the erf form), "relu", or "swiglu": ``silu(W_gate x) (W_up x + b_up)``.
 
     Returns:
         (T, Dout) in the dtype of ``x``, or in the autocast dtype under autocast. Experts without

@@ -8,18 +8,19 @@ expert:
     a      = gelu(h), relu(h), or silu(W_gate,e x) h
     h      = W_up,e x + b_up,e
 
-Each pair of a token and one of its k experts is a row, so there are T k rows for T tokens. A
-Routing sorts the rows by expert. The rows of one expert form a matrix, of which only the last tile
-is padded. The forward pass launches three kernels. The first gathers x in its loads and applies
-bias and activation in its epilogue. The second multiplies by W_down. The third sums the k rows of
-each token, without a scatter or atomics. x and the pre-activations are saved for backward.
+Each choice of an expert by a token is a row, so T tokens have T k rows. A Routing sorts the rows by
+expert. The rows of one expert form a matrix, of which only the last tile is padded. The forward
+pass launches three kernels. The first gathers x in its loads and applies bias and activation in its
+epilogue. The second multiplies by W_down. The third sums the k rows of each token, without a
+scatter or atomics. x and the pre-activations are saved for backward.
 
-The backward pass for the rows of one expert: X, H and A are the matrices with rows x, h and a. The
-matrix dO holds the gradients of out, one row per row of X. The vector w holds the routing weights.
+For the backward pass of one expert, let X, H and A be the matrices whose rows are x, h and a. The
+rows of the matrix dO are the gradients of out, and the elements of the vector w are the routing
+weights.
 
     dA      = dO W_down                           without the factor w
     dw      = rowsum(dA A) + dO b_down            elementwise product dA A
-    dH      = w dA a'(H)                          elementwise; without a gate
+    dH      = w dA act'(H)                        elementwise, for gelu and relu
     dW_down = (w dO)^T A
     dW_up   = dH^T X
     dX      = dH W_up

@@ -282,8 +282,9 @@ def _statistics(
     """Return the results of the forward sweep in the caller's order.
 
     The results are the statistics (5, B) of the rows, the statistics (5, B) of the targets' columns
-    (None unless symmetric), and the dot products (B,) of the targets. ``nan`` (B,) bool: rows with
-    an embedding that is not finite. ``broken`` (B,) bool: rows whose dot product is set to NaN.
+    (None unless symmetric), and the dot products (B,) of the targets. ``nan`` (B,) bool: rows whose
+    query is not finite; without keys and ids, all rows if a candidate is not finite. ``broken``
+    (B,) bool: rows whose dot product is set to NaN.
     """
     row, column, dots = swept
     dots = _unsort(dots, inputs.query_order, 0)

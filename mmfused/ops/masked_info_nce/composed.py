@@ -54,8 +54,8 @@ def sweep_blocks(
     Returns:
         row: (5, B), the statistics of the rows.
         column: (5, C), the statistics of the columns; (5, 0) without ``columns``.
-        dots: (B,), the dot products q . c of the targets. They come from the matrix products of the
-            blocks, if a block contains the target.
+        dots: (B,), the dot products q . c of the targets. If a block contains the target, the dot
+            product is taken from the matrix product of the block.
     """
     inputs = _widened(inputs)
     q, c = inputs.q, inputs.c
@@ -101,7 +101,7 @@ def sweep_blocks_backward(
 
     ``row`` (4, B) and ``column`` (4, C) hold four coefficients for each row and each column: lse
     (the logsumexp with the target), weight, positive and uniform. dS_ij is a term with the
-    coefficients of row i plus, unless ``column`` is None, the same term with those of column j:
+    coefficients of row i plus, unless ``column`` is None, a term with the coefficients of column j:
 
         weight * exp(S_ij - lse) - uniform - (positive if the pair is a further positive)
 

@@ -65,8 +65,8 @@ def masked_info_nce(
             log-probabilities of all positives (SupCon). "sum": like "mean", but sum (UNITE).
         symmetric: whether to average the losses of rows and columns. Needs the default target and
             C >= B. The pairs that count are the same in both directions.
-        positive_weight: factor of ``1 - q . c``, with the dot product of query and target; the
-            result is added to the loss of the row (UniCA's positive similarity).
+        positive_weight: ``positive_weight * (1 - q . c)`` is added to the loss of each row q, where
+            c is the target (UniCA's positive similarity).
         row_weight: (B,), constant and >= 0, multiplies the losses of the rows. Reduction "mean"
             divides by the sum of the weights, and gives 0 if all weights are 0.
         label_smoothing: share of the label distribution that is uniform over the pairs that count.
@@ -79,9 +79,9 @@ def masked_info_nce(
         The loss in float32, or in float64 for float64 inputs. A row (or column) for which only the
         target counts has a contrastive loss of exactly 0 and is included in the mean.
 
-        A candidate that counts for no row may be NaN and gets gradient 0. Any other candidate that
-        is not finite makes each row NaN for which the candidate counts. A query that is not finite
-        makes its row NaN, and gives NaN gradients to the candidates that count for the row.
+        A candidate that counts for no row may be NaN and gets gradient 0. If another candidate is
+        not finite, the rows for which the candidate counts become NaN. If a query is not finite,
+        its row becomes NaN, and the candidates that count for the row get NaN gradients.
 
         Second derivatives raise, except under ``backend("reference")``. The kernels do not
         synchronise with the CPU. On a GPU, the composed path synchronises, so a CUDA graph cannot

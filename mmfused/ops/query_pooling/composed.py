@@ -96,7 +96,7 @@ def project_values(
     w_v = w_v.to(x.dtype).unflatten(0, (num_heads, -1))  # (h, dv, D)
     z = z.unflatten(1, (num_heads, queries))  # (B, h, L, D)
     if graph_made() == "onnx":
-        # ONNX's optimizer breaks the other branch if there are as many samples as heads.
+        # If B = num_heads, ONNX's optimizer confuses these two sizes in the other branch.
         out = merge_heads(z @ w_v.transpose(1, 2))
     else:
         out = z.transpose(0, 1).flatten(1, 2) @ w_v.transpose(1, 2)  # (h, B*L, dv)
@@ -171,8 +171,8 @@ def pool_composed(
     """Pool tokens x (B, N, D) with absorbed queries q (R, D) or (B, R, D): z = softmax(q x^T) x.
 
     If ``eps`` is given, the tokens are first normalised to mean 0 and variance 1. Returns z
-    (B, R, D). With dropout, also returns ksum (B, R) in float32 or float64, and the caller must
-    divide by 1 - dropout_p.
+    (B, R, D). With dropout, also returns ksum (B, R) in float32 or float64; neither result is
+    divided by 1 - dropout_p.
     """
     q = q.to(x.dtype)
     ignore = options.ignored(x)
@@ -198,7 +198,7 @@ def pool_composed(
 
 
 def empty_samples(x: Tensor, mask: Tensor | None, lengths: Tensor | None) -> Tensor | None:
-    """Return a bool (B,), True for samples without tokens; None without padding."""
+    """Return a bool (B,), True for samples without tokens; None if N > 0 without padding."""
     if not x.shape[1]:
         return x.new_ones(x.shape[0], dtype=torch.bool)
     if mask is not None:

@@ -69,7 +69,8 @@ def query_pooling(
         scale: factor of the logits, default ``(Dk / num_heads) ** -0.5``.
         key_padding_mask: (B, N) bool, True = ignore. Ignored tokens may be NaN. A sample without
             tokens gives output 0 (not the value bias) and gradient 0.
-        lengths: (B,) int, used instead of a mask: sample b has its first ``lengths[b]`` tokens.
+        lengths: (B,) int; only the first ``lengths[b]`` tokens of sample b count. An alternative to
+            the mask.
         norm_weight, norm_bias, norm_eps: weight (D,), bias (D,) and epsilon of a LayerNorm over
             ``x`` before both projections; no LayerNorm if ``norm_weight`` is None. The kernels do
             not support a LayerNorm with D = 2.

@@ -98,7 +98,7 @@ class QueryPooling(nn.Module):
             x: (B, N, kv_dim).
             key_padding_mask: (B, N) bool, True = ignore.
             queries: (L, dim) or (B, L, dim), used instead of the learned queries.
-            lengths: (B,) int, used instead of a mask: sample b has its first ``lengths[b]`` tokens.
+            lengths: (B,) int, the number of tokens that count; an alternative to the mask.
             dropout_seed: see :func:`query_pooling`.
 
         Returns: (B, L, dim).

@@ -64,8 +64,8 @@ def topk_routing(
         available: (S, E) bool, True for the experts that a segment may use, at least k per segment.
             The other experts have probability 0.
         balance: "switch", "gshard" or "mse". If a segment has only n available experts, n replaces
-            E in the loss. The loss of equally used experts is 1. With "mse" it is 0, if the weights
-            are renormalised.
+            E in the loss. If all experts are used equally, the loss is 1, or 0 with "mse" and
+            renormalised weights.
         indices: (T, k) int64, the experts to use, such as :attr:`Routing.indices` of an earlier
             call. The weights and losses are computed from the logits. A row may contain the same
             expert twice.

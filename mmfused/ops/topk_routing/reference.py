@@ -10,8 +10,8 @@ For T tokens x (T, D) and E experts, with router weight W_r (E, D) and bias b_r 
     C_t  = the k experts with the largest l (with a selection bias: the largest s + bias)
     w_te = s_te / sum over C_t of s         routing weights (without renormalisation: s_te)
 
-The losses, where mean_t is the mean over the tokens that are not masked. The balance losses below
-are those of one segment. With several segments, the loss is the mean over those that have tokens.
+In the losses, mean_t is the mean over the tokens that are not masked. With several segments, the
+balance loss is computed for each segment, and averaged over the segments that have tokens.
 
     balance, "switch" = E sum_e f_e mean_t P_te     f_e: share of expert e in all assignments
                                                     (Switch Transformer, eq. 4)
