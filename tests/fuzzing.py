@@ -60,7 +60,7 @@ DTYPES = {
     "composed": [torch.float32] * 4 + [torch.float16, torch.bfloat16, torch.float64],
     "fused": [torch.float32] * 3 + [torch.float16] + [torch.bfloat16] * (DEVICE == "cuda"),
 }
-# function -> the input whose rows (along dimension 0) yield one row of the outputs each
+# function -> the input whose row i (along dimension 0) affects only row i of the outputs
 ROWS = {
     "query_pooling": "x",
     "gated_cross_attention": "context",
@@ -138,14 +138,7 @@ class Case:
         )
         return lay_out(values, self.layout)
 
-    def run(
-        self,
-        inputs: dict,
-        backend: str,
-        checkpointed: bool = False,
-        layout: str | None = None,
-        **options,
-    ) -> dict:
+    def run(self, inputs: dict, backend: str, checkpointed: bool = False, **options) -> dict:
         torch.manual_seed(self.seed)  # for dropout and jitter if no seed tensor is passed
         options = dict(wanted=self.wanted, upstream=self.upstream, layout=self.layout) | options
         with sdpa_kernel(SDPBackend.MATH) if self.attention == "math" else nullcontext():
@@ -228,7 +221,7 @@ class Case:
         others = torch.arange(len(x)) != row
         names = [name for name, out in clean.items() if name in ROW_OUTPUTS]
         wanted = [path] if path in self.wanted else []
-        inputs, options = self._replayed(clean), dict(wanted=wanted, layout="contiguous")
+        inputs, options = self._replayed(clean), dict(wanted=wanted)
         options["upstream"] = lambda name, out: self.upstream(name, out) if name in names else None
 
         def rows(part: dict, inputs: dict, backend: str) -> dict:
@@ -287,7 +280,8 @@ def judge(
 
     At a single input, plain PyTorch's error may happen to be small, especially if a tensor has few
     elements. So all errors are measured at this input and at neighbouring inputs, which differ by a
-    rounding. ``near`` returns (actual, exact, plain) at a neighbour. Two conditions are checked:
+    rounding. ``near`` returns (actual, exact, plain) at a neighbour. Up to a few roundings, two
+    conditions must hold:
 
     - The mean error is at most 3 times plain PyTorch's mean error.
     - The error at this input is at most 12 times plain PyTorch's largest error.
@@ -295,14 +289,13 @@ def judge(
     No formula needs to be more exact than one rounding of its input. So the change of the exact
     result between neighbours replaces plain PyTorch's error if the change is larger.
 
-    If the norm of a gradient is 0 up to rounding, the error is measured relative to another scale:
-    the largest product of the norms of an input and its gradient, divided by the norm of this
-    input, but at least 1. ``sizes`` holds the norms of the inputs. The error may be a few roundings
-    of ``dtype``.
+    ``sizes``: for each gradient, the norm of the input. The error of a gradient that is 0 up to
+    rounding may be a few roundings of ``dtype`` relative to max(effect / size, 1). The effect is
+    the largest product of a size and the norm of the exact gradient.
 
     ``delta_rounds``: the backward pass of a fused attention rounds rowsum(dO * O) separately, so
     the gradients of the logits of a query do not sum to exactly 0. Then every gradient may also be
-    off by a few roundings on this other scale, and the factors are 16 and 64 instead of 3 and 12.
+    off by a few roundings relative to effect / size, and the factors are 16 and 64.
     """
     if not over_budget(actual, exact, plain):
         return []

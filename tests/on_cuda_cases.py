@@ -83,7 +83,7 @@ class Case:
     bfloat16.
     ``fused``: whether the case has a kernel.
     ``composed``: whether the composed backend is tested.
-    ``waits``: whether the composed backend synchronizes with the GPU, as documented in composed.py.
+    ``waits``: whether the composed backend synchronizes with the GPU by design.
     ``around``: returns the context manager of each call.
     ``dtypes``: whether the accuracy is tested in every dtype.
     ``module``: whether the case tests a public module.

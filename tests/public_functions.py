@@ -59,7 +59,7 @@ def has_kernels(function: str) -> bool:
 
 
 def arguments(function: Callable) -> dict[str, object]:
-    """Return the type of every argument by name. Include arguments passed by ``**options``."""
+    """Return the type of every argument by name, including arguments in ``**options``."""
     hints = typing.get_type_hints(function)
     found = {}
     for name, parameter in inspect.signature(function).parameters.items():
