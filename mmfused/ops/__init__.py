@@ -4,7 +4,7 @@
     composed.py     plain PyTorch with better algebra: the path without a GPU
     autograd.py     the registered operators and the autograd function around the kernels
     functional.py   the public functions; each call picks the reference, composed or fused path
-    modules.py      the nn.Modules
+    modules.py      the nn.Modules, if there are any
     checks.py       input validation
 
 The kernels of an operator are in ``mmfused.kernels.<op>``, its benchmark in

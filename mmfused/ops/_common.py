@@ -120,7 +120,7 @@ def check_temperature(op: str, temperature: float | Tensor, query: Tensor) -> No
 
 
 def valid_or_nan(temperature: float | Tensor) -> float | Tensor:
-    """Return the temperature, but NaN for a tensor that is not above 0.
+    """Return the temperature; a tensor that is not above 0 becomes NaN.
 
     This is for devices where ``check_value`` does not raise.
     """

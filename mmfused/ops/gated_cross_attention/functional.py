@@ -235,7 +235,7 @@ def _nan_for_wrong_lengths(outs: Iterable[Tensor], call: _Call) -> list[Tensor]:
 def _attend_in_pytorch(call: _Call) -> list[Tensor]:
     """Compute each direction without kernels.
 
-    Samples are skipped only if no module must be called.
+    If a module must be called, no samples are skipped.
     """
     sides, directions, options = call.problem
     if options.pre_norm:

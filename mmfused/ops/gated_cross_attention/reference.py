@@ -76,7 +76,7 @@ class Side(NamedTuple):
     norm: Norm | Called | None
     ignore: Tensor | None  # (B, N) bool: masked tokens
     absent: Tensor | None  # (B,) bool: samples that are not present or fully masked
-    normed: Tensor | None = None  # (B, N, D): normalised tokens, if ``norm`` had to be called
+    normed: Tensor | None = None  # (B, N, D): normalised tokens, if ``norm`` must be called
 
     def norm_tokens(self, tokens: Tensor, eps: float) -> Tensor:
         """Return ``normed`` if it is given, else normalise ``tokens``."""
@@ -285,8 +285,8 @@ def indicator_of(context: Side, batch: int, indicator: Indicator, like: Tensor) 
 def unchanged_tokens(x: Side, context: Side, missing: Missing) -> Tensor | None:
     """Return a mask (B, N) of the tokens of x that are returned unchanged, or None.
 
-    These are the masked tokens. With "skip", they are also all tokens of a sample in which x or the
-    context is absent.
+    These are the masked tokens and, with "skip", all tokens of a sample in which x or the context
+    is absent.
     """
     batch, length = x.tokens.shape[:2]
     masks = [] if x.ignore is None else [x.ignore]

@@ -14,7 +14,7 @@ from .checks import Activation
 # ---- operators -----------------------------------------------------------------------------------
 #
 # combine_weights is Routing.weights (T, k) in float32. order, position, offsets and tiles are the
-# fields of the Routing with these names. FLOP formulas get the shape of each tensor in its place.
+# fields of the Routing with these names. FLOP formulas get shapes instead of tensors.
 
 
 class _Linear(NamedTuple):

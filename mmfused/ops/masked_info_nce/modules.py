@@ -34,7 +34,7 @@ class MaskedInfoNCE(nn.Module):
         max_scale: the largest 1 / temperature of a learned temperature in training.
         normalize: whether to scale queries and candidates to unit length first, in float32 or
             float64.
-        gather: which candidates the loss uses. It has no effect without a process group.
+        gather: which candidates the loss uses. Without a process group, this has no effect.
 
             - None: the candidates of this process.
             - "global": the candidates of all W ranks. With N rows in total, each rank returns W / N

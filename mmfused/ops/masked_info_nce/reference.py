@@ -147,8 +147,8 @@ def _cross_entropy(
     wanted = positive.to(log_p.dtype)
     if options.same_id != "sum":
         wanted = wanted / wanted.sum(-1, keepdim=True)
-    share = allowed.to(log_p.dtype) / allowed.sum(-1, keepdim=True)
-    uniform = share * wanted.sum(-1, keepdim=True)
+    uniform = allowed.to(log_p.dtype) / allowed.sum(-1, keepdim=True)
+    uniform = uniform * wanted.sum(-1, keepdim=True)
     smoothing = options.label_smoothing
     loss = -(log_p * ((1 - smoothing) * wanted + smoothing * uniform)).sum(-1)
     return loss.masked_fill(allowed.sum(-1) == 1, 0.0)

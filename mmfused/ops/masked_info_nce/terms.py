@@ -31,12 +31,13 @@ def target_term(statistics: Tensor, logit: Tensor, options: Options, everything:
     positives, pairs = statistics[1] + 1, statistics[3] + 1
     sum_of_positives, sum_of_pairs = statistics[2] + logit, statistics[4] + logit
     summed = options.same_id == "sum"
-    share = positives if summed else 1.0
-    mean = sum_of_positives if summed else sum_of_positives / positives
+    # Each positive has the label 1 ("sum") or 1 / positives.
+    label_sum = positives if summed else 1.0
+    hard = sum_of_positives if summed else sum_of_positives / positives
     smoothing = options.label_smoothing
-    wanted = (1 - smoothing) * mean + smoothing * share * sum_of_pairs / pairs
-    # With one positive and no smoothing the difference in parentheses is exactly 0.
-    loss = (share * logit - wanted) - share * F.logsigmoid(logit - others)
+    wanted = (1 - smoothing) * hard + smoothing * label_sum * sum_of_pairs / pairs
+    # With one positive and no smoothing, the difference in parentheses is exactly 0.
+    loss = (label_sum * logit - wanted) - label_sum * F.logsigmoid(logit - others)
     return torch.where(pairs == 1, 0 * logit, loss)  # 0 * logit: a NaN logit stays NaN
 
 
@@ -64,9 +65,9 @@ def gradient_coefficients(
     positives, pairs = statistics[1] + 1, statistics[3] + 1
     upstream = upstream.masked_fill(pairs == 1, 0.0)
     summed = options.same_id == "sum"
-    share = upstream * positives if summed else upstream
+    total = upstream * positives if summed else upstream  # upstream times the sum of the labels
     positive = (1 - options.label_smoothing) * (upstream if summed else upstream / positives)
-    uniform = options.label_smoothing * share / pairs
-    coefficients = torch.stack((rounded, share * correction, positive, uniform))
-    d_logit = (share - positive - uniform) - share * torch.sigmoid(others - logit)
+    uniform = options.label_smoothing * total / pairs
+    coefficients = torch.stack((rounded, total * correction, positive, uniform))
+    d_logit = (total - positive - uniform) - total * torch.sigmoid(others - logit)
     return coefficients.to(logit.dtype), d_logit

@@ -89,7 +89,7 @@ def _counts(
 
 
 class _WeightsAndLosses(torch.autograd.Function):
-    """Compute the routing weights and the losses balance, z and entropy from the indices."""
+    """Compute the routing weights and the losses (balance, z, entropy) for given indices."""
 
     @staticmethod
     def forward(
@@ -149,15 +149,16 @@ class _WeightsAndLosses(torch.autograd.Function):
         du = torch.zeros_like(probs)
         if options.renormalizes:
             centred = g_w - (g_w * weights).sum(-1, keepdim=True)
-            centred = centred - (centred * weights).sum(-1, keepdim=True)  # less rounding error
+            # Again, since the first subtraction leaves a rounding error.
+            centred = centred - (centred * weights).sum(-1, keepdim=True)
             du = du.scatter_add(1, indices, weights * centred)
         elif options.score == "softmax":
             g_p = g_p.scatter_add(1, indices, g_w)
         else:
             du = du.scatter_add(1, indices, weights * g_w)
         through_p = probs * (g_p - (g_p * probs).sum(-1, keepdim=True))
-        # Exactly, through_p sums to 0 over the experts. The computed sum is a rounding error, which
-        # is largest if a probability is close to 1.
+        # Without rounding, through_p would sum to 0 over the experts. The error is largest if a
+        # probability is close to 1.
         du = du + through_p - probs * through_p.sum(-1, keepdim=True)
         d_logits = du * torch.sigmoid(-logit) if options.score == "sigmoid" else du
         if d_z is not None:
