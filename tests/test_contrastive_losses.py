@@ -187,9 +187,9 @@ def test_unite_losses_match_the_published_code():
     # Modalities 4, 5 and 7 occur once: in stage 2, their rows have no negatives and a loss of 0.
     modality = torch.tensor([1, 2, 3, 4, 5, 1, 2, 3, 1, 1, 1, 2, 7], device=DEVICE)
     inputs = dict(q=unit(B, D), c=unit(B, D), tau=scalar(0.1))
-    negatives = inputs | dict(negatives=unit(B, D))
+    with_negatives = inputs | dict(negatives=unit(B, D))
     item = torch.arange(B, device=DEVICE) % 5
-    with_negatives = torch.cat([modality, -torch.ones_like(modality)])
+    key = torch.cat([modality, -torch.ones_like(modality)])  # -1: never masked
     ours = {
         "stage 1": (
             inputs,
@@ -200,9 +200,9 @@ def test_unite_losses_match_the_published_code():
             lambda q, c, tau: masked_info_nce(q, c, temperature=tau, candidate_key=modality),
         ),
         "negatives": (
-            negatives,
+            with_negatives,
             lambda q, c, tau, negatives: masked_info_nce(
-                q, torch.cat([c, negatives]), temperature=tau, candidate_key=with_negatives
+                q, torch.cat([c, negatives]), temperature=tau, candidate_key=key
             ),
         ),
         "items": (

@@ -413,7 +413,7 @@ def test_error_for_unsupported_shapes_suggests_the_triton_router(changes, messag
 
 @pytest.fixture
 def unbuilt(monkeypatch, tmp_path):
-    """Simulate a machine without a build, and without a CUDA toolkit in the usual places."""
+    """Hide earlier builds and the usual folder of the CUDA toolkit; return ``monkeypatch``."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "builds"))
     monkeypatch.setattr(extension, "_module", None)
     monkeypatch.setattr(extension, "USUAL_CUDA", tmp_path / "no_cuda")

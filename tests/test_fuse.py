@@ -61,6 +61,7 @@ def library_calls(monkeypatch):
 
 
 def build(case, dtype=torch.float64):
+    # A case may omit up to three values at the end.
     make, inputs, call, swapped, left = (
         CASES[case] + (plain_call, {""}, set())[len(CASES[case]) - 2 :]
     )
