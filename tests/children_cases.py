@@ -381,6 +381,6 @@ def outcome(module: str, attachment: str, backend: str) -> str:
     kind = nn.Linear if ATTACHMENTS[attachment].to == "linear" else nn.LayerNorm
     if not children(MODULES[module].make(), kind):
         return "none"
-    # The fused kernels of cross-attention need the weights of the children, not their outputs.
+    # The fused kernels of cross-attention need the weights of the children, not the outputs.
     called = not ATTACHMENTS[attachment].reads
     return "refused" if called and backend == "fused" and "Cross" in module else "equal"

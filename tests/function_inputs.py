@@ -186,8 +186,8 @@ def masked_info_nce(draw: Draw) -> dict:
         if with_target
         else rows + draw.pick("more", 0, 0, 1, 13, 32)
     )
-    # If all candidates were equal, the gradients of the queries would be rounding errors. So no
-    # tensor is expanded, and rows are normalized only if ``dim`` > 1.
+    # With equal candidates, the gradients of the queries would be rounding errors. So queries and
+    # candidates are never expanded, and are normalized only if ``dim`` > 1.
     query, candidate = (
         torch.randn(n, dim, generator=draw.generator, dtype=torch.float64) for n in (rows, columns)
     )

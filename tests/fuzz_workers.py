@@ -63,7 +63,7 @@ def _serve(pipe: Connection) -> None:
 
 
 def fuzz(functions: list[str], minutes: float, workers: int, first: int | None) -> int:
-    """Run all functions with seeds starting at ``first`` (None: a random seed).
+    """Run all ``functions`` with seeds from ``first`` on. None draws the first seed.
 
     Returns the exit status: 1 if a case failed, otherwise 0.
     """

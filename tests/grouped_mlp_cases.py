@@ -33,8 +33,8 @@ def randn(*shape):
 def choose_experts(tokens, experts, k, choice="random"):
     """Return the chosen experts (T, k) int64.
 
-    ``choice="one"``: expert 1 is the first choice of every token. "half": experts with even numbers
-    are the last choices of every token.
+    ``choice="one"``: every token ranks expert 1 first. "half": every token ranks the experts with
+    even numbers last.
     """
     score = torch.rand(tokens, experts)
     if choice == "one":

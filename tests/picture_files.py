@@ -31,14 +31,14 @@ def chunk(kind, data):
 
 
 def png(width, bits, colour, row, *chunks):
-    """Return a PNG with a single row, with any bit depth and colour type."""
+    """Return a PNG of one row, of any bit depth and colour type."""
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, 1, bits, colour, 0, 0, 0))
     content = header + b"".join(chunks) + chunk(b"IDAT", zlib.compress(b"\0" + row))
     return b"\x89PNG\r\n\x1a\n" + content + chunk(b"IEND", b"")
 
 
 def tiff(values, photometric, bits, sample_format=1):
-    """Return a greyscale TIFF with a single row, with any sample format."""
+    """Return a greyscale TIFF of one row, of any sample format."""
     entries = [(256, len(values)), (257, 1), (258, bits), (259, 1), (262, photometric)]
     data = b"".join(values) if isinstance(values[0], bytes) else values.tobytes()
     entries += [(273, 8 + 2 + 12 * 10 + 4), (277, 1), (278, 1), (279, len(data))]

@@ -191,7 +191,7 @@ def test_a_different_loss_curve_is_a_fault(monkeypatch, tmp_path, capsys):
 
 
 def test_work_of_unite_matches_a_count_by_hand():
-    """The work is a product of all pairs, once forward and twice backward."""
+    """The work is one matrix product over all pairs in the forward, and two in the backward."""
     (case,) = [case for case in cases("cpu", quick=True) if case.name == "unite"]
     work, rows = models.work(case, itemsize=4), 3 * case.B * 24 * 4
     assert work["forward"] == [

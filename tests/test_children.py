@@ -87,7 +87,7 @@ def test_attachments_act_as_if_children_were_called(name, attachment, backend):
             exact = results(case.plain, build(name, attachment).double(), inputs, torch.float64)
             actual = results(case.call, module, inputs, torch.float32)
             plain = results(case.plain, plain_module, inputs, torch.float32)
-            # The exact gradient of a key bias is 0. In float32 it consists of rounding errors.
+            # The exact gradient of a key bias is 0. The float32 gradient is pure rounding error.
             noise = {n for n, x in exact.items() if x.norm() < 1e-10}
             assert all(actual[n].norm() < 1e-4 for n in noise)
             budget = [
