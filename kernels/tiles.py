@@ -121,7 +121,12 @@ def tile_block(num_experts: int) -> int:
 
 
 @triton.jit
-def dot(a, b, acc, UPCAST: tl.constexpr):
+def dot(
+    a,
+    b,
+    acc,
+    UPCAST: tl.constexpr,
+):
     """Return acc + a @ b in float32; float32 operands are not rounded to tf32."""
     if UPCAST:
         a = a.to(tl.float32)
@@ -130,7 +135,14 @@ def dot(a, b, acc, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def philox_keep(seed, rows, first, p, stream, BN: tl.constexpr):
+def philox_keep(
+    seed,
+    rows,
+    first,
+    p,
+    stream,
+    BN: tl.constexpr,
+):
     """Return the given rows and the columns first .. first + BN - 1 of mmfused.random.keep_mask.
 
     ``first`` and BN are multiples of 4, because one call of Philox serves four columns. ``seed`` is
@@ -179,7 +191,12 @@ def pack_mask_kernel(
 
 
 @triton.jit
-def token_span(b, span_ptr, N, MASK: tl.constexpr):
+def token_span(
+    b,
+    span_ptr,
+    N,
+    MASK: tl.constexpr,
+):
     """Return lo and hi: all valid tokens of sample b are in [lo, hi).
 
     The range is empty if no token is valid. ``span_ptr`` holds lengths (B,) or spans (B, 2).
@@ -196,7 +213,15 @@ def token_span(b, span_ptr, N, MASK: tl.constexpr):
 
 
 @triton.jit
-def tokens_kept(b, start, BN: tl.constexpr, hi, words_ptr, W, MASK: tl.constexpr):
+def tokens_kept(
+    b,
+    start,
+    BN: tl.constexpr,
+    hi,
+    words_ptr,
+    W,
+    MASK: tl.constexpr,
+):
     """Return the tokens start .. start + BN - 1, and which of these tokens are valid.
 
     BN is at most 64, and ``start`` is a multiple of BN. The mask of a tile is loaded as one scalar,
@@ -211,21 +236,41 @@ def tokens_kept(b, start, BN: tl.constexpr, hi, words_ptr, W, MASK: tl.constexpr
 
 
 @triton.jit
-def load_tokens(x_ptr, n, cols, keep, stride_n, D):
+def load_tokens(
+    x_ptr,
+    n,
+    cols,
+    keep,
+    stride_n,
+    D,
+):
     """Load (tokens, columns) of one sample; 0 for tokens that are not kept, which may hold NaN."""
     at = n[:, None].to(tl.int64) * stride_n + cols[None, :]
     return tl.load(x_ptr + at, mask=keep[:, None] & (cols[None, :] < D), other=0.0)
 
 
 @triton.jit
-def load_tokens_t(x_ptr, n, cols, keep, stride_n, D: tl.constexpr):
+def load_tokens_t(
+    x_ptr,
+    n,
+    cols,
+    keep,
+    stride_n,
+    D: tl.constexpr,
+):
     """Load (columns, tokens) of one sample."""
     at = n[None, :].to(tl.int64) * stride_n + cols[:, None]
     return tl.load(x_ptr + at, mask=keep[None, :] & (cols[:, None] < D), other=0.0)
 
 
 @triton.jit
-def load_rows_t(ptr, rows, cols, R, D: tl.constexpr):
+def load_rows_t(
+    ptr,
+    rows,
+    cols,
+    R,
+    D: tl.constexpr,
+):
     """Load (columns, rows) of a contiguous (R, D) matrix."""
     return tl.load(
         ptr + rows[None, :] * D + cols[:, None],
@@ -235,7 +280,14 @@ def load_rows_t(ptr, rows, cols, R, D: tl.constexpr):
 
 
 @triton.jit
-def store_rows_t(ptr, value, rows, cols, R, D: tl.constexpr):
+def store_rows_t(
+    ptr,
+    value,
+    rows,
+    cols,
+    R,
+    D: tl.constexpr,
+):
     """Store (columns, rows) into a contiguous (R, D) matrix."""
     tl.store(
         ptr + rows[None, :] * D + cols[:, None],
@@ -245,7 +297,12 @@ def store_rows_t(ptr, value, rows, cols, R, D: tl.constexpr):
 
 
 @triton.jit
-def tile_entries(i, begin, end, H):
+def tile_entries(
+    i,
+    begin,
+    end,
+    H,
+):
     """Return expert and first row of the tiles with indices i; -1 and 0 beyond the last tile.
 
     ``begin`` and ``end`` hold the range of sorted rows of each expert, and are padded to a power of

@@ -34,7 +34,12 @@ def uniform(seed: Tensor, rows: int, columns: int) -> Tensor:
     return _unit(_philox(seed, c0, c1, 0)[0])
 
 
-def keep_mask(seed: Tensor, shape: tuple[int, ...], p: float, stream: int = 0) -> Tensor:
+def keep_mask(
+    seed: Tensor,
+    shape: tuple[int, ...],
+    p: float,
+    stream: int = 0,
+) -> Tensor:
     """Return a dropout mask, a bool tensor of ``shape`` that is True with probability 1 - p.
 
     True means that the value is kept. All dimensions but the last are flattened to rows. The value

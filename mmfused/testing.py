@@ -151,7 +151,12 @@ def interleaved_medians(
     }
 
 
-def dropout_mask(seed: Tensor, shape: tuple[int, ...], p: float, stream: int = 0) -> Tensor:
+def dropout_mask(
+    seed: Tensor,
+    shape: tuple[int, ...],
+    p: float,
+    stream: int = 0,
+) -> Tensor:
     """Return the dropout mask that the operators use with ``dropout_seed=seed``; True means keep.
 
     The mask is the same on every backend.

@@ -24,7 +24,15 @@ def place(tiles, H: tl.constexpr, B):
 
 
 @triton.jit
-def load_head(ptr, r, ok, first, W: tl.constexpr, DH: tl.constexpr, BH: tl.constexpr):
+def load_head(
+    ptr,
+    r,
+    ok,
+    first,
+    W: tl.constexpr,
+    DH: tl.constexpr,
+    BH: tl.constexpr,
+):
     """Load rows of one head, whose columns begin at ``first``, from a matrix of W columns."""
     cols = tl.arange(0, BH)
     return tl.load(
@@ -33,7 +41,16 @@ def load_head(ptr, r, ok, first, W: tl.constexpr, DH: tl.constexpr, BH: tl.const
 
 
 @triton.jit
-def store_head(ptr, value, r, ok, first, W: tl.constexpr, DH: tl.constexpr, BH: tl.constexpr):
+def store_head(
+    ptr,
+    value,
+    r,
+    ok,
+    first,
+    W: tl.constexpr,
+    DH: tl.constexpr,
+    BH: tl.constexpr,
+):
     """Store rows of one head, whose columns begin at ``first``, in a matrix of W columns."""
     cols = tl.arange(0, BH)
     tl.store(ptr + tile_at(r, first + cols, W), value, mask=ok[:, None] & (cols[None, :] < DH))

@@ -199,7 +199,13 @@ def _d_blend(
     return dz, dy
 
 
-def _d_attend(call: Call, projected, attended, lse, dy) -> list[Tensor]:
+def _d_attend(
+    call: Call,
+    projected,
+    attended,
+    lse,
+    dy,
+) -> list[Tensor]:
     """Return the gradients of the projections of both sides."""
     d_attended, d_projected = (
         [torch.empty_like(x) for x in like] for like in (attended, projected)
@@ -267,7 +273,15 @@ def _d_attend(call: Call, projected, attended, lse, dy) -> list[Tensor]:
     return d_projected
 
 
-def _d_side(call: Call, side: int, d_projected, moments, dx, d_norms, d_weights) -> Tensor | None:
+def _d_side(
+    call: Call,
+    side: int,
+    d_projected,
+    moments,
+    dx,
+    d_norms,
+    d_weights,
+) -> Tensor | None:
     """Compute the gradients of one side's tokens, norm and projections.
 
     Return the tokens (rows, D) that the gate read, with 0 in other rows, or None if no gate read

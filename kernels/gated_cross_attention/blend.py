@@ -18,7 +18,13 @@ from .tokens import add_product, any_of, changed, pick, tile_at
 
 
 @triton.jit
-def has_keys(lse_ptr, r, N, ok, H: tl.constexpr):
+def has_keys(
+    lse_ptr,
+    r,
+    N,
+    ok,
+    H: tl.constexpr,
+):
     """Return which rows have an unmasked key, that is, an lse (of the first head) below +inf."""
     return ok & (
         tl.load(lse_ptr + (r // N).to(tl.int64) * (H * N) + r % N, mask=ok, other=float("inf"))
@@ -27,7 +33,13 @@ def has_keys(lse_ptr, r, N, ok, H: tl.constexpr):
 
 
 @triton.jit
-def load_tile(ptr, at, cols, ok, D: tl.constexpr):
+def load_tile(
+    ptr,
+    at,
+    cols,
+    ok,
+    D: tl.constexpr,
+):
     """Load (rows, columns) as float32; the rows begin at ``at``."""
     return tl.load(
         ptr + at[:, None] + cols[None, :], mask=ok[:, None] & (cols[None, :] < D), other=0.0
@@ -41,7 +53,15 @@ def load_vector(ptr, cols, width):
 
 
 @triton.jit
-def dropped(value, seed_ptr, r, first, p, stream, BN: tl.constexpr):
+def dropped(
+    value,
+    seed_ptr,
+    r,
+    first,
+    p,
+    stream,
+    BN: tl.constexpr,
+):
     """Apply dropout to the rows r and the columns from ``first``."""
     keep = philox_keep(tl.load(seed_ptr), r, first, p, stream, BN)
     return tl.where(keep, value, 0.0) / (1.0 - p)
@@ -148,7 +168,14 @@ def token_logit(
 
 
 @triton.jit
-def _load_x(x_ptr, x_at, r, R, cols, D: tl.constexpr):
+def _load_x(
+    x_ptr,
+    x_at,
+    r,
+    R,
+    cols,
+    D: tl.constexpr,
+):
     return tl.load(
         x_ptr + x_at[:, None] + cols[None, :],
         mask=(r < R)[:, None] & (cols[None, :] < D),
@@ -157,7 +184,16 @@ def _load_x(x_ptr, x_at, r, R, cols, D: tl.constexpr):
 
 
 @triton.jit
-def _store_out(out_ptr, value, x, r, R, cols, ok, D: tl.constexpr):
+def _store_out(
+    out_ptr,
+    value,
+    x,
+    r,
+    R,
+    cols,
+    ok,
+    D: tl.constexpr,
+):
     """Store ``value`` if ok, else x, which may be NaN."""
     inside = (r < R)[:, None] & (cols[None, :] < D)
     tl.store(

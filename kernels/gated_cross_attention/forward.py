@@ -79,7 +79,13 @@ def forward(
     return [*outs, *projected, *moments, *attended, *lse, *attn_out]
 
 
-def _project(call: Call, side: int, out: Tensor, moments: Tensor, packed: Tensor | None) -> None:
+def _project(
+    call: Call,
+    side: int,
+    out: Tensor,
+    moments: Tensor,
+    packed: Tensor | None,
+) -> None:
     """Project one side, and copy its W_g without the last column to ``packed``, if given."""
     x, tile = call.tokens[side], call.plan.project
     parts = call.parts(side)
@@ -170,7 +176,15 @@ def _gate_constants(call: Call) -> dict:
 
 
 def _block(
-    call: Call, tile: Tile, projected, attended, lse, packed, attn_out, outs, moments
+    call: Call,
+    tile: Tile,
+    projected,
+    attended,
+    lse,
+    packed,
+    attn_out,
+    outs,
+    moments,
 ) -> None:
     tiles = triton.cdiv(max(call.lengths[: call.directions]), tile.BM)
     block.block_kernel[(call.directions * call.batch * tiles,)](
@@ -207,7 +221,15 @@ def _block(
     )
 
 
-def _blend(call: Call, attended, lse, packed, attn_out, outs, moments) -> None:
+def _blend(
+    call: Call,
+    attended,
+    lse,
+    packed,
+    attn_out,
+    outs,
+    moments,
+) -> None:
     norms = (*call.norm(0), *call.norm(1), *moments)
     sizes = (call.batch, *call.lengths, *call.strides, call.eps)
 
@@ -268,7 +290,14 @@ def _blend(call: Call, attended, lse, packed, attn_out, outs, moments) -> None:
 
 
 @triton.jit
-def _moments(x_ptr, at, ok, eps, D: tl.constexpr, BK: tl.constexpr):
+def _moments(
+    x_ptr,
+    at,
+    ok,
+    eps,
+    D: tl.constexpr,
+    BK: tl.constexpr,
+):
     """Return mean and 1 / standard deviation of each row.
 
     The row is read twice, the second time from the cache.
@@ -316,7 +345,13 @@ def _load_normed(
 
 
 @triton.jit
-def _load_weight(w_ptr, cols, k, COLS: tl.constexpr, D: tl.constexpr):
+def _load_weight(
+    w_ptr,
+    cols,
+    k,
+    COLS: tl.constexpr,
+    D: tl.constexpr,
+):
     """Load (k, columns) of a weight (COLS, D), transposed."""
     return tl.load(
         w_ptr + cols[None, :] * D + k[:, None],
@@ -326,7 +361,13 @@ def _load_weight(w_ptr, cols, k, COLS: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def _pack_row(w_ptr, packed_ptr, row, D: tl.constexpr, BN: tl.constexpr):
+def _pack_row(
+    w_ptr,
+    packed_ptr,
+    row,
+    D: tl.constexpr,
+    BN: tl.constexpr,
+):
     """Copy a row of W_g without its last column.
 
     Rows of 2 D + 1 numbers are unaligned, and could only be loaded one number at a time.

@@ -330,7 +330,14 @@ def d_rows_kernel(
 
 
 @triton.jit
-def norm_backward(d_out, normed, rstd, gamma_ptr, cols, D: tl.constexpr):
+def norm_backward(
+    d_out,
+    normed,
+    rstd,
+    gamma_ptr,
+    cols,
+    D: tl.constexpr,
+):
     """Return the gradient through a LayerNorm; rows whose rstd is 0 give 0.
 
     ``normed``: the rows before weight and bias, 0 beyond the width.
@@ -342,7 +349,13 @@ def norm_backward(d_out, normed, rstd, gamma_ptr, cols, D: tl.constexpr):
 
 
 @triton.jit
-def _store_partial(ptr, d_gamma, d_beta, cols, D: tl.constexpr):
+def _store_partial(
+    ptr,
+    d_gamma,
+    d_beta,
+    cols,
+    D: tl.constexpr,
+):
     row = tl.program_id(0)
     tl.store(ptr + row * D + cols, d_gamma, mask=cols < D)
     tl.store(ptr + (tl.num_programs(0) + row) * D + cols, d_beta, mask=cols < D)
@@ -468,7 +481,15 @@ def d_normed_kernel(
 
 
 @triton.jit
-def _first_alone(side, r, N, ok, masks, IGNORE: tl.constexpr, ABSENT: tl.constexpr):
+def _first_alone(
+    side,
+    r,
+    N,
+    ok,
+    masks,
+    IGNORE: tl.constexpr,
+    ABSENT: tl.constexpr,
+):
     """Return ``ok``, set to False for all but the first valid token of absent samples."""
     b = r // N
     gone = ok & (r >= 0)

@@ -104,7 +104,12 @@ def block_supports(dim: int, head_dim: int, dtype: torch.dtype) -> bool:
     return dim <= 256 and head_dim <= (32 if dtype == torch.float32 else 64)
 
 
-def _block(dim: int, head_dim: int, dtype: torch.dtype, arch: int) -> Tile | None:
+def _block(
+    dim: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    arch: int,
+) -> Tile | None:
     if not block_supports(dim, head_dim, dtype):
         return None
     if dtype == torch.float32:
@@ -116,7 +121,13 @@ def _block(dim: int, head_dim: int, dtype: torch.dtype, arch: int) -> Tile | Non
     return Tile(32, 32, 64, 8, 2)  # 64 keys at a time spill on sm_80 and sm_120 under Triton 3.6
 
 
-def plan(dim: int, context_dim: int, head_dim: int, dtype: torch.dtype, arch: int) -> Plan:
+def plan(
+    dim: int,
+    context_dim: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    arch: int,
+) -> Plan:
     """Return the tiles for these widths, this dtype and this architecture."""
     widest = power(max(dim, context_dim))
     rows = Tile(max(1, 2048 // widest), widest, 0, 4, 1)

@@ -22,7 +22,13 @@ def pick(second, a, b):
 
 
 @triton.jit
-def valid_keys(side, at, ok, masks, IGNORE: tl.constexpr):
+def valid_keys(
+    side,
+    at,
+    ok,
+    masks,
+    IGNORE: tl.constexpr,
+):
     """Return ``ok``, set to False for the tokens (rows ``at``) that the side's mask ignores."""
     if IGNORE != 0:
         given = (ok.to(tl.int32) & (IGNORE >> side)) == 1
@@ -31,7 +37,13 @@ def valid_keys(side, at, ok, masks, IGNORE: tl.constexpr):
 
 
 @triton.jit
-def present(side, b, ok, masks, ABSENT: tl.constexpr):
+def present(
+    side,
+    b,
+    ok,
+    masks,
+    ABSENT: tl.constexpr,
+):
     """Return ``ok``, set to False for samples in which this side is absent."""
     if ABSENT != 0:
         given = (ok.to(tl.int32) & (ABSENT >> side)) == 1
@@ -40,7 +52,14 @@ def present(side, b, ok, masks, ABSENT: tl.constexpr):
 
 
 @triton.jit
-def attends(direction, b, ok, masks, ABSENT: tl.constexpr, MISSING: tl.constexpr):
+def attends(
+    direction,
+    b,
+    ok,
+    masks,
+    ABSENT: tl.constexpr,
+    MISSING: tl.constexpr,
+):
     """Return ``ok``, set to False for samples that do not attend in this direction."""
     if MISSING == "skip" or MISSING == "zero":
         ok = present(1 - direction, b, ok, masks, ABSENT)
@@ -68,7 +87,13 @@ def changed(
 
 
 @triton.jit
-def valid_span(side, b, N, masks, IGNORE: tl.constexpr):
+def valid_span(
+    side,
+    b,
+    N,
+    masks,
+    IGNORE: tl.constexpr,
+):
     """Return lo and hi: all valid tokens of sample b are in [lo, hi). Without any, lo = hi."""
     lo = 0
     hi = N

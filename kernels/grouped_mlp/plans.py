@@ -82,7 +82,12 @@ def plan(
     return Tile(height, width // products, 64, 4, 4, halvings)
 
 
-def _tall(kind: str, rows: int, n: int, terms: int) -> Tile:
+def _tall(
+    kind: str,
+    rows: int,
+    n: int,
+    terms: int,
+) -> Tile:
     """Return a tile of 128 rows for 227 KB of shared memory.
 
     A long sum gets the largest tile, which loads the fewest bytes per FLOP. For a short sum, two

@@ -98,7 +98,12 @@ def tile_span(
 
 
 @triton.jit
-def source_rows(order_ptr, rows, k: tl.constexpr, GATHER: tl.constexpr):
+def source_rows(
+    order_ptr,
+    rows,
+    k: tl.constexpr,
+    GATHER: tl.constexpr,
+):
     """Return the rows to read for these sorted rows: with GATHER their tokens, else ``rows``."""
     if GATHER:
         rows = tl.load(order_ptr + rows) // k
@@ -106,7 +111,13 @@ def source_rows(order_ptr, rows, k: tl.constexpr, GATHER: tl.constexpr):
 
 
 @triton.jit
-def load_inside(ptr, inside_0, inside_1, ALL_0: tl.constexpr, ALL_1: tl.constexpr):
+def load_inside(
+    ptr,
+    inside_0,
+    inside_1,
+    ALL_0: tl.constexpr,
+    ALL_1: tl.constexpr,
+):
     """Load a tile; elements outside the given rows and columns are 0.
 
     With ALL_0 all rows are inside and need no mask. With ALL_1 all columns are inside.
@@ -170,7 +181,12 @@ def product(
 
 
 @triton.jit
-def column_pieces(x, BM: tl.constexpr, BN: tl.constexpr, HALVINGS: tl.constexpr):
+def column_pieces(
+    x,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    HALVINGS: tl.constexpr,
+):
     """Split a tile into 2^HALVINGS pieces of columns.
 
     An epilogue over all columns at once would run out of registers.

@@ -232,7 +232,13 @@ def _outer_products(
 
 
 @triton.jit
-def _row_factors(routing_ptr, assignments, inside, BK: tl.constexpr, dtype: tl.constexpr):
+def _row_factors(
+    routing_ptr,
+    assignments,
+    inside,
+    BK: tl.constexpr,
+    dtype: tl.constexpr,
+):
     """Return a (BK, 16) matrix whose row sums are the routing weights (1 without ``routing_ptr``).
 
     The first column holds the routing weights in ``dtype``, the second column their rounding

@@ -164,7 +164,12 @@ def _add_sums(
 
 
 @triton.jit
-def _merge_softmax(m, total, m_more, total_more):
+def _merge_softmax(
+    m,
+    total,
+    m_more,
+    total_more,
+):
     """Merge two partial softmaxes (maximum, sum); all exponents are at most 0."""
     m_new = tl.maximum(m, m_more)
     shift = _finite(m_new)
@@ -205,7 +210,13 @@ def _store_sums(
 
 
 @triton.jit
-def _softmax_step(s, m, total, safe, COLUMNS: tl.constexpr):
+def _softmax_step(
+    s,
+    m,
+    total,
+    safe,
+    COLUMNS: tl.constexpr,
+):
     """Process one tile of the rows' online softmax.
 
     Return the new maxima and sums of the rows, then the maxima and sums of the tile's columns. With

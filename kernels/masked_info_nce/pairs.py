@@ -84,7 +84,12 @@ def visited_tiles(
 
 
 @triton.jit
-def nth_tile(n, head, own, first):
+def nth_tile(
+    n,
+    head,
+    own,
+    first,
+):
     """Return the index of the n-th visited tile."""
     return tl.where(n < head, first + n, own + n - head)
 

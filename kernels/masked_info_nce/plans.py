@@ -191,7 +191,13 @@ def sweep_grid(
     return Grid(splits=-(-tiles // length), tiles=length, groups=groups, blocks=each)
 
 
-def chunk(rows: int, columns: int, tile: Tile, chunk_bytes: int, itemsize: int) -> tuple[int, int]:
+def chunk(
+    rows: int,
+    columns: int,
+    tile: Tile,
+    chunk_bytes: int,
+    itemsize: int,
+) -> tuple[int, int]:
     """Return (rows, columns) of a chunk of dS, multiples of the tile.
 
     The chunk is nearly square, if possible, to keep traffic low: the float32 gradients of the rows

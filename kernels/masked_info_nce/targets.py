@@ -12,7 +12,12 @@ from .pairs import load_block
 from .plans import Tile
 
 
-def target_products(q: Tensor, c: Tensor, target: Tensor, tile: Tile) -> Tensor:
+def target_products(
+    q: Tensor,
+    c: Tensor,
+    target: Tensor,
+    tile: Tile,
+) -> Tensor:
     """Return q . c of each row's target, (B,) float32, with the same bits as in a sweep.
 
     ``tile`` is the tile of the sweep. Equal candidates must get equal probabilities, but with

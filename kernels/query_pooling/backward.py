@@ -160,7 +160,15 @@ def _launch_steps(
 
 
 @triton.jit
-def _load_z(z_ptr, b, rows, cols, R, D: tl.constexpr, BN: tl.constexpr):
+def _load_z(
+    z_ptr,
+    b,
+    rows,
+    cols,
+    R,
+    D: tl.constexpr,
+    BN: tl.constexpr,
+):
     """Load the given rows of Z, at most BN, into the first rows of a tile (BN, columns)."""
     tl.static_assert(rows.shape[0] <= BN)
     n = tl.arange(0, BN)
@@ -170,7 +178,15 @@ def _load_z(z_ptr, b, rows, cols, R, D: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
-def _delta(zdz, ksum_ptr, dksum_ptr, b, rows, R, DROPOUT: tl.constexpr):
+def _delta(
+    zdz,
+    ksum_ptr,
+    dksum_ptr,
+    b,
+    rows,
+    R,
+    DROPOUT: tl.constexpr,
+):
     """Return delta and dksum, with rowsum(dZ * Z) from the diagonal of zdz = Z dZ^T.
 
     A matrix product rounds delta like dP: if one token has all the weight of a row, delta must
@@ -212,7 +228,16 @@ def _dlogits(
 
 
 @triton.jit
-def _zero_rows(ptr, b, first, last, N, D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr):
+def _zero_rows(
+    ptr,
+    b,
+    first,
+    last,
+    N,
+    D: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+):
     """Write dX = 0 for the tokens [first, last), to which no query attends."""
     for start in range(first, last, BN):
         n = start + tl.arange(0, BN)

@@ -66,7 +66,15 @@ def keep_words_kernel(
 
 
 @triton.jit
-def rows_keep(words_ptr, b, start, BN: tl.constexpr, rows, N, R):
+def rows_keep(
+    words_ptr,
+    b,
+    start,
+    BN: tl.constexpr,
+    rows,
+    N,
+    R,
+):
     """Return which probabilities of sample b are kept, (BN, rows) bool.
 
     The bits of the tokens start .. start + BN must be in one word.

@@ -212,7 +212,12 @@ def moments_kernel(
 
 
 @triton.jit
-def _softmax_step(s, m, total, keep):
+def _softmax_step(
+    s,
+    m,
+    total,
+    keep,
+):
     """Process one tile of the online softmax over the first axis.
 
     Return unnormalised p, the new maximum and sum, and alpha, the factor that rescales old sums.
@@ -227,14 +232,27 @@ def _softmax_step(s, m, total, keep):
 
 
 @triton.jit
-def _store_sums(sums_ptr, b, rows, R, m, total):
+def _store_sums(
+    sums_ptr,
+    b,
+    rows,
+    R,
+    m,
+    total,
+):
     at = sums_ptr + 2 * (b * R + rows)
     tl.store(at, tl.where(total > 0, m, float("inf")), mask=rows < R)
     tl.store(at + 1, tl.where(total > 0, tl.log(total), 0.0), mask=rows < R)
 
 
 @triton.jit
-def softmax_of(s, sums_ptr, b, rows, R):
+def softmax_of(
+    s,
+    sums_ptr,
+    b,
+    rows,
+    R,
+):
     """Return the probabilities (tokens, rows) of the logits s."""
     at = sums_ptr + 2 * (b * R + rows)
     m = tl.load(at, mask=rows < R, other=float("inf"))

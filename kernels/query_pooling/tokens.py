@@ -12,7 +12,15 @@ from ..tiles import load_tokens, load_tokens_t
 
 
 @triton.jit
-def load_moments(mean_ptr, rstd_ptr, b, n, keep, N, NORM: tl.constexpr):
+def load_moments(
+    mean_ptr,
+    rstd_ptr,
+    b,
+    n,
+    keep,
+    N,
+    NORM: tl.constexpr,
+):
     """Load mean and rstd of each token; 0 for ignored tokens, and without NORM."""
     mean = tl.zeros(n.shape, tl.float32)
     rstd = mean
@@ -57,7 +65,15 @@ def load_normed_t(
 
 
 @triton.jit
-def normed(x, mean, rstd, cols, D: tl.constexpr, BD: tl.constexpr, NORM: tl.constexpr):
+def normed(
+    x,
+    mean,
+    rstd,
+    cols,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    NORM: tl.constexpr,
+):
     """Normalise a tile whose columns are ``cols``; without NORM return x."""
     if NORM:
         y = (x.to(tl.float32) - mean) * rstd

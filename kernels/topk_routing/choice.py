@@ -26,7 +26,14 @@ LEAST = tl.constexpr(-3.4028234663852886e38)  # the least finite float32
 
 
 @triton.jit
-def choice_key(logits, score, bias_ptr, experts, allowed, E: tl.constexpr):
+def choice_key(
+    logits,
+    score,
+    bias_ptr,
+    experts,
+    allowed,
+    E: tl.constexpr,
+):
     """Return the keys by which experts are chosen.
 
     The key of an expert that is not allowed is -inf. For an allowed expert, NaN and -inf are
@@ -84,7 +91,15 @@ def choose_experts(
 
 
 @triton.jit
-def by_expert(choice, weights, experts, slots, K: tl.constexpr, BR: tl.constexpr, BE: tl.constexpr):
+def by_expert(
+    choice,
+    weights,
+    experts,
+    slots,
+    K: tl.constexpr,
+    BR: tl.constexpr,
+    BE: tl.constexpr,
+):
     """Return the weights as (tokens, experts) instead of (tokens, slots)."""
     dense = tl.zeros([BR, BE], tl.float32)
     for j in range(K):

@@ -28,21 +28,41 @@ def tokens_kept(n, mask_ptr, T):
 
 
 @triton.jit
-def load_logits(ptr, n, experts, keep, stride_n, stride_e, E: tl.constexpr):
+def load_logits(
+    ptr,
+    n,
+    experts,
+    keep,
+    stride_n,
+    stride_e,
+    E: tl.constexpr,
+):
     """Load (tokens, experts) as float32; 0 for tokens that are not kept, which may hold NaN."""
     at = n[:, None].to(tl.int64) * stride_n + experts[None, :].to(tl.int64) * stride_e
     return tl.load(ptr + at, mask=keep[:, None] & (experts[None, :] < E), other=0.0).to(tl.float32)
 
 
 @triton.jit
-def load_choice(indices_ptr, n, slots, keep, E: tl.constexpr, K: tl.constexpr):
+def load_choice(
+    indices_ptr,
+    n,
+    slots,
+    keep,
+    E: tl.constexpr,
+    K: tl.constexpr,
+):
     """Return a pair: the experts in these slots clamped to [0, E), and the experts as stored."""
     given = tl.load(indices_ptr + n.to(tl.int64) * K + slots, mask=keep, other=0)
     return tl.minimum(tl.maximum(given, 0), E - 1).to(tl.int32), given
 
 
 @triton.jit
-def load_segment(segments_ptr, n, T, S: tl.constexpr):
+def load_segment(
+    segments_ptr,
+    n,
+    T,
+    S: tl.constexpr,
+):
     """Return the segment of each token, clamped to [0, S), and which segments were out of range.
 
     Without segments, every token is in segment 0.
@@ -57,7 +77,14 @@ def load_segment(segments_ptr, n, T, S: tl.constexpr):
 
 
 @triton.jit
-def load_allowed(available_ptr, segment, broken, experts, E: tl.constexpr, K: tl.constexpr):
+def load_allowed(
+    available_ptr,
+    segment,
+    broken,
+    experts,
+    E: tl.constexpr,
+    K: tl.constexpr,
+):
     """Return which experts each token may use, and which tokens are broken.
 
     Tokens with fewer than K available experts are added to ``broken``. Broken tokens may use all
@@ -76,7 +103,13 @@ def load_allowed(available_ptr, segment, broken, experts, E: tl.constexpr, K: tl
 
 
 @triton.jit
-def choices_outside(indices_ptr, n, keep, E: tl.constexpr, K: tl.constexpr):
+def choices_outside(
+    indices_ptr,
+    n,
+    keep,
+    E: tl.constexpr,
+    K: tl.constexpr,
+):
     """Return which tokens have a choice outside [0, E)."""
     broken = n < 0
     for j in range(K):
@@ -86,7 +119,12 @@ def choices_outside(indices_ptr, n, keep, E: tl.constexpr, K: tl.constexpr):
 
 
 @triton.jit
-def jitter_factor(seed_ptr, jitter, n, experts):
+def jitter_factor(
+    seed_ptr,
+    jitter,
+    n,
+    experts,
+):
     """Return random factors from 1 - jitter to 1 + jitter.
 
     They are computed from the numbers of mmfused.random.uniform, so they do not depend on the tile.

@@ -305,7 +305,12 @@ def _mebibytes(count: float) -> str:
     return f"{count / 2**20:.1f} MiB"
 
 
-def _draw(runs: Mapping[str, Any], op: Mapping[str, Any], best: str, path: Path) -> None:
+def _draw(
+    runs: Mapping[str, Any],
+    op: Mapping[str, Any],
+    best: str,
+    path: Path,
+) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4), layout="constrained")

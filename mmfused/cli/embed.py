@@ -264,7 +264,12 @@ def _is_intact(done: Mapping[str, Tensor], example: Mapping[str, Tensor], rows: 
     return intact
 
 
-def _join_parts(parts: Parts, out: Path, data: Any, count: int) -> int:
+def _join_parts(
+    parts: Parts,
+    out: Path,
+    data: Any,
+    count: int,
+) -> int:
     """Write all parts to one ``.npz`` file, and return the number of items."""
     import numpy as np
 

@@ -260,7 +260,12 @@ def recorded_launches(
             yield from jobs.values()
 
 
-def _job(op: str, case: str, arch: str, launch: Launch) -> Job:
+def _job(
+    op: str,
+    case: str,
+    arch: str,
+    launch: Launch,
+) -> Job:
     """Return the job of a launch; arguments get the types that Triton's launcher gives them.
 
     Arguments that are 1 or None become constants. Pointers and multiples of 16 are marked as

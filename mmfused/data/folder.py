@@ -122,7 +122,12 @@ class ProductFolder(Dataset[dict[str, Any]]):
             )
         return torch.empty(rows, 3, self.image_size, self.image_size, dtype=torch.uint8)
 
-    def _read(self, rows: list[Row], label_limit: int, strict: bool) -> Iterator[Item]:
+    def _read(
+        self,
+        rows: list[Row],
+        label_limit: int,
+        strict: bool,
+    ) -> Iterator[Item]:
         """Yield the usable rows in order, and add a sentence to ``skipped`` for each other row."""
         loaded = _in_threads(lambda row: self._load(row, label_limit), rows)
         for row, found in zip(rows, loaded, strict=True):

@@ -109,7 +109,12 @@ def _read_header(
     return header, start
 
 
-def _parse(root: Path, lines: list[str], start: int, columns: list[str]) -> Iterator[Row]:
+def _parse(
+    root: Path,
+    lines: list[str],
+    start: int,
+    columns: list[str],
+) -> Iterator[Row]:
     while start < len(lines):
         line, broken = start + 1, None
         try:

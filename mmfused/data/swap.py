@@ -22,7 +22,12 @@ class SwappedTexts(Dataset[dict[str, Any]]):
         donors: for each row in ``swapped``, another row, whose text replaces the row's text.
     """
 
-    def __init__(self, dataset: Products, swapped: list[int], donors: list[int]) -> None:
+    def __init__(
+        self,
+        dataset: Products,
+        swapped: list[int],
+        donors: list[int],
+    ) -> None:
         self.dataset = dataset
         self.swapped = swapped
         self.donors = donors

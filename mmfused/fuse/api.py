@@ -149,7 +149,12 @@ class _Owner(NamedTuple):
     # The module, if it was not chosen: ``only`` may still name its children. Else None.
     module: nn.Module | None
 
-    def owns(self, name: str, module: nn.Module, selection: Selection) -> bool:
+    def owns(
+        self,
+        name: str,
+        module: nn.Module,
+        selection: Selection,
+    ) -> bool:
         """Return whether ``module`` is inside this owner and must not be swapped itself."""
         inside = not self.name or name == self.name or name.startswith(f"{self.name}.")
         return inside and (self.module is None or not selection.names(module, self.module))

@@ -173,7 +173,12 @@ class _MultiheadAttention(Pooling, _Original):
         out = attend_with(self, x, q, key_padding_mask, batch_first=self.batch_first)
         return out, None
 
-    def _fits(self, query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
+    def _fits(
+        self,
+        query: Tensor,
+        key: Tensor,
+        mask: Tensor | None,
+    ) -> bool:
         if not are_tokens(key) or not are_tokens(query):
             return False
         if not dense(mask) or not dense(*projections_of(self)):

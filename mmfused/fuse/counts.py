@@ -5,7 +5,13 @@ from __future__ import annotations
 from ..ops.query_pooling.composed import ABSORBED_MUST_SAVE, form_flops
 
 
-def pooling_benefit(dim: int, queries: int | None, k_dim: int, v_dim: int, heads: int) -> str:
+def pooling_benefit(
+    dim: int,
+    queries: int | None,
+    k_dim: int,
+    v_dim: int,
+    heads: int,
+) -> str:
     """Return the text on the benefit; ``queries`` is None if each call brings its own queries."""
     if queries is None:
         return _benefit_of_calls(dim, k_dim, v_dim, heads)
@@ -22,7 +28,12 @@ def pooling_benefit(dim: int, queries: int | None, k_dim: int, v_dim: int, heads
     )
 
 
-def _benefit_of_calls(dim: int, k_dim: int, v_dim: int, heads: int) -> str:
+def _benefit_of_calls(
+    dim: int,
+    k_dim: int,
+    v_dim: int,
+    heads: int,
+) -> str:
     cpu, gpu = (
         _most_queries(ABSORBED_MUST_SAVE[device], dim, k_dim, v_dim, heads)
         for device in ("cpu", "cuda")
@@ -33,13 +44,25 @@ def _benefit_of_calls(dim: int, k_dim: int, v_dim: int, heads: int) -> str:
     )
 
 
-def _most_queries(times: float, dim: int, k_dim: int, v_dim: int, heads: int) -> int:
+def _most_queries(
+    times: float,
+    dim: int,
+    k_dim: int,
+    v_dim: int,
+    heads: int,
+) -> int:
     """Return the most queries at which projected FLOPs are at least ``times`` absorbed FLOPs."""
     none, one = (_per_token(dim, queries, k_dim, v_dim, heads) for queries in (0, 1))
     return int(none["projected"] / (times * one["absorbed"] - one["projected"] + none["projected"]))
 
 
-def _per_token(dim: int, queries: int, k_dim: int, v_dim: int, heads: int) -> dict[str, int]:
+def _per_token(
+    dim: int,
+    queries: int,
+    k_dim: int,
+    v_dim: int,
+    heads: int,
+) -> dict[str, int]:
     """Return the FLOPs of one more token in each form, forward and backward."""
     none, one = (form_flops(1, tokens, dim, queries, k_dim, v_dim, heads) for tokens in (0, 1))
     return {form: one[form] - none[form] for form in one}

@@ -93,7 +93,12 @@ def _routing(module: Any, index: Tensor, weights: Tensor) -> Routing:
     )
 
 
-def _experts(module: Any, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+def _experts(
+    module: Any,
+    x: Tensor,
+    index: Tensor,
+    weights: Tensor,
+) -> Tensor:
     """Return the output of the experts in the dtype of ``x``."""
     down = module.down_proj
     # With x in float64, the routing weights become float64, too.

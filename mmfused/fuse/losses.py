@@ -216,7 +216,11 @@ if TYPE_CHECKING:
         ) -> Tensor: ...
 
         def calculate_loss(
-            self, reps: Any, labels: Any = None, *, with_backward: bool = False
+            self,
+            reps: Any,
+            labels: Any = None,
+            *,
+            with_backward: bool = False,
         ) -> Tensor: ...
 
 else:

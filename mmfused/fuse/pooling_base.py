@@ -67,7 +67,12 @@ def are_tokens(x: Any) -> bool:
     return isinstance(x, Tensor) and dense(x) and x.dim() == 3 and x.is_floating_point()
 
 
-def padding_of(mask: Any, heads: int, rows: int, x: Tensor) -> Tensor | None:
+def padding_of(
+    mask: Any,
+    heads: int,
+    rows: int,
+    x: Tensor,
+) -> Tensor | None:
     """Return the key padding mask (B, N), True = ignore, that equals an attention mask, or None.
 
     ``mask`` is (B, heads, rows, N) bool, True = attend; for another dtype the result is None. All

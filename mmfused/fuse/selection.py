@@ -55,7 +55,12 @@ class Selection:
         entries = [entry for entry in self.only or () if entry not in FAMILIES]
         return any(self._covers(e, module) and not self._covers(e, owner) for e in entries)
 
-    def _covers(self, entry: str, module: nn.Module, family: Family | None = None) -> bool:
+    def _covers(
+        self,
+        entry: str,
+        module: nn.Module,
+        family: Family | None = None,
+    ) -> bool:
         return entry == family if entry in FAMILIES else _matches(entry, self._names[id(module)])
 
 

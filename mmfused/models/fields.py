@@ -119,7 +119,12 @@ def check_fields(name: str, values: object, kinds: Kinds) -> None:
             check_fields(f"{name}.{key}", value, kind)
 
 
-def fits(value: object, kind: object, least: int, most: int) -> bool:
+def fits(
+    value: object,
+    kind: object,
+    least: int,
+    most: int,
+) -> bool:
     """Return whether a value is of the kind, with integers from ``least`` to ``most``."""
     origin, parts = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):

@@ -146,7 +146,13 @@ class ExpertLinear(nn.Module):
     norm_weight: nn.Parameter | None
     norm_bias: nn.Parameter | None
 
-    def __init__(self, num_experts: int, inputs: int, outputs: int, norm: bool = False) -> None:
+    def __init__(
+        self,
+        num_experts: int,
+        inputs: int,
+        outputs: int,
+        norm: bool = False,
+    ) -> None:
         super().__init__()
         self.weight: nn.Parameter = nn.Parameter(torch.empty(num_experts, outputs, inputs))
         self.bias: nn.Parameter = nn.Parameter(torch.empty(num_experts, outputs))
@@ -246,7 +252,12 @@ class DenseClassifier(nn.Sequential):
         return _at_least_float32(super().forward(x)).mean(1)
 
 
-def contrastive_loss(image: Tensor, text: Tensor, paired: Tensor, temperature: float) -> Tensor:
+def contrastive_loss(
+    image: Tensor,
+    text: Tensor,
+    paired: Tensor,
+    temperature: float,
+) -> Tensor:
     """Return the symmetric InfoNCE of unit embeddings (B, D).
 
     ``paired`` (B,) bool marks the samples with both modalities. Other samples are not negatives and

@@ -174,7 +174,12 @@ class Experts(TopKMoE):
         return out
 
 
-def _copy_ffn(moe: Experts, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+def _copy_ffn(
+    moe: Experts,
+    state: dict[str, Tensor],
+    prefix: str,
+    *_: Any,
+) -> None:
     """If ``state`` is the state of an FFN, turn it into a state of the mixture, in place.
 
     The experts become noisy copies of the FFN. The router keeps its weights.
@@ -188,7 +193,12 @@ def _copy_ffn(moe: Experts, state: dict[str, Tensor], prefix: str, *_: Any) -> N
     state[prefix + "router.weight"] = moe.router.weight.detach()
 
 
-def _without_margin(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+def _without_margin(
+    module: nn.Module,
+    state: dict[str, Tensor],
+    prefix: str,
+    *_: Any,
+) -> None:
     """Drop the margin, which old states contain and `set_progress` computes."""
     state.pop(f"{prefix}margin", None)
 

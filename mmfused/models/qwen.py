@@ -293,7 +293,12 @@ def grid_positions(grid: Grid, device: torch.device) -> Tensor:
     return torch.cat([ends[:, :1], inner, ends[:, 1:]], 1)
 
 
-def hidden_states(host: Any, sequence: Sequence, pictures: Tensor, **options: Any) -> Tensor:
+def hidden_states(
+    host: Any,
+    sequence: Sequence,
+    pictures: Tensor,
+    **options: Any,
+) -> Tensor:
     """Return the language model's last hidden states (B, L, D).
 
     The tokens of ``pictures`` (B, n, D) fill the picture slots. ``options`` are passed to the

@@ -61,7 +61,13 @@ class RetrievalModel(nn.Module):
             negative=None if negative is None else self.encode_part("negative", negative),
         )
 
-    def encode(self, role: str, *, labels: Tensor, **items: Any) -> dict[str, Tensor]:
+    def encode(
+        self,
+        role: str,
+        *,
+        labels: Tensor,
+        **items: Any,
+    ) -> dict[str, Tensor]:
         """Return what the loss needs of the items of one part."""
         raise NotImplementedError
 
@@ -109,7 +115,13 @@ class RetrievalModel(nn.Module):
         """Tell a model with a schedule which share of the training is done, from 0 to 1."""
 
 
-def check_part(model: str, name: str, part: dict[str, Tensor], query: Tensor, key: str) -> None:
+def check_part(
+    model: str,
+    name: str,
+    part: dict[str, Tensor],
+    query: Tensor,
+    key: str,
+) -> None:
     """Require a row for each query; an error is raised on all ranks."""
     try:
         check_rows(name, len(part[key]), len(query))

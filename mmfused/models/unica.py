@@ -129,7 +129,13 @@ def _start_at_zero(linear: nn.Linear) -> None:
 class FeedForward(nn.Module):
     """LN(x + Drop(FFN(x))), or with ``pre_norm`` x + Drop(FFN(LN(x))), the identity at first."""
 
-    def __init__(self, dim: int, hidden: int, dropout: float, pre_norm: bool) -> None:
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        dropout: float,
+        pre_norm: bool,
+    ) -> None:
         super().__init__()
         self.norm: nn.LayerNorm = nn.LayerNorm(dim)
         self.pre_norm: bool = pre_norm

@@ -155,7 +155,12 @@ class Tokens(NamedTuple):
 class Block(nn.Module):
     """Pre-norm self-attention and feed-forward part, each scaled by a learnable scalar."""
 
-    def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        dropout: float,
+    ) -> None:
         super().__init__()
         self.num_heads: int = num_heads
         self.dropout: float = dropout
@@ -288,7 +293,13 @@ class UniECS(RetrievalModel):
             # code, LayerNorms of zeros would multiply gradients by eps**-0.5 = 316 in backward.
             nn.init.uniform_(linear.bias, -(linear.in_features**-0.5), linear.in_features**-0.5)
 
-    def encode(self, role: str, *, labels: Tensor, **items: Unpack[Items]) -> dict[str, Tensor]:
+    def encode(
+        self,
+        role: str,
+        *,
+        labels: Tensor,
+        **items: Unpack[Items],
+    ) -> dict[str, Tensor]:
         """Return v, t, f (B, D) as "image", "text", "both"; has_image, has_text, labels (B,)."""
         tokens = self._tokens(**items)
         check_labels(labels, len(tokens.image))

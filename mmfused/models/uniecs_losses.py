@@ -128,7 +128,13 @@ def _nce(
     )
 
 
-def _clal(mm: Pair, vm: Pair, tm: Pair, scale: Tensor, o: LossOptions) -> dict[str, Tensor]:
+def _clal(
+    mm: Pair,
+    vm: Pair,
+    tm: Pair,
+    scale: Tensor,
+    o: LossOptions,
+) -> dict[str, Tensor]:
     ppm = [product_hinge(*pair, scale=scale, margin=o.margins[0]) for pair in (mm, vm, tm)]
     own = [(a * b).sum(1) * scale for a, b in (vm, tm)]
     pdc = [

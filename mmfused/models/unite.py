@@ -223,7 +223,12 @@ class UNITE(RetrievalModel):
         return F.normalize(last, dim=-1), sequence.has_image, sequence.has_text
 
 
-def lora(model: UNITE, rank: int = 8, alpha: float | None = None, dropout: float = 0.05) -> UNITE:
+def lora(
+    model: UNITE,
+    rank: int = 8,
+    alpha: float | None = None,
+    dropout: float = 0.05,
+) -> UNITE:
     """Add LoRA to every Linear layer of the language model, in place.
 
     The original weights of the language model are frozen. The default of ``alpha`` is the paper's:

@@ -34,7 +34,12 @@ def masked_softmax(logits: Tensor, ignore: Tensor | None, dim: int) -> Tensor:
     return logits.to(dtype).masked_fill(ignore, floor).softmax(dim).masked_fill(ignore, 0.0)
 
 
-def check_bool(op: str, name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
+def check_bool(
+    op: str,
+    name: str,
+    tensor: Tensor | None,
+    shape: tuple[int, ...],
+) -> None:
     """Raise unless ``tensor`` is None or a bool tensor of ``shape``."""
     if tensor is None:
         return

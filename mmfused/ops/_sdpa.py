@@ -59,7 +59,15 @@ class _Inputs(torch.autograd.Function):
     """Identity; under create_graph=True its backward recomputes the gradients, differentiably."""
 
     @staticmethod
-    def forward(ctx, q, k, v, attend, scale, upstream):
+    def forward(
+        ctx,
+        q,
+        k,
+        v,
+        attend,
+        scale,
+        upstream,
+    ):
         ctx.scale, ctx.upstream = scale, upstream
         ctx.save_for_backward(q, k, v, attend)
         return q.view_as(q), k.view_as(k), v.view_as(v)

@@ -234,7 +234,12 @@ class Training:
         )
         return self.task.map_items(batch, drop)
 
-    def report(self, loss: Tensor, terms: dict[str, Tensor], rate: float) -> None:
+    def report(
+        self,
+        loss: Tensor,
+        terms: dict[str, Tensor],
+        rate: float,
+    ) -> None:
         """Record the step if a record is due, and update the progress bar.
 
         Raises:

@@ -10,7 +10,12 @@ from torch import nn
 from mmfused.training.config import TrainConfig
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
+def learning_rate(
+    step: int,
+    steps: int,
+    peak: float,
+    warmup: float,
+) -> float:
     """Return the learning rate of one step: linear warm-up, then cosine decay to 0.
 
     Args:

@@ -18,7 +18,12 @@ class Stopped(Exception):
         path: folder of the checkpoint.
     """
 
-    def __init__(self, signum: int, step: int, path: str) -> None:
+    def __init__(
+        self,
+        signum: int,
+        step: int,
+        path: str,
+    ) -> None:
         super().__init__(signum, step, path)
         self.signum = signum
         self.step = step

@@ -61,7 +61,13 @@ class Classification:
         self.batches: Any = batches[0]
         self.val_batches: Any = batches[1]
 
-    def gradients(self, model: Any, batches: Iterable[Items], count: int, amp: bool) -> Loss:
+    def gradients(
+        self,
+        model: Any,
+        batches: Iterable[Items],
+        count: int,
+        amp: bool,
+    ) -> Loss:
         """Add the gradients of ``count`` batches; return the mean loss and its terms."""
         # `fail_together` allows no collective operations; the gradients of a classifier need none.
         with fail_together():
@@ -131,7 +137,13 @@ class Retrieval:
         if products is not None:
             self.product_batches = make_val_batches(products, plain)
 
-    def gradients(self, model: Any, batches: Iterable[Items], count: int, amp: bool) -> Loss:
+    def gradients(
+        self,
+        model: Any,
+        batches: Iterable[Items],
+        count: int,
+        amp: bool,
+    ) -> Loss:
         """Add the gradients of ``count`` batches; return the mean loss and its terms."""
         if self.chunk is None:
             return add_gradients(model, batches, count, amp)

@@ -67,7 +67,12 @@ class CrossAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, options: Any, directions: int, *flat: Any) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any,
+        options: Any,
+        directions: int,
+        *flat: Any,
+    ) -> tuple[Tensor, ...]:
         """Run the forward kernels."""
         ctx.options = options
         ctx.directions = directions
@@ -156,7 +161,17 @@ def _fake_forward(
     return [*outs, *projected, *moments, *attended, *lse, *attn_out]
 
 
-def _fake_backward(d_outs, tokens, norms, ignores, absents, weights, flags, saved, *options):
+def _fake_backward(
+    d_outs,
+    tokens,
+    norms,
+    ignores,
+    absents,
+    weights,
+    flags,
+    saved,
+    *options,
+):
     inputs = (*tokens, *norms, *weights)
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
 

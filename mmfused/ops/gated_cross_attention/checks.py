@@ -219,7 +219,12 @@ def _check_weights(
             )
 
 
-def _check_norm(op: str, name: str, side: SideInput, needed: bool) -> None:
+def _check_norm(
+    op: str,
+    name: str,
+    side: SideInput,
+    needed: bool,
+) -> None:
     norm, dim = side.norm, side.tokens.shape[-1]
     if needed and norm is None:
         raise ValueError(f"{op}: {name}: got None, expected a LayerNorm's weight and bias")

@@ -269,7 +269,12 @@ def gate_logits(
     return linear(torch.cat(parts, -1), w.w_g, w.b_g)
 
 
-def indicator_of(context: Side, batch: int, indicator: Indicator, like: Tensor) -> Tensor:
+def indicator_of(
+    context: Side,
+    batch: int,
+    indicator: Indicator,
+    like: Tensor,
+) -> Tensor:
     """Return the indicator e (B,) in the dtype of ``like``: 1 if the context is present, else 0.
 
     With "batch", e is 1 for all samples if any sample has a context.

@@ -104,7 +104,12 @@ def check_activation(op: str, activation: str) -> None:
         )
 
 
-def _check_floats(op: str, x: Tensor, routing: Routing, **parameters: Tensor | None) -> None:
+def _check_floats(
+    op: str,
+    x: Tensor,
+    routing: Routing,
+    **parameters: Tensor | None,
+) -> None:
     if not isinstance(routing, Routing):
         raise TypeError(
             f"{op}: routing: got a {type(routing).__name__}, "
@@ -125,7 +130,12 @@ def _check_floats(op: str, x: Tensor, routing: Routing, **parameters: Tensor | N
             )
 
 
-def _check_rows(op: str, x: Tensor, rows: int, what: str) -> None:
+def _check_rows(
+    op: str,
+    x: Tensor,
+    rows: int,
+    what: str,
+) -> None:
     if x.dim() != 2 or x.shape[0] != rows:
         raise ValueError(
             f"{op}: x: got shape {tuple(x.shape)}, "

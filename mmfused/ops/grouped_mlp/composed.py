@@ -71,7 +71,12 @@ def mlp_composed(
 # ---- products over segments ----------------------------------------------------------------------
 
 
-def _segment_shape(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
+def _segment_shape(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    offsets: Tensor,
+) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[1])
 
 
@@ -89,7 +94,12 @@ def _segment_backward_shapes(
     return dx, dw, x.new_empty(weight.shape[:2] if need_db else (0,))
 
 
-def _segment_flops(x: Any, weight: Any, *rest: Any, out_shape: object) -> int:
+def _segment_flops(
+    x: Any,
+    weight: Any,
+    *rest: Any,
+    out_shape: object,
+) -> int:
     return 2 * x[0] * weight[1] * weight[2]
 
 
@@ -113,7 +123,12 @@ def _segment_backward_flops(
     _segment_flops,
     devices="all",
 )
-def segment_linear(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
+def segment_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    offsets: Tensor,
+) -> Tensor:
     """Apply the linear layer of each row's expert to the sorted rows x (R, I); return (R, O).
 
     Shapes: weight (E, O, I), bias (E, O), offsets (E+1,). Output rows from offsets[E] on are 0.

@@ -241,7 +241,10 @@ class TopKMoE(nn.Module):
 
 
 def _widen_selection_bias(
-    module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
+    module: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    *_: Any,
 ) -> None:
     """Cast a 16-bit bias in the state dict to float32: ``assign=True`` would keep the 16 bits."""
     bias = state_dict.get(prefix + "selection_bias")

@@ -275,7 +275,12 @@ def _widened(inputs: SweepInputs) -> SweepInputs:
     )
 
 
-def _safe_shift(q: Tensor, c: Tensor, bias: Tensor | None, scale: Tensor) -> float | None:
+def _safe_shift(
+    q: Tensor,
+    c: Tensor,
+    bias: Tensor | None,
+    scale: Tensor,
+) -> float | None:
     """Return an upper bound of |logits|, to subtract instead of the maximum of each row and column.
 
     Returns None if the exponentials could underflow or overflow with this shift.

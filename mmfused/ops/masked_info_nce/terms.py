@@ -23,7 +23,12 @@ from torch import Tensor
 from .arguments import Options
 
 
-def target_term(statistics: Tensor, logit: Tensor, options: Options, everything: bool) -> Tensor:
+def target_term(
+    statistics: Tensor,
+    logit: Tensor,
+    options: Options,
+    everything: bool,
+) -> Tensor:
     """Return the losses (B,), including label smoothing and further positives."""
     others = statistics[0]
     if not everything:

@@ -78,7 +78,15 @@ def with_zero_gradient(out: Tensor, b: Tensor) -> Tensor:
 # ---- operators -----------------------------------------------------------------------------------
 
 
-def _fake_forward(x, q, mask, lengths, eps, dropout_p, dropout_seed):
+def _fake_forward(
+    x,
+    q,
+    mask,
+    lengths,
+    eps,
+    dropout_p,
+    dropout_seed,
+):
     (batch, length, dim), rows = x.shape, q.shape[-2]
     norm = (batch, length) if eps is not None else (0,)
     ksum = (batch, rows) if dropout_p else (0,)
@@ -107,7 +115,12 @@ def _fake_backward(
     return dx, q.new_empty(q.shape, dtype=torch.float32 if q.dim() == 2 else q.dtype)
 
 
-def _forward_flops(x, q, *rest, out_shape):
+def _forward_flops(
+    x,
+    q,
+    *rest,
+    out_shape,
+):
     batch, length, dim = x
     return 4 * batch * q[-2] * length * dim
 

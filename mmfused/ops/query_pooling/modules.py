@@ -266,7 +266,13 @@ class QTransform(nn.Module):
 
 
 class _QTransformBlock(nn.Module):
-    def __init__(self, dim: int, num_heads: int, ffn: int, dropout: float) -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        ffn: int,
+        dropout: float,
+    ) -> None:
         super().__init__()
         self.pool = QueryPooling(
             dim, None, num_heads, q_proj=True, out_proj=True, bias=True, dropout=dropout
@@ -276,6 +282,12 @@ class _QTransformBlock(nn.Module):
         self.norm_ffn = nn.LayerNorm(dim)
         self.drop = nn.Dropout(dropout)
 
-    def forward(self, q: Tensor, x: Tensor, mask: Tensor | None, lengths: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        q: Tensor,
+        x: Tensor,
+        mask: Tensor | None,
+        lengths: Tensor | None,
+    ) -> Tensor:
         q = self.norm_pool(q + self.drop(self.pool(x, mask, q, lengths=lengths)))
         return self.norm_ffn(q + self.drop(self.ffn(q)))

@@ -134,7 +134,12 @@ def _input_backward_shapes(
     return dx, router_weight.new_empty(router_weight.shape if need_dw else (0,))
 
 
-def _forward_flops(source: Any, router_weight: Any, *rest: Any, out_shape: object) -> int:
+def _forward_flops(
+    source: Any,
+    router_weight: Any,
+    *rest: Any,
+    out_shape: object,
+) -> int:
     return 0 if router_weight is None else 2 * source[0] * source[1] * router_weight[0]
 
 
