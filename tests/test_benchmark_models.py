@@ -163,7 +163,7 @@ def test_a_different_loss_curve_is_a_fault(monkeypatch, tmp_path, capsys):
     found = models.extras(case, CPU, torch.float32)
     assert (
         found["curves"]["difference"]["composed"] == pytest.approx(0.01, rel=0.01)
-        and "losses: got a difference" in found["faults"][0]
+        and "losses: got a relative difference" in found["faults"][0]
     )
     monkeypatch.undo()
     monkeypatch.setattr(
@@ -187,7 +187,7 @@ def test_a_different_loss_curve_is_a_fault(monkeypatch, tmp_path, capsys):
         )
         == 1
     )
-    assert "losses: got a difference" in capsys.readouterr().out
+    assert "losses: got a relative difference" in capsys.readouterr().out
 
 
 def test_work_of_unite_matches_a_count_by_hand():

@@ -157,6 +157,7 @@ def kill_embedding(folder: Path):
     embed = ["embed", "--checkpoint", folder / "run", *data, "--batch-size", 1, "--out"]
     wait(fork(command(*embed, folder / "whole.npz")))
     rng, counts, parts = random.Random(1), {"killed": 0}, folder / "killed.npz.parts"
+    result = folder / "killed.npz"
     seen = {0}
     for name in ("killed.npz.backup", "notes.txt"):
         (folder / name).write_text("mine")
@@ -166,11 +167,17 @@ def kill_embedding(folder: Path):
         if counts["killed"] % 4 == 3:
             time.sleep(rng.uniform(0, 0.5))  # possibly before the first part
         else:
-            wait_for(child, lambda before=before: len(list(parts.glob("*.safetensors"))) > before)
+            wait_for(
+                child,
+                lambda before=before: (
+                    len(list(parts.glob("*.safetensors"))) > before or result.exists()
+                ),
+            )
             time.sleep(rng.uniform(0, 0.003))
         if kill(child):
             counts["killed"] += 1
             seen.add(len(list(parts.glob("*.safetensors"))))
+        result.unlink(missing_ok=True)  # of a child that finished before the kill
     wait(fork(command(*embed, folder / "killed.npz")))
     print(json.dumps({**counts, "parts": len(seen)}))
 
