@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class Step(nn.Module, ABC):
-    """A model with a batch of data; ``forward`` maps tokens to the loss.
+    """A model with the labels, masks and ids of one batch; ``forward`` returns the loss of tokens.
 
     With inputs in 16 bits, the parameters are float32 and the model runs under autocast, as in the
     library's training.

@@ -25,10 +25,7 @@ def launches() -> Iterator[Callable[[], None]]:
 
 
 def in_pieces(*shape, **options) -> None:
-    """Call the loss with the smallest scratch memory, as if the batch were very large.
-
-    All rows are then in one group, and the backward computes the gradients of the logits in chunks.
-    """
+    """Call the loss with scratch limits of one byte, which a very large batch would also reach."""
 
     def change(plan, *_):
         return replace(plan, partial_bytes=1, chunk_bytes=1)

@@ -1,4 +1,4 @@
-"""With ``--resume``, a benchmark measures only cases with missing or outdated results."""
+"""With ``--resume``, a benchmark measures only cases without a complete and current result."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def small_machine(monkeypatch):
     )
 
 
-def test_resume_measures_missing_and_outdated_cases(tmp_path, capsys, monkeypatch):
+def test_resume_measures_cases_without_a_complete_and_current_result(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(
         query_pooling,
         "CASES",
@@ -74,11 +74,11 @@ def test_resume_measures_missing_and_outdated_cases(tmp_path, capsys, monkeypatc
     assert json.loads(third.read_text())["settings"]["repeats"] == 2
 
     found = json.loads(second.read_text())
-    for change in ({"gate": "failed"}, {"gate": "skipped"}):
-        stale = found | {
+    for change in ({"gate": "failed"}, {"gate": "skipped"}):  # the result of the accuracy check
+        incomplete = found | {
             "providers": found["providers"] | {"composed": found["providers"]["composed"] | change}
         }
-        second.write_text(json.dumps(stale))
+        second.write_text(json.dumps(incomplete))
         assert run.main([*command, "--repeats", "2"]) == 0
         assert "fluid-n512: composed: passed" in capsys.readouterr().out
     monkeypatch.setattr(run, "source_hash", lambda op: "another")
@@ -104,7 +104,7 @@ def sources_of(op: str) -> set[str]:
 
 
 def hashed(op: str, names: set[str]) -> set[str]:
-    """Return those ``names`` of sources that the source hash of ``op`` covers."""
+    """Return the subset of ``names`` that the source hash of ``op`` covers."""
     return {name for name in names if sources.affects(Path(name), op)}
 
 

@@ -274,7 +274,7 @@ def test_batches_accept_photos_of_different_sizes_and_missing_photos(tmp_path, t
 def test_batches_reject_invalid_batch_sizes(products, tokenizer):
     with pytest.raises(
         ValueError,
-        match="dataset: got 600 rows for a batch_size of 601, expected at least one full batch",
+        match="dataset: got 600 rows for a batch_size of 601, expected at least 601",
     ):
         Batches(products, Collate(tokenizer, 32, 16), 601, shuffle=False, seed=0, drop_last=True)
     with pytest.raises(ValueError, match="batch_size: got 0, expected an integer of at least 1"):

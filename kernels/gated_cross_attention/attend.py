@@ -2,8 +2,8 @@
 
 Exponentials are in base 2. lse, the log-sum-exp of each row, is divided by the scale 1 / sqrt(d),
 because the backward pass subtracts lse from q . k before scaling. For a fully masked row lse is
-+inf, and later kernels recognise such rows by this value. Tiles without valid keys at the start and
-the end of a sample are skipped.
++inf, and later kernels recognise such rows by this value. Leading and trailing tiles of a sample
+without valid keys are skipped.
 """
 
 from __future__ import annotations

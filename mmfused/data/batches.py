@@ -30,8 +30,8 @@ class Collate:
     augmentation, an image is cropped to its central square and resized. A missing image becomes
     zeros, and a missing text becomes the tokens of an empty text, such as ``[CLS] [SEP]``.
 
-    Random numbers for augmentation come from a separate generator, which ``set_epoch`` seeds from
-    ``(seed, epoch)``.
+    A call draws random numbers for augmentation from this object's own generator, which
+    ``set_epoch`` seeds from ``(seed, epoch)``.
 
     Args:
         tokenizer: a tokenizer that has a padding token, and that encodes an empty text as at least
@@ -158,7 +158,10 @@ class Items:
         return len(self.labels)
 
     def batch(self, rows: Tensor, generator: torch.Generator | None = None) -> Batch:
-        """Return the batch that :class:`Collate` would make of ``rows``.
+        """Return the batch of ``rows``, as :class:`Collate` makes it.
+
+        Only augmentation may differ: of a dataset with several image sizes, it augments the central
+        squares.
 
         Args:
             rows: indices of the items.
@@ -195,8 +198,8 @@ class Batches:
         world: number of ranks.
 
     Raises:
-        ValueError: the dataset has too few items for one batch, or ``batch_size`` is not a multiple
-            of ``world``.
+        ValueError: the dataset is empty or, with ``drop_last``, smaller than a batch; or
+            ``batch_size`` is not a multiple of ``world``.
     """
 
     def __init__(
@@ -217,10 +220,11 @@ class Batches:
         self.batch_size: int = check_int("batch_size", batch_size, 1)
         self.seed: int = check_int("seed", seed, 0)
         rows = len(dataset)
-        if rows < (batch_size if drop_last else 1):
+        least = batch_size if drop_last else 1
+        if rows < least:
             raise ValueError(
                 f"dataset: got {rows} rows for a batch_size of {batch_size}, "
-                "expected at least one full batch"
+                f"expected at least {least}"
             )
         self.collate = collate
         self.shuffle = shuffle

@@ -38,9 +38,9 @@ class ProductFolder(Dataset[dict[str, Any]]):
     """A dataset of the images, texts and labels that ``root/metadata.csv`` (UTF-8) lists.
 
     metadata.csv has the columns ``file_name`` (path below ``root``), ``text`` and ``label``
-    (integer of at least 0). The column ``coarse_label`` is optional: the number of a group of
-    labels. Other columns are ignored. If ``file_name`` is empty, the item has no image: its image
-    is zero and ``image_present`` is False. If ``text`` is empty, the item has no text.
+    (integer of at least 0). The optional column ``coarse_label`` is the index of the group that the
+    label belongs to. Other columns are ignored. If ``file_name`` is empty, the item has no image:
+    its image is zero and ``image_present`` is False. If ``text`` is empty, the item has no text.
 
     A row is skipped if it is not well-formed, has neither an image nor a text, has an invalid label
     or coarse label, or has an image that :func:`~mmfused.data.pictures.load_picture` cannot load.
@@ -116,9 +116,8 @@ class ProductFolder(Dataset[dict[str, Any]]):
         memory = physical_memory()
         if memory is not None and size > memory:
             raise ValueError(
-                f"{self.root} holds {rows} images of {self.image_size} x {self.image_size} pixels, "
-                f"which need {size / 2**30:.1f} GiB, more than this machine's memory of "
-                f"{memory / 2**30:.1f} GiB"
+                f"{self.root}: got {rows} rows, which need {size / 2**30:.1f} GiB at image_size "
+                f"{self.image_size}, expected at most the {memory / 2**30:.1f} GiB of this machine"
             )
         return torch.empty(rows, 3, self.image_size, self.image_size, dtype=torch.uint8)
 

@@ -1,4 +1,4 @@
-"""Base of the pooling kinds, and checks of their inputs and children."""
+"""Base of the classes that swap pooling modules, and checks of inputs and children."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ class Pooling(Swap):
 
 
 def not_linear(linear: nn.Module, name: str) -> str | None:
-    """Return the reason not to swap because a child is not a plain Linear layer, or None."""
+    """Return why ``linear`` prevents the swap, or None if it is a plain Linear layer."""
     why = why_called(linear)
     return why and f"{name} {why}: its weight alone does not determine what it computes."
 
 
 def unsupported_dropout(p: float, name: str) -> str | None:
-    """Return the reason not to swap because of a dropout probability, or None."""
+    """Return why the dropout probability ``p`` prevents the swap, or None."""
     if 0 <= p < 1:
         return None
     return f"{name} is {p}: query_pooling takes a number from 0 to below 1."
@@ -73,7 +73,7 @@ def padding_of(
     rows: int,
     x: Tensor,
 ) -> Tensor | None:
-    """Return the key padding mask (B, N), True = ignore, that equals an attention mask, or None.
+    """Convert an attention mask to the equivalent key padding mask (B, N), True = ignore.
 
     ``mask`` is (B, heads, rows, N) bool, True = attend; for another dtype the result is None. All
     heads and rows have the same mask if these dimensions have size 1 or are expanded. Otherwise

@@ -36,7 +36,7 @@ class QueryPooling(nn.Module):
         q_proj: whether to project the queries.
         out_proj: whether to project the output.
         bias: whether the projections have biases.
-        norm_kv: whether to apply a LayerNorm to the tokens before both projections.
+        norm_kv: whether to apply a LayerNorm to the tokens before the key and value projections.
         dropout: dropout rate of the attention probabilities in training, in [0, 1).
 
     With ``q_proj``, ``out_proj`` and ``bias`` this is the attention of nn.MultiheadAttention,
@@ -177,14 +177,14 @@ class QueryPooling(nn.Module):
     def _folds_out_proj(self, rows: int, dropout_p: float) -> bool:
         """Return whether to fold ``out_proj`` into ``v_proj``: to multiply the two weights first.
 
-        Folding needs a single head, and is cheaper if there are more than ``dim`` pooled rows.
-        Dropout prevents folding, since dropout scales the value bias but not the output bias.
+        Folding needs a single head. It pays off above about ``dim`` pooled rows. Dropout prevents
+        folding, because it scales the value bias but not the output bias.
         """
         if graph_made():  # an exported graph serves any number of rows
             return False
-        cheaper = self.num_heads == 1 and rows > self.dim and not dropout_p
-        foldable = self.out_proj is not None and why_called(self.out_proj) is None
-        return cheaper and foldable and current_backend() != "reference"
+        plain = self.out_proj is not None and why_called(self.out_proj) is None
+        foldable = self.num_heads == 1 and plain and not dropout_p
+        return foldable and rows > self.dim and current_backend() != "reference"
 
     def _value_to_output(self, w_v: Tensor, b_v: Tensor | None) -> tuple[Tensor, Tensor | None]:
         assert self.out_proj is not None
