@@ -76,7 +76,7 @@ def test_images_that_exceed_the_memory_are_refused_before_decoding(tmp_path, mon
     monkeypatch.setattr("mmfused.data.folder.physical_memory", lambda: 10_000)
     with pytest.raises(
         ValueError,
-        match="got 6 rows, which need 0.0 GiB at image_size 64, expected at most the 0.0 GiB of this",
+        match="got 6 rows, which need 0.0 GiB at image_size 64, expected at most the 0.0 GiB",
     ):
         ProductFolder(write_folder(tmp_path), image_size=64)
 
