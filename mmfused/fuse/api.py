@@ -3,20 +3,19 @@
 A module is recognised by its exact type and keeps its identity, parameters, hooks and state_dict.
 Its ``__class__`` becomes a subclass of its own class with another forward. No class is patched, and
 no other library is imported. In each call, the new forward checks whether its result will equal
-the original's. If equality is not certain (attention weights are requested, or a mask is not a
-padding mask), the original forward runs.
+the result of the original forward. If equality is not certain (attention weights are requested, or
+a mask is not a padding mask), the original forward runs.
 
 Results are equal up to rounding, with two exceptions:
 
 * In training, dropout of attention weights has the same distribution, but drops different weights
   for the same seed.
-* A fully masked sample pools to 0. nn.MultiheadAttention returns NaN for such a sample, and the
-  head of SigLIP 2 returns the mean over the padding.
+* The attention output of a fully masked sample is 0. The original output is
+  NaN in nn.MultiheadAttention, and the mean over the padding in the head of SigLIP 2.
 
-BLIP-2 copies a padding mask (B, N) for every query. To see that all queries have the same mask, the
-values of the copy would have to be read, which would wait for the GPU. Such a call therefore runs
-the original forward. Pass ``mask.bool()[:, None, None]`` to the Q-Former instead: the results are
-the same, and the fused forward runs.
+BLIP-2 copies a padding mask (B, N) for every query. Comparing the copies would wait for the GPU, so
+the original forward runs. If ``mask.bool()[:, None, None]`` is passed to the Q-Former instead, the
+fused forward runs.
 """
 
 from __future__ import annotations
@@ -59,9 +58,9 @@ def fuse(
       cross-attention of BLIP-2 and InstructBLIP.
     * "experts": the experts of Mixtral, OLMoE, Qwen2-MoE, Qwen3-MoE, Qwen3-Next, Qwen3-VL-MoE and
       Qwen3.5-MoE in transformers (for other models see :func:`register_experts`).
-    * "losses": ClipLoss of open_clip; of sentence-transformers 6, MultipleNegativesRankingLoss,
-      CachedMultipleNegativesRankingLoss and the deprecated symmetric form of each. A
-      MatryoshkaLoss, AdaptiveLayerLoss or Matryoshka2dLoss may contain these losses.
+    * "losses": open_clip's ClipLoss; sentence-transformers 6's MultipleNegativesRankingLoss and
+      CachedMultipleNegativesRankingLoss, and the deprecated symmetric form of each, also inside
+      MatryoshkaLoss, AdaptiveLayerLoss and Matryoshka2dLoss.
 
     A call of nn.MultiheadAttention as self-attention runs the original forward. A module is left
     unchanged if its name ("self_attn") or its parent shows that all of its calls are
@@ -79,13 +78,13 @@ def fuse(
 
     Args:
         model: any module, which may itself be a known module. A second call swaps only modules that
-            are new.
+            were added.
         only: which modules to swap, as a str or several; default: all known modules. An entry is
             one of the four words, the qualified name of a module, or a shell pattern such as
             ``"vision.*.attn"``, in which ``*`` also matches dots. A name includes all modules
             inside the named module; the root ``""`` includes everything. A module whose name is one
-            of the words needs a pattern: ``"[l]osses"``. The attention inside a pooling head that
-            is not chosen is left unchanged, unless an entry names the attention but not the head.
+            of the words needs a pattern: ``"[l]osses"``. The attention inside a pooling head is
+            chosen with the head, or by an entry that names the attention but not the head.
         skip: which of the modules in ``only`` to leave unchanged, in the same form.
         dry_run: return the report without changing the model.
 
@@ -143,10 +142,10 @@ class _Found(NamedTuple):
 
 
 class _Owner(NamedTuple):
-    """A module whose children are not swapped themselves."""
+    """A module inside which no module is swapped."""
 
     name: str
-    # The module, if it was not chosen: ``only`` may still name its children. Else None.
+    # None, or a module that was not chosen, whose children ``only`` may name.
     module: nn.Module | None
 
     def owns(
@@ -195,11 +194,11 @@ def _inspect(model: nn.Module, selection: Selection) -> tuple[FuseReport, list[_
 
 
 def _why_unknown(cls: type) -> str | None:
-    """Return why modules of a class that is not in KINDS are left; None for an unknown class."""
+    """Return why fuse does not swap a class that is not in KINDS; None for an unknown class."""
     if path_of(cls) in LEFT:
         return LEFT[path_of(cls)]
-    known = next((base.__qualname__ for base in cls.__mro__ if path_of(base) in KINDS), None)
-    return known and f"{cls.__qualname__} is a subclass of {known}, whose forward may differ."
+    name = next((base.__qualname__ for base in cls.__mro__ if path_of(base) in KINDS), None)
+    return name and f"{cls.__qualname__} is a subclass of {name}, whose forward may differ."
 
 
 def _why_not(

@@ -1,7 +1,6 @@
-"""nn.MultiheadAttention over another input, as query pooling.
+"""Cross-attention of nn.MultiheadAttention as query pooling.
 
 Keys and values are not computed if the absorbed form of query pooling saves enough FLOPs.
-Otherwise torch's attention runs.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ def attend(
 ) -> Tensor:
     """Compute :func:`mmfused.query_pooling`, with torch's attention for the projected form.
 
-    Under the backends "reference" and "fused", query_pooling computes the projected form, too.
+    Under the backends "reference" and "fused", query_pooling computes both forms.
     """
     absorbed = cheaper_form(x, queries, w_k, w_v, num_heads) == "absorbed"
     if absorbed or current_backend() in ("reference", "fused"):
@@ -117,8 +116,8 @@ class _MultiheadAttention(Pooling, _Original):
     )
     description = (
         "pools, or attends to another input, in calls with 3-D inputs, key is value, key is not "
-        "query, need_weights=False, no attn_mask and no float mask; any other call, including "
-        "self-attention, runs the original forward"
+        "query, need_weights=False, no attn_mask and no float key_padding_mask; any other call, "
+        "including self-attention, runs the original forward"
     )
 
     @staticmethod
@@ -140,7 +139,7 @@ class _MultiheadAttention(Pooling, _Original):
         model: nn.Module,
     ) -> str | None:
         path, _, own = name.rpartition(".")
-        return _self_attention(own, model.get_submodule(path)) if name else None
+        return _never_fits(own, model.get_submodule(path)) if name else None
 
     def forward(
         self,
@@ -231,11 +230,8 @@ def attend_with(
     return out.masked_fill(rows, 0.0)
 
 
-def _self_attention(name: str, parent: nn.Module) -> str | None:
-    """Return the reason not to swap the nn.MultiheadAttention ``name`` of ``parent``, or None.
-
-    The name or the parent may show that the module never attends to another input.
-    """
+def _never_fits(name: str, parent: nn.Module) -> str | None:
+    """Return why the fused forward can never run for the attention ``name``, or None."""
     is_clip_block = path_of(type(parent)) == "open_clip.transformer.ResidualAttentionBlock"
     if is_clip_block and hasattr(parent, "ln_1_kv"):
         return "Its keys and values are normalised separately, so key is not value."

@@ -24,7 +24,7 @@ LEFT: dict[str, str] = {}  # full name of a class -> why its instances are left 
 _METHODS = ("forward", "compute_loss_from_embeddings", "calculate_loss")
 _classes: dict[type, type] = {}  # a module's own class -> its fused subclass
 
-# A fused class inherits from a subclass of Swap, its kind, and from the module's own class.
+# A fused class inherits from its kind (a subclass of Swap) and from the module's own class.
 if TYPE_CHECKING:
     _Mixin = nn.Module
 else:
@@ -37,7 +37,7 @@ class Swap(_Mixin):
     family: ClassVar[Family]
     required: ClassVar[tuple[str, ...]] = ()  # the attributes that the fused forward reads
     description: ClassVar[str] = ""  # what a swapped module does
-    benefit: ClassVar[str] = ""  # the expected benefit, and when there is none
+    benefit: ClassVar[str] = ""  # the expected benefit, and when to expect no benefit
     owns_children: ClassVar[bool] = True  # whether all modules inside are left unchanged
     # Names of children that are left unchanged even if `owns_children` is False.
     owned_children: ClassVar[tuple[str, ...]] = ()
@@ -52,8 +52,8 @@ class Swap(_Mixin):
     def why_not(module: Any) -> str | None:
         """Return the reason not to swap ``module``, or None.
 
-        Every forward checks this again, since a module may be changed after the swap. An exception
-        counts as a reason.
+        Every fused forward checks the reasons again, because a module may change after the swap.
+        An exception counts as a reason.
         """
         raise NotImplementedError
 
@@ -144,7 +144,7 @@ def path_of(cls: Any) -> str:
 
 
 def version_mismatch(kind: type[Swap], cls: type, module: nn.Module) -> str | None:
-    """Return the reason not to swap a module of an unknown release of its library, or None."""
+    """Return how ``module`` differs from the structure that ``kind`` expects, or None."""
     version = f"This version of {cls.__qualname__}"
     missing = [name for name in kind.required if not hasattr(module, name)]
     if missing:
@@ -160,7 +160,7 @@ def version_mismatch(kind: type[Swap], cls: type, module: nn.Module) -> str | No
 
 
 def replaced_method(kind: type[Swap], cls: type, module: nn.Module) -> str | None:
-    """Return the reason not to swap an instance with a replaced method, or None."""
+    """Return which method was replaced on the instance ``module``, as a sentence, or None."""
     for name in module.__dict__:
         method = name not in vars(nn.Module) and inspect.isroutine(getattr(cls, name, None))
         if name == "forward" or (method and name not in kind.wrappable_methods):

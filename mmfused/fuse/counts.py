@@ -51,9 +51,9 @@ def _most_queries(
     v_dim: int,
     heads: int,
 ) -> int:
-    """Return the most queries at which projected FLOPs are at least ``times`` absorbed FLOPs."""
-    none, one = (_per_token(dim, queries, k_dim, v_dim, heads) for queries in (0, 1))
-    return int(none["projected"] / (times * one["absorbed"] - one["projected"] + none["projected"]))
+    """Return the largest number of queries with projected FLOPs >= times * absorbed FLOPs."""
+    zero, one = (_per_token(dim, queries, k_dim, v_dim, heads) for queries in (0, 1))
+    return int(zero["projected"] / (times * one["absorbed"] - one["projected"] + zero["projected"]))
 
 
 def _per_token(
@@ -63,6 +63,6 @@ def _per_token(
     v_dim: int,
     heads: int,
 ) -> dict[str, int]:
-    """Return the FLOPs of one more token in each form, forward and backward."""
-    none, one = (form_flops(1, tokens, dim, queries, k_dim, v_dim, heads) for tokens in (0, 1))
-    return {form: one[form] - none[form] for form in one}
+    """Return the FLOPs that a token adds in each form, forward and backward."""
+    zero, one = (form_flops(1, tokens, dim, queries, k_dim, v_dim, heads) for tokens in (0, 1))
+    return {form: one[form] - zero[form] for form in one}

@@ -6,9 +6,11 @@ The swapped module is ``experts`` of a sparse block. The forward of ``experts`` 
 of the chosen experts, and routing weights. The router of the block is called as before: its hooks
 run, and its logits and choices are the same.
 
-transformers' ``load_balancing_loss_func`` is k times the "switch" balance loss of this library over
-the tokens of all layers as one batch:
+With router logits l_1, ..., l_L of L layers, and k of E experts for each token, transformers'
+``load_balancing_loss_func`` is k times the "switch" balance loss of this library over the tokens of
+all layers as one batch:
 
+    mask = attention_mask.bool().flatten()
     load_balancing_loss_func((l_1, ..., l_L), E, k, attention_mask)
         = k * topk_routing(
             cat(l_1, ..., l_L), k, token_padding_mask=cat(~mask, ..., ~mask)
@@ -138,8 +140,8 @@ def register_experts() -> None:
 
     Call this function once, before a model selects the implementation with ``from_pretrained(...,
     experts_implementation="mmfused")`` or ``model.set_experts_implementation("mmfused")``. The
-    implementation runs the experts of every model that uses transformers' experts interface, under
-    expert parallelism too. Experts with a silu gate run on :func:`mmfused.grouped_mlp`, and other
+    implementation runs the experts of models that use transformers' experts interface, also under
+    expert parallelism. Experts with a silu gate run on :func:`mmfused.grouped_mlp`, and other
     experts on :func:`mmfused.grouped_linear`. Transposed, interleaved or biased experts (GPT-OSS)
     raise ``ValueError``.
 

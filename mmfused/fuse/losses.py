@@ -120,8 +120,8 @@ def _name_of(function: object) -> str:
     if type(function) is not FunctionType:
         return f"a {path_of(type(function))}"
     path = path_of(function)
-    known = path in [f"{_SIMILARITY}.{name}" for name in SIMILARITIES]
-    return f"another function with the name {path}" if known else path
+    same_path = path in [f"{_SIMILARITY}.{name}" for name in SIMILARITIES]
+    return f"another function with the name {path}" if same_path else path
 
 
 def _not_in_one_sweep(module: Any) -> str | None:
@@ -331,8 +331,8 @@ def _wrapper(module: nn.Module) -> Any:
         wrapper, inner = inner, inner.fn
     if type(inner) is not MethodType or inner.__self__ is not module:
         return None
-    known: tuple[Any, ...] = (own_class(module), _CachedMultipleNegativesRankingLoss)
-    return wrapper if inner.__func__ in [cls.calculate_loss for cls in known] else None
+    classes: tuple[Any, ...] = (own_class(module), _CachedMultipleNegativesRankingLoss)
+    return wrapper if inner.__func__ in [cls.calculate_loss for cls in classes] else None
 
 
 _RANKING_LOSSES = (

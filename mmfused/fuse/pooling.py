@@ -21,7 +21,7 @@ def _sizes_inside(attention: nn.MultiheadAttention, queries: Tensor) -> Sizes:
 
 
 def _unsupported_attention(attention: Any, queries: Tensor) -> str | None:
-    """Return the reason not to swap a head because of its attention, or None."""
+    """Return why the attention inside a head prevents swapping the head, or None."""
     if own_class(attention) is not nn.MultiheadAttention:
         return f"The attention inside is a {type(attention).__name__}, not nn.MultiheadAttention."
     if not attention.batch_first or queries.shape[-1] != attention.embed_dim:
@@ -56,8 +56,8 @@ class _AttentionPoolLatent(Pooling):
         "pool",
     )
     description = (
-        "pools with the latent as queries; an attn_mask other than a bool padding mask runs the "
-        "original forward"
+        "pools with the latent as queries; a call with an attn_mask runs the original forward, "
+        "unless the mask is a bool padding mask and fused_attn is True"
     )
 
     if TYPE_CHECKING:
@@ -89,8 +89,8 @@ class _AttentionPoolLatent(Pooling):
             return f"q_norm is a {q_norm.__name__}, which may not treat each query separately."
         if module.scale != module.head_dim**-0.5:
             return (
-                f"scale is {module.scale}, not head_dim ** -0.5, and only one of the two original "
-                "code paths uses scale."
+                f"scale is {module.scale}, not head_dim ** -0.5, and the original forward uses "
+                "scale only without fused_attn."
             )
         hooks = attached(module.k_norm)
         reason = not_linear(module.kv, "kv")
@@ -135,8 +135,8 @@ class _AttentionPoolLatent(Pooling):
 class _AttentionalPooler(Pooling):
     required = ("query", "attn", "ln_q", "ln_k")
     description = (
-        "pools with ln_k folded into the keys and values (applied before them if ln_k is not a "
-        "plain LayerNorm or autocast rounds)"
+        "pools; ln_k is folded into the projections if it is a plain LayerNorm and the tokens are "
+        "not cast"
     )
 
     if TYPE_CHECKING:
@@ -168,8 +168,8 @@ class _AttentionalPooler(Pooling):
     def _folded_norm(self, x: Tensor) -> Norm:
         """Return ln_k if it can be folded, else an empty Norm.
 
-        ln_k is not folded if autocast would round the tokens before the mean is subtracted, which
-        costs precision.
+        ln_k is not folded if autocast would round the tokens, because rounding before the mean is
+        subtracted loses precision.
         """
         ln = self.ln_k
         plain = path_of(type(ln)) in (
@@ -237,8 +237,8 @@ class _MaskedPoolingHead(_PoolingHead):
     def _is_padding(self, mask: Tensor | None, x: Tensor) -> bool:
         """Return whether ``mask`` is None or a padding mask (B, N), nonzero = attend.
 
-        Phi-4, whose head has no config, needs a bool mask. SigLIP 2 accepts other dtypes, but its
-        mask is padding only with some attention implementations.
+        The head of Phi-4, which has no config, needs a bool mask. The head of SigLIP 2 accepts any
+        dtype; its mask is a padding mask if the attention implementation is "sdpa" or "eager".
         """
         if mask is None or not dense(mask) or mask.shape != x.shape[:2]:
             return mask is None

@@ -50,7 +50,7 @@ class Pooling(Swap):
 
 
 def not_linear(linear: nn.Module, name: str) -> str | None:
-    """Return why ``linear`` prevents the swap, or None if it is a plain Linear layer."""
+    """Return why the weight of a child does not determine the child's output, or None."""
     why = why_called(linear)
     return why and f"{name} {why}: its weight alone does not determine what it computes."
 
@@ -75,9 +75,9 @@ def padding_of(
 ) -> Tensor | None:
     """Convert an attention mask to the equivalent key padding mask (B, N), True = ignore.
 
-    ``mask`` is (B, heads, rows, N) bool, True = attend; for another dtype the result is None. All
-    heads and rows have the same mask if these dimensions have size 1 or are expanded. Otherwise
-    the result is None, because a comparison of the values would wait for the GPU.
+    ``mask`` must be bool, True = attend, and (B, heads, rows, N), where the first three dimensions
+    may be 1. Return None unless the dimensions of heads and rows are 1 or expanded, because
+    comparing the values of heads or rows would wait for the GPU.
     """
     if not isinstance(mask, Tensor) or not dense(mask):
         return None
@@ -92,7 +92,7 @@ def padding_of(
 
 
 def projections_of(mha: nn.MultiheadAttention) -> list[Tensor]:
-    """Return the weights of the input projections, packed or separate, and of the output."""
+    """Return the weights of the input projections (packed or separate) and of the output."""
     packed: Tensor | None = mha.in_proj_weight
     if packed is not None:
         return [packed, mha.out_proj.weight]

@@ -15,15 +15,15 @@ _HEADER = ("module", "class", "", "what it does now, or why it was left")
 
 @dataclass
 class FuseReport:
-    """What :func:`fuse` did to each known module; printed, it is a table.
+    """What :func:`fuse` did to each known module; ``str`` of the report is a table.
 
-    All keys are qualified names; "" is the root. Benefits are not measured: "by count" means FLOPs
-    or numbers counted from the module's sizes.
+    All keys are qualified names; "" is the root. Benefits are not measured: "by count" marks a
+    number that is calculated from tensor sizes.
 
     Attributes:
         swapped: what each swapped module does now.
-        left: why each other module was left unchanged.
-        expected: the expected benefit of each swapped module, and the cases without a benefit.
+        left: why each known module that was not swapped was left unchanged.
+        expected: the expected benefit of each swapped module, and when to expect no benefit.
         classes: the name of each module's original class.
     """
 
@@ -51,7 +51,7 @@ class _NameWrapper(textwrap.TextWrapper):
 
 
 def _table(rows: list[tuple[str, str, str, str]]) -> list[str]:
-    """Return the lines of the table; rows that differ only in numbers in their names are merged."""
+    """Return the lines of the table; rows that are equal except for digits in the name are one."""
     groups: dict[tuple[str, ...], list[str]] = {}
     for name, *rest in rows:
         groups.setdefault((re.sub(r"\d+", "*", name), *rest), []).append(name or "(root)")

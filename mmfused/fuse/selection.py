@@ -31,10 +31,10 @@ class Selection:
         self._check()
 
     def _check(self) -> None:
-        known = set().union(*self._names.values())
+        all_names = set().union(*self._names.values())
         for argument, entries in (("only", self.only or ()), ("skip", self.skip)):
             for entry in entries:
-                if entry not in FAMILIES and not _matches(entry, known):
+                if entry not in FAMILIES and not _matches(entry, all_names):
                     words = ", ".join(map(repr, FAMILIES))
                     raise ValueError(
                         f"fuse: {argument}: got {entry!r}, expected {words}, or the name of a "
