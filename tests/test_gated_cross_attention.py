@@ -53,47 +53,49 @@ def literal(
     norm_context,
     x,
     context,
-    ignored,
-    present,
-    own_has_tokens,
-    own_ignored,
+    context_ignored,
+    context_present,
+    x_has_tokens,
+    x_ignored,
     options,
-    keep,
+    dropout_factors,
 ):
-    """Compute one direction, one sample, one token and one head at a time."""
+    """Compute one direction by loops over samples, tokens and heads."""
     missing, gate, pre_norm = options["missing"], options["gate"], options["pre_norm"]
-    readable = [[j for j in range(context.shape[1]) if not ignored[s][j]] for s in range(len(x))]
-    has_context = [bool(present[s]) and bool(readable[s]) for s in range(len(x))]
+    readable = [
+        [j for j in range(context.shape[1]) if not context_ignored[s][j]] for s in range(len(x))
+    ]
+    has_context = [bool(context_present[s]) and bool(readable[s]) for s in range(len(x))]
     out = []
     for s in range(len(x)):
         keys = readable[s] if has_context[s] or missing in ("attend", "constant") else []
         rows = []
         for i in range(x.shape[1]):
-            skip = missing == "skip" and not (has_context[s] and own_has_tokens[s])
-            if skip or own_ignored[s][i]:
+            skip = missing == "skip" and not (has_context[s] and x_has_tokens[s])
+            if skip or x_ignored[s][i]:
                 rows.append(x[s, i])
                 continue
             q = linear(direction.q_proj, normed(norm_x, x[s, i]) if pre_norm else x[s, i])
-            width, heads = D // HEADS, []
+            head_dim, heads = D // HEADS, []
             for h in range(HEADS):
-                part = slice(h * width, (h + 1) * width)
+                part = slice(h * head_dim, (h + 1) * head_dim)
                 logits, values = [], []
                 for j in keys:
                     c = normed(norm_context, context[s, j]) if pre_norm else context[s, j]
                     logits.append(
-                        (q[part] * linear(direction.k_proj, c)[part]).sum() / math.sqrt(width)
+                        (q[part] * linear(direction.k_proj, c)[part]).sum() / math.sqrt(head_dim)
                     )
                     values.append(linear(direction.v_proj, c)[part])
                 denominator = sum(torch.exp(logit) for logit in logits)
-                factors = [keep[0][s, h, i, j] for j in keys]
+                factors = [dropout_factors[0][s, h, i, j] for j in keys]
                 terms = [
                     torch.exp(a) / denominator * v * k
                     for a, v, k in zip(logits, values, factors, strict=True)
                 ]
-                heads.append(sum(terms) if keys else torch.zeros(width, dtype=torch.float64))
+                heads.append(sum(terms) if keys else torch.zeros(head_dim, dtype=torch.float64))
             attn_out = torch.zeros(D, dtype=torch.float64)
             if keys:
-                attn_out = linear(direction.out_proj, torch.cat(heads)) * keep[1][s, i]
+                attn_out = linear(direction.out_proj, torch.cat(heads)) * dropout_factors[1][s, i]
             if gate == "none":
                 total = x[s, i] + attn_out
                 rows.append(total if pre_norm else normed(norm_x, total))
@@ -116,14 +118,14 @@ def both_ways(built, a, b, masks, options, p, seed):
     present = {side: masks.get(f"{side}_present", torch.ones(B).bool()) for side in "ab"}
     has_tokens = {side: present[side] & ~ignore[side].all(1) for side in "ab"}
 
-    def keep(stream, queries, keys):
+    def dropout_factors(stream, queries, keys):
         shapes = (B, HEADS, queries, keys), (B, queries, D)
         return [
             dropout_mask(seed, shape, p, 2 * stream + i).double() / (1 - p)
             for i, shape in enumerate(shapes)
         ]
 
-    args = (
+    to_a = (
         built.to_a,
         built.norm_a,
         built.norm_b,
@@ -134,9 +136,9 @@ def both_ways(built, a, b, masks, options, p, seed):
         has_tokens["a"],
         ignore["a"],
         options,
-        keep(0, N, M),
+        dropout_factors(0, N, M),
     )
-    back = (
+    to_b = (
         built.to_b,
         built.norm_b,
         built.norm_a,
@@ -147,9 +149,9 @@ def both_ways(built, a, b, masks, options, p, seed):
         has_tokens["b"],
         ignore["b"],
         options,
-        keep(1, M, N),
+        dropout_factors(1, M, N),
     )
-    return literal(*args), literal(*back)
+    return literal(*to_a), literal(*to_b)
 
 
 def padding():
@@ -197,7 +199,6 @@ BACKENDS = ("reference", "composed")
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_one_direction_matches_the_bidirectional_module(backend):
-    """Lengths and a mask must give equal results, and the context may have another width."""
     both = module(missing="zero")
     one = module(GatedCrossAttention, missing="zero")
     state = both.state_dict()
@@ -224,7 +225,7 @@ def test_one_direction_matches_the_bidirectional_module(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_missing_constant_matches_missing_attend(backend, p):
-    """All tokens of an absent context are equal, so attention to one equals attention to all."""
+    """All valid tokens of an absent context are equal: attention to one equals attention to all."""
     built, seed = module(GatedCrossAttention, missing="constant", dropout=p), torch.tensor(3)
     x, context = randn(B, N, D), randn(B, M, D).detach()
     context[~PRESENT] = context[~PRESENT][:, :1]
@@ -311,10 +312,10 @@ def test_every_parameter_has_a_gradient_if_all_contexts_are_missing(backend, mis
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("batch, length, width", [(0, 3, 4), (2, 0, 4), (2, 3, 0)])
-def test_empty_inputs_give_finite_outputs_and_gradients(batch, length, width, backend):
+@pytest.mark.parametrize("batch, queries, keys", [(0, 3, 4), (2, 0, 4), (2, 3, 0)])
+def test_empty_inputs_give_finite_outputs_and_gradients(batch, queries, keys, backend):
     built = module(GatedCrossAttention, missing="zero")
-    x, context = randn(batch, length, D), randn(batch, width, D)
+    x, context = randn(batch, queries, D), randn(batch, keys, D)
     with mmfused.backend(backend):
         out = built(x, context)
     assert out.shape == x.shape and out.isfinite().all()
@@ -350,7 +351,7 @@ def test_dropout_masks_have_the_right_frequencies_and_are_independent():
         for dim in (1, 2, 3):
             assert abs((centred * centred.roll(shift, dim)).mean()) < 0.002, (shift, dim)
     assert dropout_mask(seed, (3, 0), 0.3).shape == (3, 0) and dropout_mask(seed, shape, 0.0).all()
-    # Whether an element is dropped depends on its position, not on the shape.
+    # Whether an element is dropped depends on its row and column, not on the number of columns.
     wide = dropout_mask(seed, (6, 70), 0.3)
     assert torch.equal(dropout_mask(seed, (6, 9), 0.3), wide[:, :9])
 

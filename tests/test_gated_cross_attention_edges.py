@@ -1,7 +1,4 @@
-"""Tests of edge cases of gated cross-attention, on every backend.
-
-These are absent contexts, gradients of some inputs only, strides, and offsets above 2^31.
-"""
+"""Tests of gated cross-attention with absent contexts, missing biases, strides, large offsets."""
 
 import itertools
 
@@ -224,7 +221,6 @@ def test_biases_may_be_missing_in_one_direction(lacking, gate):
 
 
 def test_strided_parameters_give_the_same_results():
-    """Slices of packed parameters have such strides."""
     module, inputs, _ = make(both=False, dtype=torch.float32)
     want = functional("fused", module, inputs)
     weights = module.weights()._asdict() | {

@@ -25,8 +25,8 @@ def check_budget(module, inputs, extra):
             ("fused", dtype),
         )
     )
-    # Some exact gradients are 0, for example of queries and keys if there is a single key. Their
-    # rounding errors are compared with the largest norm of all results.
+    # Some exact gradients are 0, for example those of queries and keys if there is a single key.
+    # The rounding errors of these gradients are compared with the largest norm of all results.
     size = max(want.norm() for want in exact.values())
     for name in [name for name, want in exact.items() if not want.any()]:
         rounding = fused[name].double().norm()

@@ -50,7 +50,7 @@ def run(leaves, routing, activation, backend, upstream=None):
 
 
 def literal(leaves, routing, activation):
-    """Compute the output for one token and one expert at a time."""
+    """Compute the output by loops over tokens and experts."""
     x, out = leaves["x"], []
     w_up, w_gate = leaves["w_up"], leaves.get("w_gate")
     if activation == "swiglu" and w_gate is None:
@@ -176,7 +176,7 @@ def test_grouped_linear_matches_einsum_and_grouped_mlp(gather, combine):
 
 
 def test_grouped_mm_matches_the_loop_over_experts(monkeypatch):
-    """Run torch's grouped_mm, which replaces the loop in bfloat16 on CUDA, on a CPU."""
+    """On a CPU, run torch's grouped_mm, which replaces the loop in bfloat16 on CUDA."""
     leaves, routing, activation = make(
         "swiglu", tokens=40, logits=torch.randn(40, EXPERTS).index_fill(1, torch.tensor(2), -99.0)
     )

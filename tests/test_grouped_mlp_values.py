@@ -29,8 +29,8 @@ GARBAGE = 2**20 + 7
 def strict_grouped_mm(x, weight, *, offs):
     """Emulate torch's bfloat16 grouped_mm and check what grouped_mm requires on a GPU.
 
-    Rows or columns must be dense. Their stride and the address of the matrix must be multiples of
-    16 bytes.
+    Rows or columns must be dense. The stride between the dense rows or columns, and the address of
+    the matrix, must be multiples of 16 bytes.
     """
     for matrix in (x, weight):
         row, column = matrix.stride()[-2:]
@@ -85,9 +85,9 @@ def test_non_finite_token_affects_only_its_own_results(variant, where, value, ba
     others = torch.arange(19, device=DEVICE) != 4
     for name in ("out", "dx", "dweights"):
         assert torch.equal(got[name][others], want[name][others]), name
-    own = torch.tensor([e in (1, 3) for e in range(5)], device=DEVICE)
+    chosen = torch.tensor([e in (1, 3) for e in range(5)], device=DEVICE)
     for name in want.keys() - {"out", "dx", "dweights"}:
-        assert torch.equal(got[name][~own], want[name][~own]), name
+        assert torch.equal(got[name][~chosen], want[name][~chosen]), name
     assert where == "upstream" or not got["out"][4].isfinite().all()
 
 
@@ -98,7 +98,7 @@ VIEWS = ("every second", "shifted", "transposed", "wider rows")
 
 
 def view(tensor, how):
-    """Return a view of the same values in another memory layout, with garbage in between."""
+    """Return a view that has the values of ``tensor`` in another memory layout."""
     garbage = (
         torch.ones_like(tensor) if tensor.dtype == torch.bool else torch.full_like(tensor, GARBAGE)
     )
@@ -239,7 +239,7 @@ def test_bias_and_counts_of_update_selection_bias_may_be_views():
 @pytest.mark.parametrize("variant", ["gelu", "swiglu", "packed"])
 def test_every_tensor_of_the_experts_may_be_a_view(variant, backend):
     leaves = {n: x.float().to(DEVICE) for n, x in make_mlp((5, 3, 2, 8, 8, 8), variant).items()}
-    with mmfused.backend("fused"):  # makes the map of tiles, too
+    with mmfused.backend("fused"):  # this backend also makes the map of tiles
         routing = topk_routing(
             torch.randn(5, 3, device=DEVICE),
             2,

@@ -129,7 +129,7 @@ def extreme(case, dtype):
 @pytest.mark.parametrize("scale", [1, 36, 100, 1e4])
 @pytest.mark.parametrize("case", ["random", "equal rows", "one huge logit", "zero vectors", "zero"])
 def test_extreme_logits_stay_within_the_budget(case, scale, dtype):
-    """Four batches are compared together: if few logits dominate, the error of one is random."""
+    """If few logits dominate, the error of one batch is random, so four are compared together."""
     for options in (
         dict(symmetric=True),
         dict(symmetric=True, candidate_key=torch.arange(41, device=DEVICE) % 3),
@@ -143,7 +143,7 @@ def test_extreme_logits_stay_within_the_budget(case, scale, dtype):
                 run(inputs, "reference"),
                 run(inputs),
             )
-            # Append a floor to each result: it bounds relative errors where gradients cancel.
+            # A floor appended to each result bounds relative errors where gradients cancel.
             floor = {
                 "out": 1,
                 "dquery": scale / 33,
@@ -407,7 +407,7 @@ def test_only_the_required_gradient_is_computed(only, backend):
 
 @pytest.mark.parametrize("backend", ["reference", "composed"])
 def test_autocast(backend):
-    """Autocast rounds float32 embeddings to bfloat16; loss and gradients are float32."""
+    """Float32 embeddings are rounded to bfloat16; their loss and gradients are float32."""
     inputs = make(dtype=torch.float32, symmetric=True, positive_weight=0.2)
     low = {
         k: inputs[k].detach().bfloat16().float().requires_grad_() for k in ("query", "candidate")

@@ -86,9 +86,9 @@ def test_tiles_planned_for_a_gpu():
 
 @pytest.mark.parametrize("scale", [25.0, 100.0, 1e4])
 def test_large_scales(tiles, scale):
-    """16-bit logits of at most 32, as at the first scale, need no maximum to be subtracted.
+    """At the first scale, the 16-bit logits are at most 32, and no maximum is subtracted.
 
-    Only the chunked backward, and only on a CPU, is tested in float32.
+    float32 is tested only with the chunked backward on a CPU.
     """
     dtype = torch.float32 if tiles.backward == "chunked" and not CUDA else torch.float16
     for option in ("symmetric", "keys and ids"):

@@ -66,11 +66,13 @@ def test_symmetric_is_the_mean_of_both_directions():
     key, ids = inputs["query_key"], inputs["candidate_id"]
     inputs |= dict(candidate_key=key, query_id=ids)
     mirrored = inputs | dict(query=inputs["candidate"], candidate=inputs["query"])
-    both, there, back, exchanged = (
+    both, one_way, other_way, exchanged = (
         run(i, symmetric=s) for s, i in ((1, inputs), (0, inputs), (0, mirrored), (1, mirrored))
     )
     exchange = dict(dquery="dcandidate", dcandidate="dquery")
-    assert_close(both, {k: (there[k] + back[exchange.get(k, k)]) / 2 for k in there}, 1e-13)
+    assert_close(
+        both, {k: (one_way[k] + other_way[exchange.get(k, k)]) / 2 for k in one_way}, 1e-13
+    )
     assert_close(both, {k: exchanged[exchange.get(k, k)] for k in both}, 1e-13)
 
 
@@ -123,8 +125,8 @@ def test_the_block_size_does_not_change_the_result(keys, monkeypatch):
 def test_gradients_of_logits_sum_to_zero(symmetric, temperature):
     """The gradients of each row's logits sum to 0. In a symmetric loss, only the total is 0.
 
-    A constant dimension is added to the candidates. The gradient of a query in this dimension is a
-    multiple of the sum for its row.
+    A constant dimension is added to queries and candidates. The gradient of a query in this
+    dimension is a multiple of the sum for its row.
     """
     inputs = make(
         keys="three",
@@ -158,7 +160,8 @@ def test_gradients_of_logits_sum_to_zero(symmetric, temperature):
 def test_gradient_cache():
     """GradCache gives the same gradients as one backward.
 
-    It embeds without a graph and passes the loss's gradients to the towers in chunks.
+    GradCache embeds without a graph and passes the loss's gradients to the towers in chunks. The
+    test runs the loss's backward twice, which doubles the gradients.
     """
     data = [torch.randn(n, 7, dtype=torch.float64) for n in (12, 20)]
     towers = [nn.Linear(7, 5).double() for _ in data]

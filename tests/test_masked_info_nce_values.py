@@ -1,7 +1,4 @@
-"""Masked InfoNCE with extreme and invalid inputs, on the composed and fused backends.
-
-The inputs have logits of 10^4, non-finite rows, arguments out of range, or unusual strides.
-"""
+"""Masked InfoNCE with large logits, non-finite rows, invalid arguments and unusual strides."""
 
 import math
 
@@ -174,7 +171,7 @@ def test_an_invalid_value_makes_only_its_row_nan(case, backend, unchecked):
     for actual, expected in zip(got[:2], want[:2], strict=True):
         torch.testing.assert_close(actual[~rows], expected[~rows])
         assert actual[rows].isnan().all()
-    # Candidates with key 1 are unaffected, except the last: a target past the end is clamped to it.
+    # Candidates with key 1 are unaffected, except 23: a target past the end is clamped to 23.
     torch.testing.assert_close(got[2][1:23:2], want[2][1:23:2])
     if name == "target":
         alone = gradients(backend, query, candidate, target=given["target"])

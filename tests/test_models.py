@@ -268,8 +268,10 @@ def test_all_missing_texts_have_the_same_embedding():
 
 def test_samples_without_both_modalities_are_left_out_of_the_contrastive_loss():
     model, batch = random_model(), token_batch()
-    keep = torch.tensor([0, 3, 4, 5])  # sample 1 has no image, and sample 2 has no text
-    expected = model(**{name: value[keep] for name, value in batch.items()}).losses["contrastive"]
+    complete = torch.tensor([0, 3, 4, 5])  # sample 1 has no image, and sample 2 has no text
+    expected = model(**{name: value[complete] for name, value in batch.items()}).losses[
+        "contrastive"
+    ]
     assert relative_error(model(**batch).losses["contrastive"], expected) < 1e-12
     batch["image_present"] = torch.arange(6) == 0
     loss = model(**batch).losses["contrastive"]

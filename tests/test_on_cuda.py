@@ -106,7 +106,7 @@ def faults(problem, dtype, backend, name, compiler=None) -> list[str]:
     return found
 
 
-# ---- at real sizes; without a GPU, a check that the cases run ------------------------------------
+# ---- accuracy ------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(not (CUDA or INTERPRETED), reason="needs a CUDA GPU, or TRITON_INTERPRET=1")

@@ -138,7 +138,7 @@ print(json.dumps([mmfused.__path__[0], mmfused.kernels.__path__[0], *mmfused.ben
 
 
 def imported_from(cwd: Path, site: Path, dependencies: Path) -> list[Path]:
-    """Return the folders of mmfused, its kernels and benchmarks, with only `site` on the path."""
+    """Return the folders from which Python in `cwd` imports mmfused, its kernels and benchmarks."""
     output = run("-S", "-c", PROBE, site, cwd=cwd, pythonpath=(dependencies,))
     return [Path(folder).resolve() for folder in json.loads(output)]
 

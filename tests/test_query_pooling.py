@@ -164,7 +164,7 @@ def test_empty_inputs(batch, length, backend):
 
 @pytest.mark.parametrize("factor, mean", [(300, 0), (1, 1)])
 def test_large_logits_and_a_common_mean_stay_within_the_budget(factor, mean):
-    """Queries times 300 give large logits. The norm removes a common mean of the tokens."""
+    """Queries times 300 give large logits. The norm removes a constant that is added to x."""
     inputs, heads = make(norm=True, padding="mask", dtype=torch.float32)
     with torch.no_grad():
         inputs["queries"].mul_(factor), inputs["x"].add_(mean)
@@ -247,7 +247,7 @@ def test_opcheck(eps, padding):
 
 @pytest.mark.parametrize("backend", ["reference", "composed", "fused"])
 def test_autocast_and_master_weights(backend):
-    """Autocast rounds to 16 bits; the gradients of float32 inputs are float32."""
+    """Under autocast, the output has 16 bits. The gradients of float32 inputs are float32."""
     inputs, heads = make(dtype=torch.float32, norm=True)
     low = torch.float16 if DEVICE == "cuda" else torch.bfloat16
     with torch.autocast(DEVICE, dtype=low):

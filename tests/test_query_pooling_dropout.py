@@ -300,7 +300,7 @@ def test_a_recomputation_draws_the_same_mask(backend, form, reentrant):
         return out
 
     want = value_and_gradients(plain, inputs)
-    if reentrant:  # torch.autograd.grad is not supported
+    if reentrant:  # a reentrant checkpoint does not support torch.autograd.grad
         leaves = {k: v.detach().requires_grad_() for k, v in inputs.items()}
         out = checkpointed(**leaves)
         out.backward(torch.ones_like(out))

@@ -27,7 +27,7 @@ BACKENDS_FORMS_DTYPES.sort(key=str)
 def check_budget(inputs, heads, backend, form):
     upstream = upstream_for(inputs)
     exact = run(cast(inputs, torch.float64), heads, "reference", upstream)
-    # A result below 1e-12 is 0 up to rounding.
+    # A result whose norm is at most 1e-12 is 0 up to rounding.
     exact = {name: value if value.norm() > 1e-12 else value * 0 for name, value in exact.items()}
     plain = run(inputs, heads, "reference", upstream)
     actual = run(inputs, heads, backend, upstream, form)
@@ -62,7 +62,7 @@ def test_half_precision_plans_in_float32_at_any_mean(monkeypatch, shape, arch, m
 @pytest.mark.parametrize("dim", [1, 2, 3])
 @pytest.mark.parametrize("backend, form, dtype", BACKENDS_FORMS_DTYPES, ids=str)
 def test_tokens_of_few_columns(monkeypatch, backend, form, dtype, dim):
-    """The derivative of a LayerNorm of D > 1 columns has rank D - 2; of one column, it is 0."""
+    """The derivative of a LayerNorm has rank D - 2 for D > 1 columns, and is 0 for one column."""
     import query_pooling_cases as cases
 
     monkeypatch.setitem(cases.SHAPES, "few columns", (24, 9, dim, 4, 2, 8, 6))

@@ -135,7 +135,7 @@ def with_logits_up_to(largest, inputs, heads):
 def test_large_logits_stay_within_the_budget(backend, form, shape, norm, logit, dtype):
     """One token has nearly all the weight, so the gradients of the logits nearly vanish.
 
-    Several draws are compared together, because a few rows dominate the error of each.
+    Several draws are compared together, because a few rows dominate the error of each draw.
     """
     got, exact, plain = {}, {}, {}
     for _ in range(6):

@@ -155,7 +155,7 @@ def test_assemble_gives_the_expected_sequences(view, prompt):
             for k, token in zip(sequence.picture_slot[i], sequence.input_ids[i], strict=True)
         )
     assert sequence.has_image.tolist() == [
-        view != "text" and bool(there) for there in batch["image_present"]
+        view != "text" and bool(present) for present in batch["image_present"]
     ]
     assert sequence.has_text.tolist() == [view != "image" and i < 3 for i in range(5)]
 

@@ -28,14 +28,18 @@ def pass_times(both: float, forward: float | None = None) -> dict[str, list[floa
     return {"forward": [forward] * 3, "both": [both] * 3, "backward": [both - forward] * 3}
 
 
-def timed(gate: str = "passed", **launches) -> dict:
-    """Return a provider's record; ``launches``: seconds of both passes, or (both, forward)."""
+def timed(accuracy: str = "passed", **launches) -> dict:
+    """Return a provider's record.
+
+    Each value of ``launches`` is the time of forward and backward together, in seconds, or a pair:
+    this time, and the time of the forward.
+    """
     seconds = {
         name: pass_times(*time) if isinstance(time, tuple) else pass_times(time)
         for name, time in launches.items()
     }
     counted = {"peak_bytes": 2**28, "saved_bytes": 2**20, "kernels": 5, "forward_kernels": 4}
-    return {"compiled": None, "gate": gate, "reasons": []} | counted | {"seconds": seconds}
+    return {"compiled": None, "gate": accuracy, "reasons": []} | counted | {"seconds": seconds}
 
 
 def gpu_record(
@@ -240,7 +244,7 @@ def test_failed_accuracy_checks_and_records_in_another_dtype():
         None
     ]
     wrong = {
-        "nn.MultiheadAttention": timed(eager=1.1, gate="failed"),
+        "nn.MultiheadAttention": timed(eager=1.1, accuracy="failed"),
         "nn.MultiheadAttention, compiled": timed(eager=9.0),
     }
     assert targets_met(
@@ -411,9 +415,9 @@ def compared(**more) -> comparison.Comparison:
 
 def test_the_best_baseline_is_the_fastest_accurate_one():
     assert compared().best == (4.0, "eager") and compared().speedup == 4.0
-    assert compared(**{"Inf-CL": timed(eager=0.5, gate="failed")}).best == (4.0, "eager")
+    assert compared(**{"Inf-CL": timed(eager=0.5, accuracy="failed")}).best == (4.0, "eager")
     for unchecked in ("not checked", "no gate"):  # older records say "no gate"
-        ceiling = {"bare GEMMs": timed(eager=0.5, gate=unchecked)}
+        ceiling = {"bare GEMMs": timed(eager=0.5, accuracy=unchecked)}
         assert compared(**ceiling).best == (4.0, "eager")
     assert compared(**{"eager, compiled": timed(eager=2.0)}).best == (2.0, "eager, compiled")
     assert compared(composed=timed(eager=2.0)).best == (
@@ -421,7 +425,7 @@ def test_the_best_baseline_is_the_fastest_accurate_one():
         "eager",
     )
     assert compared(composed=timed(eager=0.5)).faster == (0.5, "composed")
-    assert compared(fused=timed(gate="failed", eager=1.0)) is None
+    assert compared(fused=timed(accuracy="failed", eager=1.0)) is None
     both_launches = compared(eager=timed(eager=4.0, graph=3.0), fused=timed(eager=1.0, graph=2.0))
     assert (both_launches.launch, both_launches.speedup) == ("graph", 1.5)
 

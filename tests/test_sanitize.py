@@ -44,7 +44,7 @@ OUT_OF_BOUNDS = """\
 def fake(tmp_path, monkeypatch):
     """Put a fake compute-sanitizer on PATH, and return a function that sets the output of a run.
 
-    The run "control" reports its deliberate error. Other runs report no errors.
+    By default, the run "control" reports its deliberate error, and other runs report no errors.
     """
     folder, answers = tmp_path / "bin", tmp_path / "answers"
     folder.mkdir()
@@ -79,7 +79,7 @@ sys.exit(code)
 
 
 def calls(tmp_path) -> list[str]:
-    """Return the runs since the last call, sorted because they run in parallel."""
+    """Return the runs since the last call of this function, sorted by name."""
     file = tmp_path / "calls"
     rows = sorted(file.read_text().splitlines()) if file.exists() else []
     file.unlink(missing_ok=True)

@@ -201,7 +201,7 @@ def tokens():
 def gradient(op, backend, around=lambda function, x: function(x), backward=None):
     """Return the gradient of the tokens.
 
-    ``backward`` is called outside of ``with``. Without it, loss.backward() runs inside.
+    ``backward`` is called outside of ``with``. By default, loss.backward() runs inside ``with``.
     """
     x = tokens()
     with mmfused.backend(backend):

@@ -72,19 +72,21 @@ def routing_in_loops(
         lses[t] = torch.log(total)
     terms = []
     for s in range(num_segments):
-        mine = [t for t in valid if segments[t] == s]
-        if not mine:
+        members = [t for t in valid if segments[t] == s]
+        if not members:
             continue
         usable = [e for e in range(logits.shape[1]) if available[s, e]]
-        n, loss = len(mine), 0
+        n, loss = len(members), 0
         for e in usable:
-            mean_p = sum(probabilities[t][e] for t in mine) / n
+            mean_p = sum(probabilities[t][e] for t in members) / n
             if balance == "mse":
-                loss = loss + (sum(weights[t].get(e, 0) for t in mine) / n - 1 / len(usable)) ** 2
+                loss = (
+                    loss + (sum(weights[t].get(e, 0) for t in members) / n - 1 / len(usable)) ** 2
+                )
             elif balance == "switch":
-                loss = loss + len(usable) * sum(e in chosen[t] for t in mine) / (k * n) * mean_p
+                loss = loss + len(usable) * sum(e in chosen[t] for t in members) / (k * n) * mean_p
             else:
-                loss = loss + len(usable) * sum(chosen[t][0] == e for t in mine) / n * mean_p
+                loss = loss + len(usable) * sum(chosen[t][0] == e for t in members) / n * mean_p
         terms.append(loss)
     entropy = sum(-sum(p * torch.log(p) for p in probabilities[t].values()) for t in valid) / len(
         valid

@@ -1,7 +1,4 @@
-"""The kernels of top-k routing, through the public functions.
-
-They run in Triton's interpreter on a CPU, and compiled on a GPU.
-"""
+"""Tests of the kernels of top-k routing, interpreted on a CPU and compiled on a GPU."""
 
 import dataclasses
 import math
@@ -41,7 +38,7 @@ SHAPES = [(1, 5, 1), (3, 16, 3), (257, 13, 2), (257, 16, 1), (130, 70, 3), (65, 
 
 
 def module_of(function):
-    """Return the module of a launcher; ``kernels.order`` is the launcher, not its module."""
+    """Return the module that defines a function; ``kernels.order`` is a function, not a module."""
     return sys.modules[function.__module__]
 
 
@@ -99,7 +96,7 @@ def test_from_input(dtype, option):
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_float32_router_with_half_precision_inputs(dtype):
-    """Gradients far below the range of 16 bits keep all digits."""
+    """Gradients too small for float16 keep all digits."""
     leaves = make_inputs(140, 16, 150, dtype, torch.float32)
     check(leaves, 2, {})
     with torch.no_grad():
@@ -272,7 +269,7 @@ def test_nan_in_masked_tokens_has_no_effect(source):
 
 
 def test_replayed_indices_out_of_range_give_nan_only_for_their_tokens():
-    """The losses are NaN, and so are the weights and gradients of tokens with such indices.
+    """The losses, and the weights and gradients of tokens with an invalid index, are NaN.
 
     All other results equal those of clamped indices.
     """
@@ -495,7 +492,7 @@ def test_jitter_is_bitwise_equal_to_plain_pytorchs():
     """There are several blocks of tokens; some seeds are negative or have more than 32 bits."""
     for seed in (0, 1, 2**40 + 17, 2**63 - 1, -5):
         seed = torch.tensor(seed, device=DEVICE)
-        want = 1 + 0.5 * (2 * uniform(seed, 150, 13) - 1)  # 0.5 keeps all digits
+        want = 1 + 0.5 * (2 * uniform(seed, 150, 13) - 1)  # a factor of 0.5 is exact
         with mmfused.backend("fused"):
             logits = torch.ones(150, 13, device=DEVICE, requires_grad=True)
             routing = topk_routing(

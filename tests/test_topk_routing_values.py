@@ -35,7 +35,7 @@ def unchecked(monkeypatch):
 
 
 def check_non_finite(got, exact, plain):
-    """Check NaN and inf against the float64 reference; return the tables with zeros in their place.
+    """Check NaN and inf against the float64 reference, and return the tables with zeros for both.
 
     If one gradient of a token is NaN in the reference, all gradients of the token may be NaN.
     """
@@ -179,7 +179,7 @@ def test_a_non_finite_token_of_x_affects_only_its_outputs(value, backend):
 
 
 def bad_values(tokens, experts, k):
-    """Yield options with invalid values, and the tokens that these affect."""
+    """Yield options with invalid values, and the affected tokens."""
     segments = (torch.arange(tokens) % 3).to(DEVICE)
     for s in (-1, 2**40):
         given = segments.clone()
@@ -345,7 +345,7 @@ def test_errors_stay_within_the_budget_for_large_logits_in_the_cpp_router(
         case = csrc_cases.make(64, 13, 3, sigmoid=sigmoid, renormalize=renormalize, balance=balance)
         case["source"].copy_(large(size) if size > 30 else size * torch.randn(64, 13))
         gradients = csrc_cases.upstream(case)
-        # The gradients of the weights only, then of the losses only.
+        # First, only the weights have upstream gradients; then, only the losses.
         for only in (slice(1), slice(1, 4)):
             given = [
                 x if i in range(4)[only] else torch.zeros_like(x) for i, x in enumerate(gradients)

@@ -139,8 +139,8 @@ def test_model_agrees_with_the_equations(options):
         assert list(got) == list(expected)
         for name, value in expected.items():
             assert relative_error(got[name], value) < 1e-10, name
-        own = zero_for_none([parameter.grad for parameter in model.parameters()], inputs)
-        for name, a, b in zip(leaves, own, gradients, strict=True):
+        got_gradients = zero_for_none([parameter.grad for parameter in model.parameters()], inputs)
+        for name, a, b in zip(leaves, got_gradients, gradients, strict=True):
             assert relative_error(a, b) < 1e-9, name
 
 

@@ -154,19 +154,19 @@ def embeddings(p, items, c):
 
 
 def losses(query, candidate, labels, c):
-    """Return the losses. ``labels`` are the labels of the queries and of the candidates.
+    """Return the losses. ``labels``: two lists, the labels of the queries and of the candidates.
 
     Candidate i is the positive of query i. Hard negatives are the last candidates.
     """
     info_nce = similarity_loss = 0
     for i, q in enumerate(query):
-        own = q @ candidate[i]
-        total = torch.exp(own / c.temperature)
+        positive = q @ candidate[i]
+        total = torch.exp(positive / c.temperature)
         for j, other in enumerate(candidate):
             if j != i and labels[1][j] != labels[0][i]:
                 total = total + torch.exp(q @ other / c.temperature)
-        info_nce = info_nce - torch.log(torch.exp(own / c.temperature) / total) / len(query)
-        similarity_loss = similarity_loss + (1 - own) / len(query)
+        info_nce = info_nce - torch.log(torch.exp(positive / c.temperature) / total) / len(query)
+        similarity_loss = similarity_loss + (1 - positive) / len(query)
     weight = 0 if "positive_similarity" in c.without else c.positive_weight
     return {
         "loss": info_nce + weight * similarity_loss,

@@ -1,6 +1,6 @@
 """A literal transcription of UniECS's equations in float64.
 
-The functions loop over items, passes, heads, tokens and pairs. ``p`` maps names to parameters, and
+The functions loop over items, views, heads, tokens and pairs. ``p`` maps names to parameters, and
 ``c`` is a UniECSConfig.
 """
 
@@ -121,7 +121,7 @@ def encoder(p, image, text, c):
     Absent tokens are replaced by zeros.
     """
     e_v, e_t = int(image[0]), int(text[0])
-    image, text = (x if there else torch.zeros_like(x) for there, x in (image, text))
+    image, text = (x if present else torch.zeros_like(x) for present, x in (image, text))
     image, text = linear(p, "image_proj", image), linear(p, "text_proj", text)
     for layer in range(c.cross_layers):
         name = f"stages.{layer}"
@@ -146,10 +146,10 @@ def separate(p, image, text):
     v, t = (
         unit(
             pooled(
-                p, f"{name}_pool", linear(p, f"{name}_proj", x if there else torch.zeros_like(x))
+                p, f"{name}_pool", linear(p, f"{name}_proj", x if present else torch.zeros_like(x))
             )
         )
-        for name, (there, x) in (("image", image), ("text", text))
+        for name, (present, x) in (("image", image), ("text", text))
     )
     return v, t, v if image[0] and not text[0] else t if text[0] and not image[0] else unit(v + t)
 
@@ -201,7 +201,7 @@ def info_nce(query, candidate, has_query, has_candidate, labels, temperature, sy
 
 
 def mean_cosine(a, b, has):
-    rows = [i for i, there in enumerate(has) if there]
+    rows = [i for i, present in enumerate(has) if present]
     return sum(a[i] @ b[i] for i in rows) / len(rows) if rows else 0
 
 
@@ -274,7 +274,7 @@ def transcription(p, query, candidate, c):
                 / sum(WEIGHTS[name] for name in group)
             )
             gradients = torch.autograd.grad(losses[-1], (rows1, rows2), retain_graph=True)
-            norm_k = math.sqrt(sum((g**2).sum().item() for g in gradients))
-            powers.append((norm_k + c.epsilon) ** -c.beta)
+            gradient_norm = math.sqrt(sum((g**2).sum().item() for g in gradients))
+            powers.append((gradient_norm + c.epsilon) ** -c.beta)
         loss = sum(power / sum(powers) * value for power, value in zip(powers, losses, strict=True))
     return {"query": rows1, "candidate": rows2, "loss": loss, **terms}

@@ -90,7 +90,7 @@ def embeddings(host, batch, views, config):
 
 
 def log_share(scores, allowed, i):
-    """Return the log of candidate i's probability among the allowed candidates."""
+    """Return the log of the softmax probability of index i among the indices ``allowed``."""
     return scores[i] - torch.log(sum(torch.exp(scores[j]) for j in allowed))
 
 
