@@ -111,14 +111,14 @@ def rank_main(rank, world, path, chunk, folder):
     os.environ |= {"MASTER_ADDR": "127.0.0.1"}
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
     model = Toy()
-    mine = {
+    local_batch = {
         role: {name: value[rank * 4 : (rank + 1) * 4] for name, value in items.items()}
         for role, items in batch(8).items()
     }
     if chunk:
-        add_cached_gradients(model, mine, chunk)
+        add_cached_gradients(model, local_batch, chunk)
     else:
-        add_gradients(model, [mine], 1)
+        add_gradients(model, [local_batch], 1)
     if rank == 1:
         model.layers[3].bias.grad = None  # a rank may lack a gradient that other ranks have
     average_gradients(model)

@@ -131,11 +131,11 @@ def test_reset_parameters_draws_from_the_constructors_distribution(name):
 
 
 def test_submodules_can_be_reset_in_any_order():
-    """FSDP calls reset_parameters of each submodule with parameters of its own."""
+    """FSDP calls reset_parameters of each submodule that has parameters itself."""
     module = nn.ModuleList(make() for make, *_ in ALL.values())
     module.append(ExpertLinear(4, D, 8, norm=True))
-    own = {part for part in module.modules() if any(True for _ in part.parameters(recurse=False))}
-    assert all(hasattr(part, "reset_parameters") for part in own)
+    parts = {part for part in module.modules() if any(True for _ in part.parameters(recurse=False))}
+    assert all(hasattr(part, "reset_parameters") for part in parts)
     for parameter in module.parameters():
         parameter.data.fill_(float("nan"))
     for part in module.modules():

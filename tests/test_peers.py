@@ -86,7 +86,7 @@ def test_a_broken_test_is_reported_unless_it_is_an_exception(peers, checkouts, m
     out = capsys.readouterr().out
     assert f"{checkouts / 'lost'} is missing" in out
     row = next(line for line in out.splitlines() if line.startswith("small, fuse  "))
-    # Counts: passed without mmfused, passed with mmfused, ran an op, broken, broken or excepted.
+    # Tests: passed plain, passed with mmfused, ran an op, broken, broken including exceptions.
     assert row.split()[2:] == ["3", "1", "2", "1", "2"], out
     faults = [line for line in out.splitlines() if line.startswith("FAULT")]
     assert len(faults) == 1 and "::test_class_inside_a_called_model: AssertionError" in faults[0]

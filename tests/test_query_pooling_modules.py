@@ -75,8 +75,8 @@ def test_state_dict_keys_and_given_queries():
     other.load_state_dict(pool.state_dict())
     x = torch.randn(3, 6, 20)
     assert torch.equal(pool(x), other(x))
-    own = pool.queries.expand(3, -1, -1)
-    torch.testing.assert_close(pool(x, queries=own), pool(x))
+    queries = pool.queries.expand(3, -1, -1)
+    torch.testing.assert_close(pool(x, queries=queries), pool(x))
     bare = QueryPooling(32, None, 2)
     assert set(bare.state_dict()) == {"k_proj.weight", "v_proj.weight"}
     with pytest.raises(ValueError, match="queries: got None, expected a tensor"):

@@ -184,7 +184,7 @@ def test_embed_continues_after_an_interruption(folders, run, tmp_path, capsys, m
 
     monkeypatch.setattr(retrieval_metrics, "embed_items", failing)
     assert main(command) == 2 and not out.exists()
-    # Two of three batches exist already. One of their rows is embedded again for comparison.
+    # Two of three batches exist already. One row of them is embedded again for comparison.
     assert main(command) == 0 and len(calls) == 5
     arrays = np.load(out)
     assert (

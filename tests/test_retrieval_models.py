@@ -153,14 +153,15 @@ def without_texts(parts):
 def test_late_fusion_replaces_the_models_fusion(name):
     items = {key: value for key, value in batch(name)["query"].items() if key != "labels"}
     with mmfused.backend("composed"), torch.no_grad():
-        own = small_model(name).eval().embed(views=VIEWS, **items)
+        with_fusion = small_model(name).eval().embed(views=VIEWS, **items)
         late = small_model(name, without=("fusion",)).eval().embed(views=VIEWS, **items)
     complete = [row for row in range(6) if row not in (1, 2)]
-    for rows in (*own.values(), *late.values()):
+    for rows in (*with_fusion.values(), *late.values()):
         torch.testing.assert_close(rows.norm(dim=1)[complete], rows.new_ones(4))
         assert rows.isfinite().all()
     middle = torch.nn.functional.normalize(late["image"] + late["text"], dim=-1)
     torch.testing.assert_close(late["both"][complete], middle[complete])
-    assert (own["both"] - torch.nn.functional.normalize(own["image"] + own["text"], dim=-1))[
-        complete
-    ].abs().max() > 1e-5
+    assert (
+        with_fusion["both"]
+        - torch.nn.functional.normalize(with_fusion["image"] + with_fusion["text"], dim=-1)
+    )[complete].abs().max() > 1e-5

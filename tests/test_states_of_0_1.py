@@ -111,11 +111,11 @@ def tiny(name: str) -> nn.Module:
     retrieval_models = pytest.importorskip("retrieval_models")
     kind = models.MODELS[name]
     if name == "fluid":
-        known = {"vocab_size": 100, "num_classes": 3}
+        sizes = {"vocab_size": 100, "num_classes": 3}
     else:
-        known = kind.config.of_tokenizer(retrieval_models.tokenizer_of(name))
+        sizes = kind.config.of_tokenizer(retrieval_models.tokenizer_of(name))
     with torch.device("meta"):
-        return kind.model(kind.config.preset("tiny", **known))
+        return kind.model(kind.config.preset("tiny", **sizes))
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -1,4 +1,4 @@
-"""If the settings of two ranks differ or one rank fails, both stop soon with an error."""
+"""If the settings of two ranks differ or one rank fails, both ranks stop soon with an error."""
 
 import csv
 import json
@@ -179,8 +179,8 @@ def run_rank(rank, port, folder):
         patch.setattr("mmfused.training.setup.product_data.GeneratedProducts", smaller_data())
         for case in CASES:
             begun = time.monotonic()
-            with patch.context() as own:
-                config = case(rank, folder / case.__name__, folder, own)
+            with patch.context() as case_patch:
+                config = case(rank, folder / case.__name__, folder, case_patch)
                 try:
                     train(config)
                     outcome = "nothing"

@@ -74,7 +74,7 @@ def steps_saved(out):
 
 
 def in_step(monkeypatch, number, act):
-    """Call ``act`` just before the update in the training step ``number`` of this process."""
+    """Call ``act`` just before the update of training step ``number``, counted in this process."""
     made, update = [], training.update
 
     def acting(*args):
