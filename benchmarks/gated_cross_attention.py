@@ -298,7 +298,7 @@ def exact(case: Case, problem: Problem) -> dict[str, Tensor]:
 
 
 def comparable(results: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Concatenate the gradients of each weight with those of its bias, and the gate's columns.
+    """Concatenate the gradients of each weight and its bias, and of the gate's weight columns.
 
     The exact gradient of a key bias is zero, so its relative error alone would be meaningless.
     """

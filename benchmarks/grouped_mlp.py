@@ -34,8 +34,8 @@ class Case:
 
     ``gated``: SwiGLU experts without biases, instead of GELU experts with biases.
     ``routed``: the distribution of the experts. "uniform"; "zipf": the probability of expert e is
-    proportional to (e + 1)**-1.2; "hot": about 90 % of the tokens have expert 0 among their k
-    experts; "one-hot": all tokens do; "half": the experts of the second half get no tokens.
+    proportional to (e + 1)**-1.2; "hot": at least about 90 % of the tokens have expert 0 among
+    their k experts; "one-hot": all tokens have it; "half": the last E // 2 experts get no tokens.
     """
 
     name: str
@@ -102,7 +102,7 @@ def choices(case: Case) -> Tensor:
     def rand(*shape):
         return torch.rand(*shape, generator=generator).clamp(min=1e-30)
 
-    # Gumbel noise: the k largest of noise + log p are k draws from p without replacement.
+    # Gumbel noise: the k largest of noise + log(probability) are k draws without replacement.
     keys = -(-rand(case.T, case.E).log()).log()
     if case.routed == "zipf":
         keys -= 1.2 * torch.arange(1, case.E + 1).log()
@@ -210,7 +210,7 @@ class Dense(Experts):
 class GroupedMM(Experts):
     """Order the rows by expert, call torch's grouped_mm, and restore the order of the tokens.
 
-    transformers and torchtitan do the same. Here the order is computed in advance.
+    transformers and torchtitan have the same pattern. Here the order is computed in advance.
     """
 
     def __init__(self, case, device, dtype, grouped_mm):
@@ -338,10 +338,7 @@ PROVIDERS = {
 
 
 def exact(case: Case, problem: Problem) -> dict[str, Tensor]:
-    """Return the float64 results of the composed path, which tests compare with the reference.
-
-    The library's reference runs every expert on every token.
-    """
+    """Return the float64 results of the composed path, which tests compare with the reference."""
     parameters = {name: tensor.double() for name, tensor in problem.parameters.items()}
     inputs = {name: x.detach().double().requires_grad_() for name, x in problem.inputs.items()}
     provider = composed(case, problem.device, torch.float64).load(parameters)
@@ -349,7 +346,7 @@ def exact(case: Case, problem: Problem) -> dict[str, Tensor]:
 
 
 def comparable(results: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Concatenate the gradients of each weight with those of its bias.
+    """Concatenate the gradients of each weight and its bias.
 
     "grouped_mm pattern" would fail a check of the bias gradients alone: in 16 bits, the backward of
     indexing rounds after every addition.
@@ -383,8 +380,7 @@ def work(case: Case, itemsize: int) -> dict[str, list[dict[str, Any]]]:
                   up     dX = dH W_up, dW_up = dH^T X      4 u R I D
                          reads X and W_up, writes dX and dW_up
 
-    A, dA, dH and Y are not counted. Biases, routing weights and indices are not counted because
-    they are small.
+    The bytes of A, dA, dH and Y, and of biases, routing weights and indices, are not counted.
     """
     R, matrix, up = case.T * case.k, case.I * case.D, 2 if case.gated else 1
     tokens, hidden, touched = case.T * case.D, up * R * case.I, len(choices(case).unique())

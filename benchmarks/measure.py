@@ -1,7 +1,7 @@
 """Check the accuracy of a provider and measure its time.
 
-A provider is one way to compute a case: a baseline, or a backend of the library. The benchmark of
-an op (query_pooling.py, for instance) defines
+A case is an op with given sizes and options. A provider is one way to compute a case: a baseline,
+or a backend of the library. The benchmark of an op (query_pooling.py, for instance) defines
 
     cases(device_type, quick)       the list of cases; small ones if quick
     custom(shape)                   a case with the sizes in ``shape``
@@ -14,7 +14,7 @@ an op (query_pooling.py, for instance) defines
     comparable(results)             -> the results that the accuracy check compares
     work(case, itemsize)            -> FLOPs and bytes of each stage of each pass
 
-and optionally ``extras(case, device, dtype)``, which returns further entries of the record. Its
+and optionally ``extras(case, device, dtype)``, which returns further entries of the record. The
 entry "faults" is a list of messages; the run fails if the list is not empty.
 """
 
@@ -34,7 +34,7 @@ import mmfused
 from mmfused.library import Backend, why_not_fused
 from mmfused.testing import interleaved_seconds, over_budget, relative_error
 
-MAX_COPIES = 64  # limit of rotation()
+MAX_COPIES = 64  # maximum length of the list that rotation() returns
 
 
 class Unavailable(RuntimeError):
@@ -79,12 +79,12 @@ class Problem:
 class Provider:
     """One way to compute a case.
 
-    ``layout``: maps each parameter of ``module`` to the problem's parameters that it concatenates
-    along the first axis.
+    ``layout``: name of each parameter of ``module`` -> names of the problem's parameters, whose
+    elements are concatenated.
     ``backend``: backend of the library for all calls and their backwards.
     ``run``: the compiled module, or None to call ``module``.
-    ``ceiling``: the reason why the provider computes only a part of the case. Such a provider is
-    timed without an accuracy check.
+    ``ceiling``: what the provider computes, if it computes only a part of the case. Such a provider
+    is timed without an accuracy check.
     ``uncompiled``: the reason why the provider must not be compiled.
     ``drops``: whether the provider is timed with dropout. Its accuracy is checked without dropout,
     because providers have different dropout masks.
@@ -158,7 +158,7 @@ class AccuracyCheck:
     ``plain``: results of the reference in the dtype of the problem. The error of a provider may be
     a small multiple of the error of ``plain``.
 
-    The result of the check is the entry "gate" of a provider's record.
+    The key "gate" of a provider's entry in the record is the result of the check.
     """
 
     def __init__(self, op: ModuleType, case: Any, problem: Problem) -> None:
@@ -174,7 +174,8 @@ class AccuracyCheck:
     def admit(self, name: str, mode: str | None) -> tuple[Provider | None, dict[str, Any]]:
         """Build a provider, compile it if ``mode`` is given, and check its accuracy.
 
-        Returns a pair: the provider (None if it must not be timed), and its entry of the record.
+        A provider with a ``ceiling`` is neither compiled nor checked. Returns a pair: the provider
+        (None if it must not be timed), and the provider's entry for the record.
         """
         entry = {"compiled": mode, "gate": "passed", "reasons": []}
         try:
@@ -216,8 +217,8 @@ def first_line(error: Exception) -> str:
 def rotation(problem: Problem) -> list[tuple[Tensor, ...]]:
     """Return the inputs and, on CUDA, copies of the inputs, for successive calls.
 
-    The copies fill the L2 cache twice, so that inputs are evicted before they are used again. There
-    are no copies if ``problem.evicts``, and at most ``MAX_COPIES``.
+    The copies fill the L2 cache twice, so that inputs are evicted before they are used again.
+    ``MAX_COPIES`` limits the length of the list. There are no copies if ``problem.evicts``.
     """
     inputs = tuple(problem.inputs.values())
     if problem.device.type != "cuda" or problem.evicts:
@@ -232,7 +233,7 @@ def rotation(problem: Problem) -> list[tuple[Tensor, ...]]:
 
 
 def steps(provider: Provider, upstream: Tensor, backward: bool) -> dict[str, Callable[..., Any]]:
-    """Return the function to time for each pass; its argument is the tuple of inputs.
+    """Return pass -> function to time; the function takes the tuple of inputs.
 
     "forward" includes building the autograd graph, "both" is forward and backward, and "step" is a
     training step with the optimizer.
@@ -320,7 +321,7 @@ def capture(
 ) -> torch.cuda.CUDAGraph:
     """Capture a CUDA graph that calls ``step`` for each copy of the inputs.
 
-    ``compared``: raise RuntimeError if a replay and an eager call give different results.
+    ``compared``: raise RuntimeError if the first two results differ from those of an eager call.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -382,7 +383,7 @@ def floor_seconds(
 
 
 class Budget:
-    """A time limit that starts now; ``limit``: seconds, or None for no limit."""
+    """A time limit in seconds, counted from the creation of the object; None: no limit."""
 
     def __init__(self, limit: float | None) -> None:
         self.limit = limit

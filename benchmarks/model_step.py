@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class Step(nn.Module, ABC):
-    """A model with the labels, masks and ids of one batch; ``forward`` returns the loss of tokens.
+    """A model with the labels, masks and ids of one batch; ``forward`` returns the loss of inputs.
 
     With inputs in 16 bits, the parameters are float32 and the model runs under autocast, as in the
     library's training.
@@ -74,5 +74,5 @@ class Step(nn.Module, ABC):
         return torch.randint(low, high, shape, generator=self.generator)
 
     def padding(self, length: int) -> Tensor:
-        """Return a random padding mask (B, length); texts have at least a quarter of the length."""
+        """Return a padding mask (B, length) of random texts of at least ``length // 4`` tokens."""
         return torch.arange(length) >= self.randint(length // 4, length + 1, self.batch, 1)

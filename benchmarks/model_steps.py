@@ -60,11 +60,11 @@ class FluidStep(Step):
 
     @torch.no_grad()
     def inputs(self, device: torch.device) -> dict[str, Tensor]:
-        """Draw inputs whose experts do not depend on rounding.
+        """Draw inputs for which the choice of experts does not depend on rounding.
 
         A first draw sets the router's bias so that the mean logits of all experts are equal. Then
-        each sample is the best of 16 draws: the draw with the largest margins between the
-        sample's top_k + 1 largest logits.
+        each sample is the best of 16 draws. The margin of a draw is the smallest difference between
+        successive logits of the top_k + 1 largest; the draw with the largest margin is the best.
         """
         generator, outputs = torch.Generator(device).manual_seed(2), []
         router = self.model.moe.router
@@ -202,7 +202,7 @@ def cases(device_type: str, quick: bool) -> list[Case]:
 
     ``quick``: use smaller batches.
     """
-    known = [
+    available = [
         case
         for case in CASES
         if case.name not in HOSTED or importlib.util.find_spec("transformers")
@@ -211,11 +211,11 @@ def cases(device_type: str, quick: bool) -> list[Case]:
         limits = {"unite": 512}
         return [
             dataclasses.replace(case, B=min(case.B, limits.get(case.name, 16))) if quick else case
-            for case in known
+            for case in available
         ]
     return [
         Case(case.name, 64 if case.name == "unite" else 6 if quick else 32, small=True)
-        for case in known
+        for case in available
     ]
 
 

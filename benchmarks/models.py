@@ -4,8 +4,8 @@ The cases are in model_steps.py and the baseline in torch_modules.py. All provid
 weights. The training step with AdamW is timed too, with a learning rate of 0, so that the weights
 do not change. UNITE's loss has no parameters, so it has no training step.
 
-In 16 bits on CUDA, all providers run with TF32 for float32 products, as usual in 16-bit training,
-and without cuDNN's SDPA, whose gradients with a mask and 64 keys may be NaN (pytorch #196678).
+In 16 bits on CUDA, all providers run with TF32 for float32 products. cuDNN's SDPA is disabled,
+because its gradients with a mask and 64 keys may be NaN (pytorch #196678).
 
 `extras` also records the losses of a few training steps of each provider.
 """
@@ -198,11 +198,11 @@ def comparable(results: dict[str, Tensor]) -> dict[str, Tensor]:
     * the projections q, k and v of attention over one token, where the gradients of q and k are 0;
     * FLUID's gate, whose gradient is a small difference of two large sums, and a norm of the tokens
       that the gate blends;
-    * a norm before UniECS's cross-attention, and the value projection that reads its output.
+    * a norm before UniECS's cross-attention, and the value projection after this norm.
     The loss is rounded to the dtype of the inputs, or to float16 if the inputs are float32.
     """
-    (_, loss), (_, first), *_ = results.items()
-    loss_dtype = {torch.float32: torch.float16}.get(first.dtype, first.dtype)
+    (_, loss), (_, dx), *_ = results.items()
+    loss_dtype = {torch.float32: torch.float16}.get(dx.dtype, dx.dtype)
     groups: dict[str, list[Tensor]] = {}
     for name, tensor in sorted(results.items()):  # the order differs between providers
         group = re.sub(r"\.(weight|bias)$|(?<=w_gate|..w_up)\.\d+$", "", name)
@@ -271,9 +271,9 @@ class Flops(TorchDispatchMode):
 def extras(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Compare the loss curves of the library and the baseline: training with AdamW on one batch.
 
-    "curves" has the losses, and the "difference": the largest relative difference of each provider
-    from the baseline. Its "bound" is NOISE times the difference between the baseline in ``dtype``
-    and the baseline in the next wider dtype, plus the machine epsilon of ``dtype``. "faults" has a
+    "curves" has the losses, and for each provider the "difference": the largest relative difference
+    from the baseline. "bound" is NOISE times the difference between the baseline in ``dtype`` and
+    the baseline in the next wider dtype, plus the machine epsilon of ``dtype``. "faults" has a
     message for each provider whose difference exceeds the bound.
     """
     problem = make(case, device, dtype)
@@ -284,8 +284,8 @@ def extras(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str, An
             torch_modules, case, in_dtype(problem, wider)
         ),
     }
-    baseline, exact = losses.values()
-    bound = NOISE * difference(baseline, exact) + torch.finfo(dtype).eps
+    baseline, wider_baseline = losses.values()
+    bound = NOISE * difference(baseline, wider_baseline) + torch.finfo(dtype).eps
     differences, faults = {}, []
     for name in OURS:
         try:
@@ -316,7 +316,7 @@ def extras(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str, An
 def curve(builder, case: Case, problem: Problem) -> list[float]:
     """Return the loss before each of ``TRAINED`` training steps.
 
-    The parameters are trained, or the inputs in float32 if there are no parameters (UNITE).
+    The parameters are trained, or the inputs if there are no parameters (UNITE).
     """
     provider = builder(case, problem.device, problem.dtype).load(problem.parameters)
     tokens = [x.detach().to(problem.upstream.dtype, copy=True) for x in problem.inputs.values()]
@@ -333,6 +333,6 @@ def curve(builder, case: Case, problem: Problem) -> list[float]:
 
 
 def difference(a: list[float], b: list[float]) -> float:
-    """Return the largest relative difference from ``b``, or infinity if it is NaN anywhere."""
+    """Return the largest relative difference from ``b``, or infinity if any difference is NaN."""
     found = [abs(x - y) / abs(y) for x, y in zip(a, b, strict=True)]
     return math.inf if any(math.isnan(value) for value in found) else max(found)

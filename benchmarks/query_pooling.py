@@ -240,7 +240,7 @@ def exact(case: Case, problem: Problem) -> dict[str, Tensor]:
 
 
 def comparable(results: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Concatenate the gradients of each weight with those of its bias.
+    """Concatenate the gradients of each weight and its bias.
 
     The exact gradient of the key bias is zero, so its relative error alone would be meaningless.
     """

@@ -75,7 +75,7 @@ def cuda_facts(device: torch.device) -> dict[str, Any]:
 
 
 def slug(name: str) -> str:
-    """Return a device name as the name of a folder."""
+    """Return the folder name for a device name."""
     return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", name.lower())).strip("-")
 
 

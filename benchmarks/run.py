@@ -2,9 +2,9 @@
 
     python benchmarks/run.py OP        or        mmfused bench OP
 
-Each provider of a case must pass an accuracy check before it is timed, with the same shape and the
-same compiled code. A provider that fails is reported but not timed. The exit status is 1 if a
-provider of the library fails.
+Before a provider is timed, its accuracy is checked with the same shape and the same compiled code.
+A provider that fails is reported but not timed. The exit status is 1 if a provider of the library
+fails. Baselines that compute only a part of the case are timed without a check.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from mmfused.benchmarks.sources import ROOT, source_hash
 
 OPS = (*ops.OPS, "models")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-UNFINISHED = 3  # exit status if nothing failed but cases are left for another run
+UNFINISHED = 3  # exit status if the budget ran out before all cases were measured
 BUDGET_SECONDS = 300.0  # default of --budget-seconds on CUDA
 RESULTS = ROOT / "benchmarks" / "results"
 SCRATCH = "runs/bench"  # for results of quick runs, which must not replace committed results
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser, out: str | None = None) -> No
     which.add_argument("--forward", dest="backward", action="store_false", help=forward)
     both = "time forward, backward and both (default)"
     which.add_argument("--backward", action="store_true", default=True, help=both)
-    repeats = "samples of each time (default: 31 on CUDA, 21 on a CPU, 3 if --quick)"
+    repeats = "timing samples per provider (default: 31 on CUDA, 21 on a CPU, 3 if --quick)"
     option("--repeats", type=int, metavar="N", help=repeats)
     quick = "use small batches and few samples, to check that everything works"
     option("--quick", action="store_true", help=quick)
@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser, out: str | None = None) -> No
     option("--budget-seconds", type=float, metavar="S", help=limit)
     resume = (
         "skip cases already measured with these sources, versions and settings; start no case "
-        f"after --budget-seconds (exit status {UNFINISHED} if cases are left)"
+        f"after --budget-seconds (exit status {UNFINISHED} if not all were measured)"
     )
     option("--resume", action="store_true", help=resume)
     where = out or f"benchmarks/results/<device>, {SCRATCH} if --quick"
@@ -102,8 +102,8 @@ class Settings:
 def run(args: argparse.Namespace) -> int:
     """Measure the requested cases; raise ValueError if an argument is invalid.
 
-    Returns 0 if all is well, 1 if a provider of the library is not accurate, or UNFINISHED if cases
-    are left.
+    Returns 1 if ``faults_of`` finds a fault, UNFINISHED if the budget ran out before all cases were
+    measured, else 0.
     """
     settings = chosen_settings(args)
     device, op = settings.device, load_op(args.op)
@@ -111,11 +111,11 @@ def run(args: argparse.Namespace) -> int:
     facts = report.environment(device) | {"source": source_hash(args.op)}
     folder = chosen_folder(args, facts["device"])
     if args.resume:
-        known = report.read_records(args.op, folder)
+        earlier = report.read_records(args.op, folder)
         cases = [
             case
             for case in cases
-            if not any(is_result(record, case, settings, facts) for record in known)
+            if not any(is_result(record, case, settings, facts) for record in earlier)
         ]
         if not cases:
             print(f"{args.op}: all cases have results in {folder} already.")
@@ -206,7 +206,7 @@ def describe(
 
 
 def measure_case(op: ModuleType, case: Any, settings: Settings) -> dict[str, dict[str, Any]]:
-    """Check and time each provider; return the entries of the record by label."""
+    """Check and time each variant of each provider; return label -> entry for the record."""
     if settings.compiled:
         torch._dynamo.reset()  # so that the recompilation limit counts for each case separately
     if settings.device.type == "cuda":
@@ -310,9 +310,9 @@ def chosen_cases(args: argparse.Namespace, op: ModuleType, device: torch.device)
     cases = {case.name: case for case in op.cases(device.type, args.quick)}
     for name in args.case or ():
         if name not in cases:
-            known = ", ".join(cases)
+            names = ", ".join(cases)
             raise ValueError(
-                f"{args.op} on {device.type}: case: got {name!r}, expected one of {known}"
+                f"{args.op} on {device.type}: case: got {name!r}, expected one of {names}"
             )
     return sliced([cases[name] for name in args.case or cases], args.slice)
 

@@ -1,8 +1,7 @@
 """The ops of the library as functions in plain PyTorch, for the baseline in torch_modules.py.
 
-The functions are efficient PyTorch: F.grouped_mm over rows sorted by expert, without padding;
-index_select to move rows; and F.cross_entropy over masked logits. The functions support only what
-the models use.
+They call F.grouped_mm on rows sorted by expert, without padding; index_select to move rows; and
+F.cross_entropy on masked logits. They support only what the models use.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """The library's models in plain PyTorch: the baseline of benchmarks/models.py.
 
-Each file of a model is loaded again under another name. In this copy, the ops and modules of the
-library are replaced by the classes below and by the functions in torch_functions.py. These compute
-the same in plain PyTorch. The rest of the copy is unchanged, and so is the original.
+Each model's file is loaded a second time under another name. In this copy, the library's ops and
+modules are replaced by the classes below and by the functions in torch_functions.py.
 
 The classes are efficient PyTorch: they use SDPA, and one GEMM for all projections of the same
 tokens. The classes support only what the models use.
@@ -185,11 +184,11 @@ class BidirectionalGatedCrossAttention(nn.Module):
         ignore: Tensor | None,
         present: Tensor,
     ) -> Tensor:
-        read = attend(q, k, v, ignore)
+        attended = attend(q, k, v, ignore)
         return (
-            read
+            attended
             if self.skips
-            else torch.where(present[:, None, None], read, v[:, :, 0].flatten(1)[:, None])
+            else torch.where(present[:, None, None], attended, v[:, :, 0].flatten(1)[:, None])
         )
 
     def finish(
@@ -197,17 +196,17 @@ class BidirectionalGatedCrossAttention(nn.Module):
         x: Tensor,
         to: nn.Module,
         norm: nn.LayerNorm,
-        read: Tensor,
+        attended: Tensor,
         present: Tensor,
     ) -> Tensor:
-        read = to.out_proj(read)
+        attn_out = to.out_proj(attended)
         if to.gate_proj is None:
-            return x + read if self.pre_norm else norm(x + read)
+            return x + attn_out if self.pre_norm else norm(x + attn_out)
         dim = x.shape[-1]
-        of_x, of_read, of_flag = to.gate_proj.weight.split([dim, dim, 1], 1)
-        logits = F.linear(x, of_x, to.gate_proj.bias) + F.linear(read, of_read)
-        logits = logits + present.to(logits.dtype)[:, None, None] * of_flag[:, 0].to(logits.dtype)
-        return torch.lerp(x, read.to(x.dtype), logits.sigmoid().to(x.dtype))
+        w_x, w_attn, w_flag = to.gate_proj.weight.split([dim, dim, 1], 1)
+        logits = F.linear(x, w_x, to.gate_proj.bias) + F.linear(attn_out, w_attn)
+        logits = logits + present.to(logits.dtype)[:, None, None] * w_flag[:, 0].to(logits.dtype)
+        return torch.lerp(x, attn_out.to(x.dtype), logits.sigmoid().to(x.dtype))
 
 
 class Block(nn.Module):
@@ -225,8 +224,8 @@ class Block(nn.Module):
         self.gamma1, self.gamma2 = nn.Parameter(torch.ones(())), nn.Parameter(torch.ones(()))
 
     def forward(self, x: Tensor, ignore: Tensor | None = None) -> Tensor:
-        read = attend(*heads(self.qkv_proj(self.norm1(x)), 3, self.num_heads), ignore)
-        x = x + self.gamma1 * self.out_proj(read)
+        attended = attend(*heads(self.qkv_proj(self.norm1(x)), 3, self.num_heads), ignore)
+        x = x + self.gamma1 * self.out_proj(attended)
         return x + self.gamma2 * self.ffn(self.norm2(x))
 
 

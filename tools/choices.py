@@ -1,11 +1,10 @@
-"""Time what the library chooses by rules and tables, and the alternatives.
+"""Time the forms and tile sizes that the library chooses automatically, and their alternatives.
 
     python tools/choices.py [--op OP [--tiles CASE]]
 
-The rules are those of ``form="auto"``; the tables are in kernels/*/plans.py. Each variant
-(tools/variants.py) must first pass the accuracy check of its op's benchmark. The variants of a case
-are then timed in turn, like the providers in benchmarks/run.py. The results change no table: read
-them and update the tables by hand. benchmarks/NOTES.md lists the expected results.
+Each variant (tools/variants.py) must first pass the accuracy check of its op's benchmark. The
+variants of a case are then timed in turn, like the providers in benchmarks/run.py. The
+script changes nothing in the library.
 """
 
 from __future__ import annotations
@@ -41,32 +40,36 @@ def compare(
     variants: Variants,
     settings: run.Settings,
 ) -> dict[str, dict]:
-    """Check and time each variant of one case; return the record's entry of each variant."""
+    """Check and time each variant of one case.
+
+    Returns one entry per variant, to store in the record. The key "gate" of an entry is the result
+    of the accuracy check.
+    """
     builders = {name: functools.partial(_build, op, *parts) for name, parts in variants.items()}
     problem = op.make(case, settings.device, settings.dtype)
     op_with_variants: Any = types.SimpleNamespace(**{**vars(op), "PROVIDERS": builders})
     check = measure.AccuracyCheck(op_with_variants, case, problem)
-    providers, found = {}, {}
+    providers, entries = {}, {}
     for name in builders:
         if settings.budget.spent():
             reason = f"the budget of {settings.budget.limit:.0f} s was spent"
-            found[name] = {"gate": "skipped", "reasons": [reason]}
+            entries[name] = {"gate": "skipped", "reasons": [reason]}
             continue
         provider, entry = check.admit(name, None)
         print(f"{case.name}: {name}: {'; '.join([entry['gate'], *entry['reasons']])}", flush=True)
-        found[name] = entry
+        entries[name] = entry
         if provider is not None:
             providers[name] = provider
     del check
     if settings.device.type == "cuda":
         times, without_graph = measure.graph_seconds(providers, problem, settings.repeats, True)
         for name, reason in without_graph.items():
-            found[name]["reasons"].append(reason)
+            entries[name]["reasons"].append(reason)
     else:
         times = measure.eager_seconds(providers, problem, settings.repeats, True)
     for name, passes in times.items():
-        found[name]["seconds"] = passes
-    return found
+        entries[name]["seconds"] = passes
+    return entries
 
 
 def _build(
@@ -96,7 +99,10 @@ def small(case: Any) -> Any:
 
 
 def table(found: dict[str, dict]) -> str:
-    """Return the medians of forward + backward, a line per case, with the fastest in bold."""
+    """Return a table with the median time of forward + backward of each case and variant.
+
+    The fastest variant of each case is in bold.
+    """
     names = list(dict.fromkeys(name for variants in found.values() for name in variants))
     lines = [["case", *names], ["---"] * (1 + len(names))]
     for case, variants in found.items():
@@ -113,7 +119,7 @@ def table(found: dict[str, dict]) -> str:
 
 
 def tiles_table(variants: dict[str, dict]) -> str:
-    """Return the variants of a plan, fastest first, with speed-ups over the library's plan."""
+    """Return a table of the variants, fastest first, with speed-ups over the library's plan."""
     times = medians(variants)
     library = times.get(LIBRARY, float("nan"))
     lines = [
@@ -140,9 +146,10 @@ def medians(variants: dict[str, dict]) -> dict[str, float]:
 
 
 def measure_choices(args: argparse.Namespace) -> int:
-    """Measure the requested choices; return 0, or 3 if the budget left cases for another run.
+    """Measure the requested choices.
 
-    A variant that fails the accuracy check is shown in the table; it is not an error.
+    Returns 0, or 3 if the budget ran out before all cases were measured. A variant that fails the
+    accuracy check is shown in the table; it is not an error.
     """
     requested = requested_choices(args)
     settings = chosen_settings(args)
@@ -168,9 +175,9 @@ def measure_choice(
     facts: dict,
     folder: Path,
 ) -> tuple[dict, list[str]]:
-    """Measure the cases that the file of ``choice`` does not have yet.
+    """Measure the cases that the results file of ``choice`` lacks.
 
-    Returns the record and the names of the cases left for another run.
+    Returns the record, and the names of the cases that the budget left unmeasured or incomplete.
     """
     op, path = run.load_op(choice.op), folder / f"choices-{choice.op}-{choice.name}.json"
     fresh = {
@@ -190,8 +197,8 @@ def measure_choice(
         if settings.budget.spent():
             left.append(f"{choice.op} {choice.name} {name}")
             continue
-        interpreted = mock.patch.object(op, "need_kernels", lambda *_: None)
-        with interpreted if settings.quick else contextlib.nullcontext():
+        accept_interpreter = mock.patch.object(op, "need_kernels", lambda *_: None)
+        with accept_interpreter if settings.quick else contextlib.nullcontext():
             variants = choice.variants or tile_variants(op, choice.op, case, settings)
             record["cases"][name] = compare(op, case, variants, settings)
             record["shapes"][name] = asdict(case)
@@ -223,8 +230,8 @@ def requested_choices(args: argparse.Namespace) -> list[Choice]:
         raise ValueError("op: got None with tiles, expected the op of the case")
     cases = {case.name: case for case in run.load_op(args.op).cases("cuda", False)}
     if args.tiles not in cases:
-        known = ", ".join(cases)
-        raise ValueError(f"{args.op}: tiles: got {args.tiles!r}, expected one of {known}")
+        names = ", ".join(cases)
+        raise ValueError(f"{args.op}: tiles: got {args.tiles!r}, expected one of {names}")
     return [Choice(args.op, f"tiles-{args.tiles}", lambda: [cases[args.tiles]], {})]
 
 
@@ -250,17 +257,18 @@ def incomplete(variants: dict[str, dict]) -> bool:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="tools/choices.py",
-        description="Time what the library chooses by rules and tables, and the alternatives.",
+        description="Time the forms and tile sizes that the library chooses automatically, "
+        "and their alternatives.",
     )
     option = parser.add_argument
     option("--op", metavar="OP", help="only the choices of this op")
     tiles = "vary the tiles of this case of --op's benchmark, one change at a time"
     option("--tiles", metavar="CASE", help=tiles)
-    repeats = "samples of each time (default: 15)"
+    repeats = "timing samples per variant (default: 15)"
     option("--repeats", type=int, default=15, metavar="N", help=repeats)
-    budget = "seconds after which no case is started (exit status 3 if cases are left)"
+    budget = "seconds after which no case is started (exit status 3 if not all were measured)"
     option("--budget-seconds", type=float, metavar="S", help=budget)
-    quick = "a tiny case of each choice, to check that the tool works; kernels may be interpreted"
+    quick = "a tiny case of each choice, to check the tool; also works with Triton's interpreter"
     option("--quick", action="store_true", help=quick)
     where = f"benchmarks/results/<device>, {run.SCRATCH} if --quick"
     option("--out", metavar="DIR", help=f"folder for the results (default: {where})")

@@ -164,7 +164,7 @@ def label(record: dict) -> str:
 
 
 def speedups(rows: list[Comparison], figure: Any) -> None:
-    """Draw speed-ups as bars that start at 1; on the right, the memory of ours and the baseline."""
+    """Draw the speed-ups as bars that start at 1 and, to their right, the memory of both sides."""
     figure.set_size_inches(11, 1.6 + 0.32 * len(rows))
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(5, 2))
     records = [row.record for row in rows]

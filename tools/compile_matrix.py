@@ -5,9 +5,9 @@
 
 The table is benchmarks/results/compile_matrix.md.
 
-Each Triton version is downloaded into .venv/triton-<version> if it is not there, and compiles in a
-process of its own. A run that was stopped resumes, because `mmfused inspect` stores the compiled
-kernels. The exit status is 1 if a kernel has a fault.
+Each Triton version is downloaded into .venv/triton-<version> if it is not there, and runs in a
+process of its own. `mmfused inspect` stores the compiled kernels, so a stopped run can be resumed.
+The exit status is 1 if a kernel has a fault.
 """
 
 from __future__ import annotations
@@ -158,23 +158,25 @@ def main() -> int:
         help="kernels compiled in parallel (default: number of cores)",
     )
     args = parser.parse_args()
-    known = supported()
+    support = supported()
     if args.newest:
         version = newest_version()
         status = (
             "is supported"
-            if version in known.TRITONS
-            else f"is newer than the newest supported version, {known.TRITONS[-1]}"
+            if version in support.TRITONS
+            else f"is newer than the newest supported version, {support.TRITONS[-1]}"
         )
         print(f"Triton {version} {status}; compiling {', '.join(NEWEST_CASES)}.", flush=True)
-        rows = inspect(version, known.ARCHS, NEWEST_CASES, args.jobs)
+        rows = inspect(version, support.ARCHS, NEWEST_CASES, args.jobs)
     else:
         rows = [
-            row for version in known.TRITONS for row in inspect(version, known.ARCHS, (), args.jobs)
+            row
+            for version in support.TRITONS
+            for row in inspect(version, support.ARCHS, (), args.jobs)
         ]
         ops = list(dict.fromkeys(row["op"] for row in rows))
         rows.sort(key=lambda row: ops.index(row["op"]))
-        TABLE.write_text(report(rows, known.ARCHS))
+        TABLE.write_text(report(rows, support.ARCHS))
         print(f"Wrote {TABLE.relative_to(ROOT)}.")
     faults = [row for row in rows if row["fault"]]
     for row in faults:

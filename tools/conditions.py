@@ -1,10 +1,10 @@
-"""The conditions of tools/targets.py, and the rule for which times they compare.
+"""The conditions of tools/targets.py, and the choice of the times to compare.
 
 A benchmark times each provider with one or two launches: "eager" calls and, on a GPU, replay of a
-CUDA "graph". A speed-up is a ratio of medians with the same launch. The launch is "graph" for a
-small case: on a GPU, with a floor (least possible time) of the forward or the backward under
-100 us. In other cases, it is the launch with which the baseline is faster. A condition without a
-baseline uses the launch with which the op is faster.
+CUDA "graph". A speed-up is a ratio of medians with the same launch. Small cases are compared with
+the launch "graph". A case on a GPU is small if the floor (least possible time) of its forward or
+its backward is under 100 us. Other cases are compared with the launch with which the baseline is
+faster. A condition without a baseline uses the launch with which the library is faster.
 """
 
 from __future__ import annotations
@@ -98,9 +98,9 @@ def common_launch(
     rivals: dict | None = None,
     strict: bool = True,
 ) -> str | None:
-    """Return the launch whose times are compared, or None if the sides have no launch in common.
+    """Return the launch whose times are compared, or None if the times cannot be compared.
 
-    ``strict``: compare a small case only by CUDA graph. Otherwise another launch is used if one
+    ``strict``: compare a small case only by CUDA graph. If false, another launch is used if one
     side has no graph.
     """
     rivals = ours if rivals is None else rivals
@@ -115,7 +115,7 @@ def common_launch(
 
 @dataclass(frozen=True)
 class Bench:
-    """The data of a condition: the record of a case, a provider's name, all records of the op."""
+    """The data that a condition reads: a record, a provider's name, and all records of the op."""
 
     record: dict
     ours: str

@@ -6,7 +6,7 @@
     test-*     run the tests of one op or subject
     sanitize   run compute-sanitizer on small launches of every kernel
     bench-*    measure accuracy, time and memory of one op, or of the models
-    choices    time what the library chooses by rules and tables, and the alternatives
+    choices    time the forms and tile sizes that the library chooses, and their alternatives
     test-rest  run the remaining tests, which depend least on the GPU
     report     list which performance targets are met
 
@@ -45,7 +45,7 @@ from mmfused.ops import OPS
 
 DRY_OUT = "runs/gpu-dry-run"
 LIMIT_SECONDS = 540.0  # maximum duration of a slice
-RESERVE_SECONDS = 120.0  # in the last seconds of a budget, no slice and no case starts
+RESERVE_SECONDS = 120.0  # no slice or case starts in this last part of a budget
 # Slice -> patterns of its test files. Files that match no pattern belong to the slice "rest".
 TESTS = {op: (f"{op}*",) for op in OPS} | {
     "losses": ("contrastive_losses*", "dual_alignment*"),
@@ -59,7 +59,8 @@ TESTS = {op: (f"{op}*",) for op in OPS} | {
 class Slice:
     """One step of the validation.
 
-    ``command``: arguments for the Python interpreter; "{budget}" is replaced by seconds.
+    ``command``: arguments for the Python interpreter; "{budget}" is replaced by the budget in
+    seconds.
     ``source``: hash of the sources that the slice depends on.
     """
 
@@ -120,8 +121,7 @@ def test_files() -> dict[str, list[str]]:
 def workers() -> tuple[str, ...]:
     """Return pytest's options for parallel workers, if pytest-xdist is installed.
 
-    Each test file runs in one worker. Compiling kernels takes longer than running them, so several
-    workers can share one GPU.
+    Each test file runs in one worker. The workers share one GPU.
     """
     count = min(8, os.cpu_count() or 1)
     return (
@@ -137,7 +137,7 @@ def workers() -> tuple[str, ...]:
 def run(args: argparse.Namespace) -> int:
     """Run the slices that the arguments name or, without names, all slices that are not green.
 
-    Returns 0 if all these slices are green, 1 if a slice is red, or UNFINISHED if slices are left.
+    Returns 1 if a slice is red, UNFINISHED if a slice is unfinished or was not started, else 0.
     """
     check_machine(args.dry_run)
     device = torch.device("cpu" if args.dry_run else "cuda")
@@ -190,8 +190,8 @@ def matching(parts: list[Slice], patterns: list[str]) -> list[Slice]:
     """Return the slices that match a pattern, or all slices if there are no patterns."""
     for pattern in patterns:
         if not fnmatch.filter([part.name for part in parts], pattern):
-            known = ", ".join(part.name for part in parts)
-            raise ValueError(f"slice: got {pattern!r}, expected one of {known}, or a pattern")
+            names = ", ".join(part.name for part in parts)
+            raise ValueError(f"slice: got {pattern!r}, expected one of {names}, or a pattern")
     return [
         part
         for part in parts
@@ -209,7 +209,7 @@ def is_green(state: dict | None, part: Slice, facts: dict) -> bool:
 def run_slice(part: Slice, log: Path, limit: float) -> tuple[int | None, float]:
     """Run a slice with its output in the terminal and in ``log``.
 
-    Returns a pair: the exit code, or None if the slice was killed after ``limit`` seconds, and the
+    Returns a pair: the exit code (None if the slice was killed after ``limit`` seconds), and the
     duration in seconds.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -273,7 +273,7 @@ def main(argv: list[str] | None = None) -> int:
         type=float,
         default=float("inf"),
         metavar="S",
-        help="stop after these seconds (exit status 3 if slices are left)",
+        help="stop after these seconds (exit status 3 if not all slices finished)",
     )
     option(
         "--out",

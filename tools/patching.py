@@ -30,7 +30,7 @@ def replaced(package: str, original: Callable, replacement: Callable) -> Iterato
 
 @contextlib.contextmanager
 def replaced_plan(op: str, change: Callable) -> Iterator[None]:
-    """Make ``plan(*args)`` of the kernels of ``op`` return ``change(plan(*args), *args)``."""
+    """Replace each result of ``plan(*args)`` of ``op`` by ``change(result, *args)``."""
     original = importlib.import_module(f"mmfused.kernels.{op}.plans").plan
 
     def changed(*args, **kwargs):

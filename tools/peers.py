@@ -61,8 +61,8 @@ class Suite:
     inserts: tuple[str, ...] = ("fuse",)
 
 
-# Leaves out tests of transformers that start processes (mmfused would not be inserted there),
-# tests of its attention functions, and the slowest tests.
+# Leaves out some tests of transformers: tests that start processes, where mmfused would not be
+# inserted; tests of attention functions; and the slowest tests.
 SELECT = (
     "not fsdp2 and not tensor_parallel and not eager_matches_sdpa and not bc_torch_dtype"
     " and not no_recompile and not compilation_all_outputs"
@@ -121,7 +121,7 @@ def run(
     workers: int,
     only: tuple[str, ...] = (),
 ) -> dict[str, dict]:
-    """Run the suite, or only the tests in ``only``, and return the plugin's ``tests``."""
+    """Run the suite, or only the tests in ``only``; return ``tests`` of tools/peers_plugin.py."""
     started, out = time.monotonic(), scratch / "tests.json"
     out.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
@@ -227,8 +227,8 @@ def make_models(checkout: Path, scratch: Path) -> None:
 def main(argv: list[str] | None = None) -> int:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    known = ", ".join(suite.name for suite in SUITES)
-    suite_help = f"part of the names of suites to run (default: all): {known}"
+    all_names = ", ".join(suite.name for suite in SUITES)
+    suite_help = f"part of the names of suites to run (default: all): {all_names}"
     parser.add_argument("suites", nargs="*", metavar="SUITE", help=suite_help)
     parser.add_argument("--checkouts", type=Path, metavar="FOLDER", help="folder of the clones")
     workers_help = "processes of pytest-xdist (default: 2; 0: do not use pytest-xdist)"
@@ -238,7 +238,7 @@ def main(argv: list[str] | None = None) -> int:
     words = args.suites or [""]
     chosen = [suite for suite in SUITES if any(word in suite.name for word in words)]
     if not chosen:
-        parser.error(f"SUITE: got {' '.join(words)}, expected part of one of {known}")
+        parser.error(f"SUITE: got {' '.join(words)}, expected part of one of {all_names}")
     names = list(dict.fromkeys(suite.checkout for suite in chosen))
     where = args.checkouts and args.checkouts.resolve()
     missing = [name for name in names if not where or not (where / name).is_dir()]

@@ -235,24 +235,26 @@ def cpu_op_block(op: str, results: Path) -> str:
 
 
 def cpu_table(rows: list[Comparison]) -> str:
-    """Return the time and memory of each provider, in the benchmark's order but with ours last."""
+    """Return the time and memory of the baselines, in the benchmark's order, then of ours."""
     records = [row.record for row in rows]
     own = with_compiled(ours_of(records[0]["op"]))
-    gates = {
+    statuses = {
         name: found["gate"]
         for record in records
         for name, found in record["providers"].items()
         if "seconds" in found and name not in own
     }
-    gates |= {row.ours[1]: "passed" for row in rows}
+    statuses |= {row.ours[1]: "passed" for row in rows}
     lines = []
     for row in rows:
         cells = [
             cpu_cell(row.record["providers"].get(name, {}), report.longest_pass(row.record))
-            for name in gates
+            for name in statuses
         ]
         lines.append([label(row.record), *cells, "" if row.best is None else f"{row.speedup:.2f}"])
-    heads = [name if gate == "passed" else f"{name} (a ceiling)" for name, gate in gates.items()]
+    heads = [
+        name if status == "passed" else f"{name} (a ceiling)" for name, status in statuses.items()
+    ]
     return tables.markdown(["case", *heads, "speed-up"], lines)
 
 
@@ -276,7 +278,7 @@ def blocks(results: Path) -> dict[str, str]:
 def fill(text: str, contents: dict[str, str]) -> str:
     """Replace the text between the markers of each block by ``contents[name]``.
 
-    Content of one line stays on the line of the markers if the old content was on that line.
+    Content of one line stays on the line of the markers if the old content was there.
     """
     marked = [name for _, name, _, _ in MARKED.findall(text)]
     needed = [name for name, block in contents.items() if block != NOT_ON_A_CPU or name in marked]

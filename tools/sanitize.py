@@ -126,10 +126,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check_request(args: argparse.Namespace) -> None:
-    for name, values, known in (("op", args.op, OPS), ("tool", args.tool or [], TOOLS)):
+    for name, values, allowed in (("op", args.op, OPS), ("tool", args.tool or [], TOOLS)):
         for value in values:
-            if value not in known:
-                raise ValueError(f"{name}: got {value!r}, expected some of {', '.join(known)}")
+            if value not in allowed:
+                raise ValueError(f"{name}: got {value!r}, expected some of {', '.join(allowed)}")
     if args.jobs < 1:
         raise ValueError(f"jobs: got {args.jobs}, expected at least 1")
 
@@ -212,7 +212,7 @@ def run_limited(command: list[str], log: Path, limit: float) -> int | None:
 
 
 def end(process: subprocess.Popen) -> None:
-    """Kill the process and its children: the program that it checks, and compilers."""
+    """Kill compute-sanitizer and its children: the checked program, and compilers."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
 

@@ -22,7 +22,7 @@ from .patching import replaced_plan
 
 LIBRARY = "the library's plan"
 MakeContext = Callable[[], contextlib.AbstractContextManager]
-Variants = dict[str, tuple[str, MakeContext]]  # name -> provider, and the context of its calls
+Variants = dict[str, tuple[str, MakeContext]]  # name -> (provider, maker of a context for calls)
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Choice:
 
 
 def changed_plan(op: str, change: Callable) -> MakeContext:
-    """Make contexts in which ``plan(*args)`` of ``op`` returns ``change(plan(*args), *args)``."""
+    """Make contexts that replace each result of ``plan(*args)`` by ``change(result, *args)``."""
     return lambda: replaced_plan(op, change)
 
 
@@ -148,7 +148,7 @@ def choices() -> list[Choice]:
 
 
 def tile_variants(op: ModuleType, name: str, case: Any, settings: run.Settings) -> Variants:
-    """Return the library's plan, and variants that change one field of one of its tiles."""
+    """Return the library's plan, and plans that differ from it in one field of one tile."""
     problem, tiles = op.make(case, settings.device, settings.dtype), {}
 
     def collect(plan, *arguments):
@@ -169,9 +169,10 @@ def tile_variants(op: ModuleType, name: str, case: Any, settings: run.Settings) 
 
 
 def tiles_of(plan: Any, arguments: tuple) -> list[tuple[tuple[str, ...], Any]]:
-    """Return (path, tile) of all tiles in a plan, where ``path`` is a field and perhaps a key.
+    """Return (path, tile) of all tiles in a plan.
 
-    In grouped_mlp a plan is a single tile, whose path is the first argument of plan().
+    A path is the name of a field, followed by a key if the field is a dict. In grouped_mlp a plan
+    is a single tile, whose path is the first argument of plan().
     """
     if hasattr(plan, "num_warps"):
         return [((str(arguments[0]),), plan)]
@@ -186,7 +187,7 @@ def tiles_of(plan: Any, arguments: tuple) -> list[tuple[tuple[str, ...], Any]]:
 
 
 def neighbours(tile: Any) -> list[tuple[str, int]]:
-    """Return (field, value) with halved or doubled sizes and warps, or one stage more or less."""
+    """Return (field, new value): sizes and warps halved or doubled, stages one more or less."""
     found = []
     for name, value in asdict(tile).items():
         if name == "num_stages":
