@@ -93,7 +93,7 @@ MODULES = {
         lambda m, x, ignore: m(x, ignore),
         plain_pooling,
     ),
-    # With more pooled rows than D, an unmodified out_proj is folded into v_proj.
+    # With more pooled rows (2 x 9) than D, an unmodified out_proj is folded into v_proj.
     "QueryPooling, one head": Module(
         lambda: mmfused.QueryPooling(D, 9, 1, out_proj=True),
         lambda: (tokens(B, N),),
@@ -156,7 +156,10 @@ def children(module: nn.Module, kind: type) -> list[str]:
 
 
 def each(change: Callable[[nn.Module], nn.Module | None]) -> Callable:
-    """Apply ``change`` to each child. A module that ``change`` returns replaces the child."""
+    """Return an ``attach`` that applies ``change`` to each child.
+
+    A module returned by ``change`` replaces the child.
+    """
 
     def attach(module: nn.Module, names: list[str]) -> nn.Module:
         for name in names:
@@ -171,7 +174,7 @@ def each(change: Callable[[nn.Module], nn.Module | None]) -> Callable:
 def adapted(
     config: str, after: Callable[[nn.Module], object] = lambda m: None, **options: Any
 ) -> Callable:
-    """Attach a peft adapter, then call ``after`` on the module."""
+    """Return an ``attach`` that adds a peft adapter, then calls ``after`` on the module."""
 
     def attach(module: nn.Module, names: list[str]) -> nn.Module:
         import peft

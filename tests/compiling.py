@@ -1,4 +1,4 @@
-"""Helpers for compilation tests. Child processes run without Triton's interpreter."""
+"""Helpers for compilation tests. Child processes do not inherit SETTINGS."""
 
 import json
 import os
@@ -54,7 +54,7 @@ def inspect(tmp_path: Path, arch: str, cases: tuple[str, ...], **env: str) -> li
 
 @pytest.fixture(scope="session")
 def oldest_triton(tmp_path_factory):
-    """Return the folder of the oldest supported Triton. Install it in .venv if it is missing."""
+    """Return the folder of the oldest supported Triton, which is installed if necessary."""
     import triton
 
     oldest = TRITONS[0]

@@ -49,8 +49,8 @@ def _speed_up(interpreter):
 def _multiply_in_float64(interpreter):
     """Multiply matrices in float64, then round the product to the dtype of the accumulator.
 
-    In float32, BLAS may round the products of equal rows differently. Tests rely on bitwise equal
-    products, as on a GPU.
+    In float32, BLAS may round the products of equal rows differently. Some tests require that equal
+    rows give bitwise equal products.
     """
 
     def create_dot(self, a, b, acc, input_precision, max_num_imprecise_acc):

@@ -115,8 +115,8 @@ def upstream(case: dict) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def expected(case: dict, dtype: torch.dtype, gradients=None) -> dict[str, Tensor]:
     """Compute a case with plain PyTorch in ``dtype``.
 
-    Returns every output of the op except ``coefficients``, and the gradient of the logits if
-    upstream ``gradients`` are given.
+    Return every output of the op except ``coefficients``. With upstream ``gradients``, also return
+    the gradient of the logits.
     """
     logits = case["source"].to(dtype, copy=True).requires_grad_(gradients is not None)
     with torch.enable_grad():

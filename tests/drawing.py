@@ -78,9 +78,9 @@ class Draw:
         return lay_out(values, layout)
 
     def poison(self, x: Tensor, where: Tensor) -> None:
-        """Randomly decide whether to write NaN or infinity into ``x`` at ``where``.
+        """In half of the calls, write NaN or infinity into ``x`` at ``where``.
 
-        The op must not read these rows. An expanded ``x`` stays unchanged.
+        The op must not read ``x`` there. An expanded ``x`` stays unchanged.
         """
         if not self.full and self.random.random() < 0.5 and 0 not in x.stride():
             x.masked_fill_(

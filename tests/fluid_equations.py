@@ -152,8 +152,8 @@ def moe_loss(scores, weights, c):
         if c.balance == "mse":
             balance = balance + (weights[:, e].sum() / tokens - 1 / experts) ** 2
         else:
-            first = sum(1 for s in scores if s.argmax() == e) / tokens
-            balance = balance + experts * first * sum(softmax(s)[e] for s in scores) / tokens
+            share = sum(1 for s in scores if s.argmax() == e) / tokens
+            balance = balance + experts * share * sum(softmax(s)[e] for s in scores) / tokens
     return c.balance_weight * balance + c.z_weight * z
 
 

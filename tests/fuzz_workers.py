@@ -34,7 +34,7 @@ class Worker:
         self.pipe.send(case)
 
     def result(self) -> str | None:
-        """Return the fault of the current case, "" if the case passed, None while it runs.
+        """Return the fault of the current case, "" if the case passed, None while the case runs.
 
         If the process has ended or the case takes too long, start a new process.
         """
@@ -63,9 +63,10 @@ def _serve(pipe: Connection) -> None:
 
 
 def fuzz(functions: list[str], minutes: float, workers: int, first: int | None) -> int:
-    """Run all ``functions`` with seeds from ``first`` on. None draws the first seed.
+    """Run all ``functions`` with seeds from ``first`` on.
 
-    Returns the exit status: 1 if a case failed, otherwise 0.
+    If ``first`` is None, the first seed is random.
+    Return the exit status: 1 if a case failed, otherwise 0.
     """
     first = int.from_bytes(os.urandom(5), "big") if first is None else first
     print(f"seeds from {first}, {workers} processes, {minutes:g} minutes", flush=True)

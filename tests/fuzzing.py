@@ -107,7 +107,7 @@ class Case:
         self.attention = choice.choice(("torch's own", "math")) if attends else "none"
         large_logits = function == "query_pooling" and "scale" in self.inputs
         in_16_bits = "attention" in function and self.dtype in (torch.float16, torch.bfloat16)
-        self.delta_rounds = self.attention == "torch's own" or (
+        self.delta_is_rounded = self.attention == "torch's own" or (
             self.backend == "fused" and (large_logits or in_16_bits)
         )
 
@@ -201,13 +201,13 @@ class Case:
         def near(generator: torch.Generator) -> tuple[dict, dict, dict]:
             there = _neighbour(inputs, generator)
             plain = self.run(there, "reference")
-            # No reference is more exact than float64, so use the result at the unchanged input.
+            # A float64 case has no more exact reference: compare with the unchanged input's result.
             exact_there = (
                 exact if self.dtype == torch.float64 else self.run(in_float64(there), "reference")
             )
             return self.run(there, self.backend), exact_there, plain
 
-        return found + judge(*parts, near, sizes, self.dtype, self.delta_rounds)
+        return found + judge(*parts, near, sizes, self.dtype, self.delta_is_rounded)
 
     def _other_rows(self, clean: dict) -> list[str]:
         """Return the faults in the other rows of results and gradients if one row is not finite."""
@@ -263,7 +263,7 @@ class Case:
         sizes = {
             f"d {name}": x[others].double().nan_to_num(0, 0, 0).norm().item() for name in wanted
         }
-        found += [*more, *judge(*parts, near, sizes, self.dtype, self.delta_rounds)]
+        found += [*more, *judge(*parts, near, sizes, self.dtype, self.delta_is_rounded)]
         return [f"row {row} is not finite: {fault}" for fault in found]
 
 
@@ -274,49 +274,50 @@ def judge(
     near: Callable[[torch.Generator], tuple[dict, dict, dict]],
     sizes: dict,
     dtype: torch.dtype,
-    delta_rounds: bool,
+    delta_is_rounded: bool,
 ) -> list[str]:
     """Return the faults of :func:`over_budget` that neighbouring inputs confirm.
 
     At a single input, plain PyTorch's error may happen to be small, especially if a tensor has few
-    elements. So all errors are measured at this input and at neighbouring inputs, which differ by a
-    rounding. ``near`` returns (actual, exact, plain) at a neighbour. Up to a few roundings, two
-    conditions must hold:
+    elements. So all errors are measured at this input and at its neighbours (:func:`_neighbour`).
+    ``near`` returns (actual, exact, plain) at a neighbour. Up to a few roundings, two conditions
+    must hold:
 
     - The mean error is at most 3 times plain PyTorch's mean error.
     - The error at this input is at most 12 times plain PyTorch's largest error.
 
     No formula needs to be more exact than one rounding of its input. So the change of the exact
-    result between neighbours replaces plain PyTorch's error if the change is larger.
+    result from this input to a neighbour replaces plain PyTorch's error if the change is larger.
 
-    ``sizes``: for each gradient, the norm of the input. The error of a gradient that is 0 up to
+    ``sizes``: for each gradient, the norm of its input. The error of a gradient that is 0 up to
     rounding may be a few roundings of ``dtype`` relative to max(effect / size, 1). The effect is
     the largest product of a size and the norm of the exact gradient.
 
-    ``delta_rounds``: the backward pass of a fused attention rounds rowsum(dO * O) separately, so
-    the gradients of the logits of a query do not sum to exactly 0. Then every gradient may also be
-    off by a few roundings relative to effect / size, and the factors are 16 and 64.
+    ``delta_is_rounded``: the backward pass of a fused attention rounds delta = rowsum(dO * O)
+    separately, so the gradients of the logits of a query do not sum to exactly 0. Then every
+    gradient may also be off by a few roundings relative to effect / size, and the factors are 16
+    and 64.
     """
     if not over_budget(actual, exact, plain):
         return []
     points, faults = [(actual, exact, plain)], []
     for number in NEIGHBOURS:
         points += [near(torch.Generator().manual_seed(i)) for i in range(len(points) - 1, number)]
-        faults = _over_budget_of_means(points, sizes, dtype, delta_rounds)
+        faults = _over_budget_of_means(points, sizes, dtype, delta_is_rounded)
         if not faults:
             break
     return faults
 
 
 def _over_budget_of_means(
-    points: list[tuple[dict, dict, dict]], sizes: dict, dtype: torch.dtype, delta_rounds: bool
+    points: list[tuple[dict, dict, dict]], sizes: dict, dtype: torch.dtype, delta_is_rounded: bool
 ) -> list[str]:
     actual, exact, _ = points[0]
     effect = max(
         (exact[name].norm().item() * size for name, size in sizes.items() if name in exact),
         default=0.0,
     )
-    faults, few = [], 1024 if dtype == torch.float64 else 32 if delta_rounds else 4
+    faults, few = [], 1024 if dtype == torch.float64 else 32 if delta_is_rounded else 4
     for name, want in exact.items():
         errors = [
             (_distance(got[name], there[name]), _distance(formula[name], there[name]))
@@ -327,16 +328,16 @@ def _over_budget_of_means(
         ours, theirs = zip(*errors, strict=True)
         moves = [_distance(there[name], want) for _, there, _ in points[1:]]
         scale, rounding = want.norm().item(), torch.finfo(actual[name].dtype).eps
-        # Implementations may round more consecutive products than plain PyTorch does.
+        # Implementations may round more often than plain PyTorch.
         rounding *= 4 if rounding < 1e-3 else 1
         if name in sizes and sizes[name] and scale < max(1e-11 * effect / sizes[name], 1e-9):
             scale = max(effect / sizes[name], 1.0)
             rounding = few * torch.finfo(dtype).eps
         scale = scale or 1.0
         # The float64 reference has rounding errors too.
-        if sizes.get(name) and (delta_rounds or dtype == torch.float64):
+        if sizes.get(name) and (delta_is_rounded or dtype == torch.float64):
             rounding += few * torch.finfo(dtype).eps * effect / sizes[name] / scale
-        factor = 16 if delta_rounds else 3
+        factor = 16 if delta_is_rounded else 3
         mean, largest = max(_mean(theirs), _mean(moves)), max(*theirs, *moves)
         for error, allowed, what in (
             (_mean(ours), factor * mean, "mean"),
@@ -467,15 +468,15 @@ def _choice_faults(case: Case, indices: Tensor) -> list[str]:
     slack = 16 * rounding * error.amax(1, keepdim=True) if error.dim() else torch.zeros(tokens, 1)
     chosen = key.gather(1, indices)
     rest = key.scatter(1, indices, float("-inf")).amax(1, keepdim=True)
-    right = (
+    correct = (
         (chosen[:, 1:] <= chosen[:, :-1] + slack).all(1)
         & (chosen >= rest - slack).all(1)
         & usable.gather(1, indices).all(1)
     )
-    right &= indices.sort(1).values.diff(dim=1).ne(0).all(1)
+    correct &= indices.sort(1).values.diff(dim=1).ne(0).all(1)
     if not error.dim():
-        right &= (indices == key.sort(dim=1, descending=True, stable=True).indices[:, :k]).all(1)
-    wrong = (~right & live).nonzero()[:, 0].tolist()
+        correct &= (indices == key.sort(dim=1, descending=True, stable=True).indices[:, :k]).all(1)
+    wrong = (~correct & live).nonzero()[:, 0].tolist()
     return [f"indices: tokens {wrong[:5]} have experts of lower scores."] if wrong else []
 
 

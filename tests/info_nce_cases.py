@@ -116,10 +116,10 @@ def in_loops(
             return False
         if candidate_id is not None and same_id == "drop" and query_id[i] == candidate_id[j]:
             return False
-        curated = candidate_key is not None and candidate_key[j] == -1
+        valid_for_all = candidate_key is not None and candidate_key[j] == -1
         return (
             false_negative_margin is None
-            or curated
+            or valid_for_all
             or bool(dot[i][j] <= dot[i][target[i]] + false_negative_margin)
         )
 

@@ -16,7 +16,7 @@ DEVICE = "cuda" if CUDA else "cpu"
 
 
 def small_tiles(monkeypatch, backward, dim=32, **sizes):
-    """Replace the plan by one with 16 x 32 tiles, so that small inputs have several tiles.
+    """Replace the plan by one with small tiles, so that small inputs have several tiles.
 
     The memory limits allow chunks of 32 x 64 pairs in the backward and, with 53 columns, two groups
     of rows in the forward. On a GPU, only the ``backward`` of the plan is replaced.

@@ -1,7 +1,7 @@
 """MOON2.0's equations transcribed literally, in float64.
 
-Only the vision tower runs the host's own code. The end of this file makes a small model and its
-batches.
+The vision tower is not transcribed: the model's own is called. The end of this file makes a small
+model and its batches.
 """
 
 import math
@@ -266,7 +266,7 @@ def reliability(query, candidate, negative, i, margin, c):
 
 
 def inter(view, query, candidate, negative, margin, c):
-    total = weights = ZERO
+    total = weight_sum = ZERO
     for i in range(len(query["labels"])):
         if not has(query, i, view) or not not_empty(candidate, i):
             continue
@@ -280,8 +280,8 @@ def inter(view, query, candidate, negative, margin, c):
                     negatives.append(part["both"][j])
         weight = reliability(query, candidate, negative, i, margin, c)
         total = total + weight * nce(query[view][i], candidate["both"][i], negatives, c.temperature)
-        weights = weights + weight
-    return total / weights if weights else ZERO
+        weight_sum = weight_sum + weight
+    return total / weight_sum if weight_sum else ZERO
 
 
 def intra(part, c):

@@ -35,9 +35,9 @@ CONSTANTS = (
 
 
 def public_functions() -> dict[str, Callable]:
-    """Return the public functions by name, except ``*_reference``.
+    """Return the public functions that take tensors, by name, except ``*_reference``.
 
-    The references are called through ``backend("reference")``.
+    ``backend("reference")`` calls the references.
     """
     named = {name: getattr(mmfused, name) for name in mmfused.__all__}
     own = {

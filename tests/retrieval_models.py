@@ -57,9 +57,11 @@ def tokenizer_of(name):
 
 def small_model(name, **changes):
     kind = MODELS[name]
-    known = kind.config.of_tokenizer(tokenizer_of(name))
+    token_fields = kind.config.of_tokenizer(tokenizer_of(name))
     torch.manual_seed(0)
-    return kind.model(kind.config.preset("tiny", **known, **{**SMALL[name], **changes})).double()
+    return kind.model(
+        kind.config.preset("tiny", **token_fields, **{**SMALL[name], **changes})
+    ).double()
 
 
 def batch(name, count=6, side=32):

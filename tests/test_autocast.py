@@ -191,7 +191,7 @@ def test_selection_bias_stays_in_float32_if_the_module_is_cast(dtype):
     mmfused.update_selection_bias(moe.selection_bias, route.counts, rate=0.0)
     assert out.dtype == dtype and moe.selection_bias.dtype == torch.float32
     assert torch.equal(moe.selection_bias, bias)
-    state = {name: x.to(dtype) for name, x in moe.state_dict().items()}  # as DeepSpeed saves it
+    state = {name: x.to(dtype) for name, x in moe.state_dict().items()}  # like DeepSpeed's
     moe.load_state_dict(state, assign=True)
     assert moe.selection_bias.dtype == torch.float32 and moe.w_up.dtype == dtype
     moe(torch.randn(3, 8, dtype=dtype))

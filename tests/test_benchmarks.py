@@ -120,7 +120,7 @@ def test_fastest_of_ours_returns_the_fastest_provider_of_a_launch():
         seconds = {launch: {"both": [time] * 3} for launch, time in launches.items()}
         return {"gate": "passed", "seconds": seconds}
 
-    record = {
+    found = {
         "backward": True,
         "providers": {
             "eager": timed(eager=0.1),
@@ -130,9 +130,9 @@ def test_fastest_of_ours_returns_the_fastest_provider_of_a_launch():
         },
     }
     ours = ("composed", "fused", "fused C++")
-    assert tables.fastest_of_ours(record, ours, "eager") == ("composed", 2.0)
-    assert tables.fastest_of_ours(record, ours, "graph") == ("fused", 1.0)
-    assert tables.fastest_of_ours(record, ("fused C++",), "eager") is None
+    assert tables.fastest_of_ours(found, ours, "eager") == ("composed", 2.0)
+    assert tables.fastest_of_ours(found, ours, "graph") == ("fused", 1.0)
+    assert tables.fastest_of_ours(found, ("fused C++",), "eager") is None
 
 
 def test_quick_run_does_not_replace_results(tmp_path, monkeypatch):
@@ -397,7 +397,7 @@ def results_of_run(op, shape, folder) -> dict[str, str]:
 def test_routers_compute_the_same_function(case):
     """Compare outputs and gradients of all cases, in smaller sizes and float64.
 
-    The order of the rows is compared separately, because no output depends on it.
+    The order of the rows is compared separately, because no output depends on the order.
     """
     small = replace(case, T=50, D=case.D and 24)
     problem = topk_routing.make(small, torch.device("cpu"), torch.float64)

@@ -1,6 +1,6 @@
 """Hooks, adapters and parametrizations on a module's children act as if each child were called.
 
-If a backend does not support a modification, the call of the module is an error.
+If a backend does not support a modification, the call of the module raises an error.
 """
 
 import itertools
@@ -14,7 +14,7 @@ import mmfused
 from mmfused.testing import over_budget
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# On "fused", these attachments are tested in all modules, and the others in QueryPooling. Refused
+# On "fused", these attachments are tested in all modules, the others only in QueryPooling. Refused
 # calls are always tested.
 IN_ALL_MODULES = (
     "LoRA",

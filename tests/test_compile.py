@@ -1,13 +1,12 @@
 """Tests of torch.compile, and of compiling kernels for GPUs that this machine does not have.
 
-The tests run in separate processes, without Triton's interpreter.
+Each test starts a Python process.
 """
 
 import pytest
 from compiling import inspect, oldest_triton, run_python  # noqa: F401 (a fixture)
 
-# Cases of `mmfused inspect` that together use every kernel of query pooling and masked InfoNCE. The
-# other cases differ only in sizes.
+# Cases of `mmfused inspect` that together use every kernel of query pooling and masked InfoNCE.
 CASES = ("fluid text", "siglip", "widest", "nce keys ids", "nce narrow all")
 
 

@@ -3,7 +3,7 @@
 import pytest
 from compiling import inspect, oldest_triton, run_python  # noqa: F401 (a fixture)
 
-# Cases of `mmfused inspect` that use every kernel of the op. The other cases differ only in sizes.
+# Cases of `mmfused inspect` that together use every kernel of the op.
 CASES = ("cross 768", "block")
 
 

@@ -3,8 +3,7 @@
 import pytest
 from compiling import inspect, oldest_triton, run_python  # noqa: F401 (a fixture)
 
-# Cases of `mmfused inspect` that use every kernel of the router and the experts. The other cases
-# differ only in sizes.
+# Cases of `mmfused inspect` that together use every kernel of the router and the experts.
 CASES = ("logits 5", "route exact", "moe fluid 512")
 
 

@@ -228,8 +228,8 @@ def test_unite_losses_match_the_published_code():
 def test_unica_loss_matches_the_formula():
     """Rows 3i to 3i + 2 of c are the candidates of query i, the positive first.
 
-    The loss is InfoNCE over the candidates of all queries plus the weighted cosine distance to the
-    positive.
+    The loss is a sum: InfoNCE over the candidates of all queries, and the weighted cosine distance
+    to the positive.
     """
     per_query, weight = 3, 0.7
     inputs, target = (
@@ -252,8 +252,9 @@ def test_unica_loss_matches_the_formula():
 def test_moon_inter_product_loss_matches_the_formula(own_negative_only):
     """Contrast the views t, i and mm of each query with the query's positive p and negatives.
 
-    The negatives are all n and the other queries' p, or only the query's own n. omega weights the
-    views. phi weights the queries; a phi of at least 0.6 counts as 1.
+    The negatives are every n and the p of all other queries or, with ``own_negative_only``, the n
+    of the query. omega weights the views. phi weights the queries; a phi of at least 0.6 counts
+    as 1.
     """
     inputs = dict(
         t=unit(B, D),

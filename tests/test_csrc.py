@@ -296,7 +296,7 @@ def test_tokens_with_nan_or_infinite_logits_choose_distinct_experts(sigmoid, ren
 
 
 def test_jitter_has_the_same_bits_as_in_python(module):
-    """The logsumexp of one expert is the jittered logit itself, so every bit is compared."""
+    """With one expert, the logsumexp is the jittered logit itself, so every bit is compared."""
     case = make(64, 1, 1, sigmoid=True, jitter=0.37)
     case["source"] = torch.full((64, 1), 3.0)
     for seed in (0, 1, 2**63 - 1, -5):

@@ -123,9 +123,9 @@ def test_image_and_text_together_beat_either_alone_by_fifteen_points():
 
 
 def test_shape_is_visible_in_the_picture():
-    """A nearest-mean classifier of foreground masks finds the shape of unpatterned products.
+    """A nearest-mean classifier of foreground masks finds the shape of most products.
 
-    All products have the same size. The accuracy of chance is 0.25.
+    Only unpatterned products of one size are used. Chance would give an accuracy of 0.25.
     """
     train, val = (
         GeneratedProducts(split, size=1500, missing_image=0.0) for split in ("train", "val")
@@ -366,7 +366,7 @@ def test_grocery_test_photos_load():
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.3, 1.0])
-def test_swap_gives_exactly_the_fraction_of_rows_a_text_of_another_label(products, fraction):
+def test_swap_gives_texts_of_other_labels_to_the_given_fraction_of_rows(products, fraction):
     swapped = swap_texts(products, fraction, seed=3)
     assert len(swapped.swapped) == len(set(swapped.swapped)) == round(fraction * 600)
     for row, donor in zip(swapped.swapped, swapped.donors, strict=True):

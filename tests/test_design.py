@@ -47,7 +47,7 @@ def test_module_reaches_its_first_kernel_in_at_most_six_calls_and_four_files(mod
     stack = stack_of(CALLS[module], monkeypatch)
     functions = [name for name, _ in stack]
     assert functions[0] == "forward"
-    assert len(functions) <= 6, stack  # forward and five calls; the kernel itself is the sixth
+    assert len(functions) <= 6, stack  # forward and five calls; the launch is the sixth call
     assert len({path for _, path in stack}) <= 4, stack
     section = DESIGN[DESIGN.index("## From a module") : DESIGN.index("## From `mmfused train`")]
     for name, path in stack:

@@ -1,7 +1,7 @@
 """Tests that an error on one gloo process raises on all processes, which can then continue.
 
-The selection bias over ranks is tested, too. The processes are started once for all cases, because
-starting them is slow.
+The file also tests the selection bias with several ranks. The processes are started once for all
+cases, because their start is slow.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from mmfused.ops.masked_info_nce import loss_over_ranks
 WORLDS = (2, 3)
 TIME_LIMIT = 20  # seconds for all ranks to raise
 KILL_AFTER = 120  # seconds until hanging processes are killed
-UMLAUTS = "ü" * 3000  # more bytes than other ranks quote
+UMLAUTS = "ü" * 3000  # longer than what other ranks quote
 
 
 def batch(rank: int) -> dict:

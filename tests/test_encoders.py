@@ -213,7 +213,7 @@ def test_train_from_pretrained_encoders(encoders, monkeypatch):
         "--backend",
         "composed",
     ]
-    # With so small a learning rate, the saved weights equal the pretrained weights.
+    # With so small a learning rate, the weights hardly change.
     assert (
         main(["train", *options, *sources, "--steps", "2", "--lr", "1e-12", "--weight-decay", "0"])
         == 0

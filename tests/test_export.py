@@ -174,7 +174,7 @@ def test_export_of_losses_with_dynamic_batch_matches_the_module(monkeypatch):
 
     module = Flat(Losses())
     batch = Dim("batch", min=3, max=64)  # top=3 needs three rows in the exported graph
-    # Eager mode then computes several blocks of pairs; the exported graph always has one block.
+    # Make eager mode compute several blocks of pairs. The exported graph always has one block.
     monkeypatch.setattr(losses, "BLOCK_PAIRS", 64)
     shapes = (({0: batch}, {0: batch}, None), {})
     exported = export(module, make(6, None), dynamic_shapes=shapes)

@@ -45,7 +45,7 @@ def test_query_pooling_flops():
     assert count(module, leaf(B, N, D)) == (forward, 2 * forward)
     # The kernels recompute the logits in backward.
     assert count(module, leaf(B, N, D), backend="fused") == (forward, 2 * forward + pool // 2)
-    # If the tokens need no gradient, each of their two products has one gradient instead of two.
+    # If the tokens need no gradient, each of the two products with the tokens has only one.
     assert count(module, leaf(B, N, D, grad=False)) == (forward, 2 * forward - pool)
     assert count(module, leaf(B, N, D, grad=False), backend="fused") == (
         forward,
@@ -100,7 +100,8 @@ def test_expert_flops(activation):
     module = mmfused.TopKMoE(D, hidden, experts, k, activation=activation)
     router, layer = 2 * tokens * D * experts, 2 * tokens * k * D * hidden
     layers = layer * (3 if activation == "swiglu" else 2)
-    sums = 2 * (2 * tokens * experts)  # "composed" sums by matrix products, only in the forward
+    # "composed" sums over tokens by two matrix products in the forward.
+    sums = 2 * (2 * tokens * experts)
     assert count(module, leaf(tokens, D)) == (router + layers + sums, 2 * (router + layers))
     forward = router + layers
     assert count(module, leaf(tokens, D), backend="fused") == (forward, 2 * forward)
@@ -162,7 +163,7 @@ def test_operator_registered_later_is_counted():
     assert counter.get_total_flops() == 15
 
 
-def test_the_counter_is_imported_only_on_demand():
+def test_counter_imported_after_mmfused_counts_flops():
     code = """
 import sys, mmfused, torch
 assert "triton" not in sys.modules and "torch.utils.flop_counter" not in sys.modules

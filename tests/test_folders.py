@@ -203,7 +203,7 @@ def test_training_warns_if_the_file_system_has_no_locks(tmp_path, monkeypatch, c
 def test_training_rejects_a_folder_that_another_run_uses_after_the_check(
     tmp_path, monkeypatch, whole_run
 ):
-    """After the check of the empty folder, another run locks the folder, or runs to its end."""
+    """After the check of the empty folder, another run locks the folder, or starts and finishes."""
     prepare, out = training_run.prepare, tmp_path / "run"
 
     def act_after_prepare(act):

@@ -111,7 +111,7 @@ def test_fused_model_matches_the_original_in_float64(case, training, library_cal
 
 @pytest.mark.parametrize("case", [case for case in CASES if not case.startswith("blip2")])
 def test_fused_model_keeps_the_error_budget_in_float32(case, library_calls):
-    """Whole Q-Formers are left out, because self-attention magnifies rounding errors.
+    """Whole Q-Formers are skipped, because self-attention magnifies rounding errors.
 
     The case "instructblip" tests the cross-attention module alone.
     """
@@ -499,7 +499,7 @@ print("done")
 )
 @pytest.mark.parametrize("case", ["timm", "blip2"])
 def test_modified_children_take_effect(case, attachment, library_calls):
-    """The swapped module reads effective weights, or runs the original if it must call a child."""
+    """The swapped module reads effective weights, or runs the original forward."""
     attached = ATTACHMENTS[attachment]
     if attached.needs:
         pytest.importorskip(attached.needs)

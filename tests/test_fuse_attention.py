@@ -95,8 +95,8 @@ def plain_call(model, *inputs):
     return model(*inputs)
 
 
-# name -> (make a model, width of b, call it, names that are swapped, names that are left, number of
-# calls of ``attend``, number of calls of ``query_pooling``)
+# name -> (make a model, width of b, call the model, swapped names, left names, number of calls of
+# ``attend``, number of calls of ``query_pooling``)
 CASES = {
     "exchange": (
         lambda: Exchange(batch_first=True),
@@ -490,7 +490,7 @@ def renamed(state, names):
 
 @pytest.mark.parametrize("missing", [None, "a", "b"])
 def test_uniecs_layer_matches_the_module(missing):
-    """Compare the three passes of UniECS: with both inputs, without a and without b.
+    """Compare the three passes of UniECS: with both inputs, without input a, without input b.
 
     A missing input is all zeros and still attended to. One presence flag holds for the whole batch.
     """

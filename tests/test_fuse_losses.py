@@ -60,7 +60,8 @@ def ranked(columns, name="", matryoshka=(), **options):
 BOTH = dict(directions=("query_to_doc", "doc_to_query"), partition_mode="per_direction")
 TWICE = BOTH | dict(directions=("doc_to_query", "query_to_doc", "doc_to_query"))
 PLAIN, CACHED = "MultipleNegatives", "CachedMultipleNegatives"
-CASES = {  # name -> (make a model, input shapes, call it, the swapped name, calls of the library)
+# name -> (make a model, input shapes, call the model, the swapped name, number of loss calls)
+CASES = {
     "clip": (Clip, [(B, D)] * 2, lambda model, *x: model(*x), "loss", 1),
     "clip, root": (clip_loss, [(B, D)] * 2, lambda model, a, b: model(a, b, 3.0), "", 1),
     "pairs": ranked(2, PLAIN),
@@ -158,7 +159,8 @@ def wrapping(function):
 def with_instance_method(loss, function):
     """Set ``calculate_loss`` on the instance.
 
-    The value is ``function`` in MatryoshkaLoss's wrapper, or the loss's own method for None.
+    The value is ``function``, wrapped as MatryoshkaLoss does. If ``function`` is None, the value is
+    the loss's own method.
     """
     own = loss.calculate_loss
     return edited(
@@ -250,7 +252,7 @@ def chunks(grad=True):
 
 @pytest.mark.parametrize("with_backward", [False, True])
 def test_cached_loss_supports_with_backward(with_backward, loss_calls):
-    """With ``with_backward``, the call itself computes all gradients; its loss has no graph."""
+    """With ``with_backward``, the call computes all gradients, and its result has no graph."""
     scale = torch.tensor(4.0, dtype=torch.float64, requires_grad=True)
     found = []
     for swap in (False, True):

@@ -35,7 +35,7 @@ from torch import nn
 
 import mmfused
 from mmfused import fuse, unfuse
-from mmfused.fuse import experts as swap
+from mmfused.fuse import experts as experts_swaps
 from mmfused.testing import over_budget
 
 pytest.importorskip("transformers.integrations.moe")
@@ -44,11 +44,13 @@ pytest.importorskip("transformers.integrations.moe")
 @pytest.fixture
 def library_calls(monkeypatch):
     """Return a list that collects the names of the called functions of this library."""
-    module, calls = swap, []
+    calls = []
     for name in ("grouped_mlp", "grouped_linear"):
-        real = getattr(module, name)
+        real = getattr(experts_swaps, name)
         monkeypatch.setattr(
-            module, name, lambda *a, real=real, **k: (calls.append(real.__name__), real(*a, **k))[1]
+            experts_swaps,
+            name,
+            lambda *a, real=real, **k: (calls.append(real.__name__), real(*a, **k))[1],
         )
     return calls
 

@@ -104,7 +104,7 @@ CHOICES = [
 ]
 
 
-# Memory addresses differ between processes, so they are removed.
+# Without memory addresses, which differ between processes.
 CHOICE_IDS = [re.sub(" at 0x[0-9a-f]+", "", str(list(options.items()))) for options, _ in CHOICES]
 
 
@@ -195,7 +195,7 @@ def expected_ratio(dim, queries, width, heads):
     ],
     ids=["timm", "timm, 3", "siglip", "open_clip"],
 )
-def test_expected_benefit_with_a_known_number_of_queries(make, sizes):
+def test_expected_benefit_is_the_ratio_of_flops_if_the_number_of_queries_is_known(make, sizes):
     text, ratio = fuse(make()).expected[""], expected_ratio(*sizes)
     assert ratio > 1.25 and "by count" in text
     assert f"costs {ratio:.3g} times fewer FLOPs" in text
