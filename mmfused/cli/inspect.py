@@ -135,14 +135,14 @@ def run(args: argparse.Namespace) -> int:
     """Compile the launches, print the table, and return 1 if a launch has a fault, else 0."""
     archs: list[str] = args.arch or list(ARCHS)
     _check(args, archs)
-    # Launches by their hash: if several cases make the same launch, it is compiled once.
+    # Launches by hash. Equal launches of several cases are compiled once.
     jobs: dict[str, list[Job]] = {}
     for arch in archs:
         for job in recorded_launches(arch, args.op, args.case):
             jobs.setdefault(source_key(job), []).append(job)
     print(_HEADER, flush=True)
     reports = []
-    for key, measured in _measure_all({key: same[0] for key, same in jobs.items()}, args.jobs):
+    for key, measured in _measure_all({key: equal[0] for key, equal in jobs.items()}, args.jobs):
         for job in jobs[key]:
             reports.append(report_of(job, measured))
             print(reports[-1], flush=True)
@@ -164,10 +164,10 @@ def _check(args: argparse.Namespace, archs: list[str]) -> None:
     for arch in archs:
         if arch not in supported:
             raise ValueError(f"--arch: got {arch!r}, expected one of {', '.join(supported)}")
-    known = [case for op in OPS if args.op in (None, op) for case in cases_of(op).CASES]
+    cases = [case for op in OPS if args.op in (None, op) for case in cases_of(op).CASES]
     for case in args.case or ():
-        if case not in known:
-            raise ValueError(f"--case: got {case!r}, expected some of {', '.join(known)}")
+        if case not in cases:
+            raise ValueError(f"--case: got {case!r}, expected some of {', '.join(cases)}")
 
 
 def _measure_all(jobs: dict[str, Job], workers: int) -> Iterator[tuple[str, Measured]]:
@@ -185,9 +185,9 @@ def _measure_all(jobs: dict[str, Job], workers: int) -> Iterator[tuple[str, Meas
         with ProcessPoolExecutor(workers) as pool:
             results = pool.map(compile_job, missing.values())
             for key, measured in zip(missing, results, strict=True):
-                partial = cache / f"{key}.{os.getpid()}"
-                partial.write_text(json.dumps(asdict(measured)))
-                partial.replace(cache / key)
+                temporary = cache / f"{key}.{os.getpid()}"
+                temporary.write_text(json.dumps(asdict(measured)))
+                temporary.replace(cache / key)
                 yield key, measured
 
 
@@ -252,7 +252,7 @@ def recorded_launches(
                 continue
             with launches_for(int(arch.removeprefix("sm_"))) as launches:
                 cases_of(op).launch(case)
-            # A dict, because a launcher may repeat the same launch for several chunks.
+            # A dict, because a launcher may repeat a launch for several chunks.
             jobs = {}
             for launch in launches:
                 job = _job(op, name, arch, launch)
@@ -269,7 +269,7 @@ def _job(
     """Return the job of a launch; arguments get the types that Triton's launcher gives them.
 
     Arguments that are 1 or None become constants. Pointers and multiples of 16 are marked as
-    divisible.
+    divisible by 16.
     """
     kernel = launch.kernel
     signature: dict[str, str] = {}
@@ -334,8 +334,8 @@ def report_of(job: Job, measured: Measured) -> Report:
     if measured.shared > limit:
         faults.append(f"needs {measured.shared} bytes of shared memory, but the GPU has {limit}")
     constants = job.constexprs
-    # Kernels with UPCAST multiply matrices with `tiles.dot`, which uses matrix instructions for all
-    # types but float32.
+    # Kernels with UPCAST multiply matrices with `tiles.dot`, which uses matrix instructions for
+    # float16 and bfloat16.
     needs_matrix = "UPCAST" in constants and not {"*fp16", "*bf16"}.isdisjoint(
         job.signature.values()
     )
@@ -357,7 +357,7 @@ def report_of(job: Job, measured: Measured) -> Report:
 
 
 def _resources(triton_root: Path, cubin: bytes, job: Job) -> tuple[int, int]:
-    """Return the number of registers and the bytes of stack per thread."""
+    """Return the registers and the bytes of stack that one thread uses."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()

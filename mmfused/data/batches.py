@@ -117,8 +117,8 @@ class Collate:
         Args:
             images: (B, 3, H, W) uint8.
             present: (B,) bool; absent images become zeros.
-            generator: random generator of the augmentation; None takes the one that ``set_epoch``
-                seeds.
+            generator: random generator of the augmentation; None takes the generator that
+                ``set_epoch`` seeds.
         """
         if self.augment:
             generator = self.generator if generator is None else generator
@@ -131,7 +131,7 @@ class Collate:
 
 
 class Items:
-    """A dataset whose images and token ids are kept in memory, to make batches of any rows.
+    """The images and token ids of a dataset in memory, to make batches of any rows.
 
     Args:
         dataset: the dataset.
@@ -165,11 +165,11 @@ class Items:
 
         Args:
             rows: indices of the items.
-            generator: random generator of the augmentation.
+            generator: random generator of the augmentation, as for `Collate.pixel_values`.
         """
         present = self.present[rows]
         mask = self.mask[rows]
-        # Unused columns may be on either side, because some tokenizers pad on the left.
+        # The padding may be on the left or on the right.
         used = mask.any(dim=0)
         return {
             "pixel_values": self.collate.pixel_values(self.images[rows], present, generator),
@@ -190,7 +190,7 @@ class Batches:
     Args:
         dataset: the dataset.
         collate: makes the batches.
-        batch_size: number of items per batch, over all ranks.
+        batch_size: number of items per batch, before the batch is split over ranks.
         shuffle: whether each epoch has another random order.
         seed: seed of the order.
         drop_last: leave out the last batch of an epoch if it is smaller than ``batch_size``.
@@ -259,8 +259,8 @@ class Batches:
         if self.shuffle:
             order = torch.randperm(len(order), generator=torch_generator(self.seed, epoch))
         for batch in range(start, len(self)):
-            # `batch + 1`, because the generator of (seed, epoch, 0) would equal that of
-            # (seed, epoch), which draws the order.
+            # Trailing zeros do not change a generator. With `batch` instead of `batch + 1`, batch 0
+            # would get the generator that draws the order if `collate.seed` is `self.seed`.
             entropy = (epoch, batch + 1) if self.rank == 0 else (epoch, batch + 1, self.rank)
             rows = order[batch * self.batch_size : (batch + 1) * self.batch_size]
             share = -(-len(rows) // self.world)
@@ -271,9 +271,9 @@ class Batches:
 def _same_size(images: list[Tensor], size: int) -> list[Tensor]:
     """Return images of equal shape.
 
-    Images that already have equal shapes are returned unchanged if no side exceeds twice ``size``.
-    Other images are cropped to central squares and resized. Larger images are not returned
-    unchanged, because the bilinear sampling of random crops would skip pixels.
+    Images that already have equal shapes are returned unchanged if no side exceeds ``2 * size``.
+    For larger images, the bilinear sampling of random crops would skip pixels. All other images are
+    cropped to central squares and resized.
     """
     if len({image.shape for image in images}) == 1 and max(images[0].shape[1:]) <= 2 * size:
         return images

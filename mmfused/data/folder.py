@@ -49,7 +49,7 @@ class ProductFolder(Dataset[dict[str, Any]]):
     An item is ``{"image": uint8 (3, H, W), "image_present": bool, "text": str, "label": int}``.
     Images are decoded once and kept in memory. With ``image_size``, ``.images`` is one tensor, (N,
     3, image_size, image_size). ``.coarse_labels`` is None without the column ``coarse_label``.
-    ``.digest`` is the SHA-256 of texts, labels and picture files.
+    ``.digest`` is the SHA-256 of texts, labels, coarse labels and picture files.
 
     Args:
         root: the folder.
@@ -79,7 +79,6 @@ class ProductFolder(Dataset[dict[str, Any]]):
     ) -> None:
         if image_size is not None:
             check_int("image_size", image_size, 1)
-        # Labels below 2**31 fit the integer types that labels are converted to.
         label_limit = 2**31 if num_classes is None else check_int("num_classes", num_classes, 1)
         self.root: Path = Path(root)
         self.image_size = image_size
@@ -108,7 +107,7 @@ class ProductFolder(Dataset[dict[str, Any]]):
     def _allocate(self, rows: int) -> torch.Tensor | list[torch.Tensor | None]:
         """Return an uninitialized tensor for all images, or a list if ``image_size`` is None.
 
-        The operating system commits memory when it is written, so skipped rows use no memory.
+        Skipped rows leave the end of the tensor unwritten, so that it takes no physical memory.
         """
         if self.image_size is None:
             return []
@@ -129,14 +128,14 @@ class ProductFolder(Dataset[dict[str, Any]]):
     ) -> Iterator[Item]:
         """Yield the usable rows in order, and add a sentence to ``skipped`` for each other row."""
         loaded = _in_threads(lambda row: self._load(row, label_limit), rows)
-        for row, found in zip(rows, loaded, strict=True):
-            if isinstance(found, Item):
-                yield found
+        for row, result in zip(rows, loaded, strict=True):
+            if isinstance(result, Item):
+                yield result
                 continue
             name = row.fields.get("file_name", "").encode("utf-8", "replace").decode()[:200]
-            sentence = f"metadata.csv line {row.line} ({name or 'no file_name'}): {found}"
+            sentence = f"metadata.csv line {row.line} ({name or 'no file_name'}): {result}"
             if strict:
-                raise ValueError(sentence) from found
+                raise ValueError(sentence) from result
             self.skipped.append(sentence)
 
     def _load(self, row: Row, label_limit: int) -> Item | BrokenRow:
@@ -164,7 +163,7 @@ class ProductFolder(Dataset[dict[str, Any]]):
             raise BrokenRow(f"the image cannot be read: {error}") from error
 
     def _fill(self, items: Iterable[Item], coarse_labels: list[int]) -> str:
-        """Store the items, append their coarse labels to the list, and return their digest."""
+        """Store the items, append to ``coarse_labels``, and return the digest of the items."""
         total = hashlib.sha256()
         for row, item in enumerate(items):
             self.file_names.append(item.file_name)
@@ -209,8 +208,7 @@ class ProductFolder(Dataset[dict[str, Any]]):
 def _in_threads(load: Callable[[Row], T], rows: list[Row]) -> Iterator[T]:
     """Yield ``load(row)`` for each row in order, computed in several threads.
 
-    Threads run in parallel, because Pillow releases the GIL while it decodes. At most a few results
-    are in memory at a time.
+    Pillow releases the GIL while it decodes. At most four results per thread wait in memory.
     """
     threads = min(8, os.cpu_count() or 1)
     with ThreadPoolExecutor(threads) as pool, quiet():

@@ -59,10 +59,11 @@ class GeneratedProducts(Dataset[dict[str, Any]]):
     """Generated products of 16 classes, each a pair of a shape and a material.
 
     The picture shows the shape, and the title names the material. Many titles also name the shape,
-    and colours correlate with materials, so each modality has some information about both shape and
-    material. Some titles or images are missing. Some titles contradict the shape and the colour in
-    the picture; the label then follows the picture. Class frequencies have a long tail. The
-    products depend only on the arguments; titles and attributes do not depend on ``image_size``.
+    and the colour in the picture correlates with the material. So each modality tells something
+    about both shape and material. Some titles or images are missing. Some titles contradict the
+    shape and the colour in the picture; the label then follows the picture. Class frequencies have
+    a long tail. The products depend only on the arguments; titles and attributes do not depend on
+    ``image_size``.
 
     An item is ``{"image": uint8 (3, S, S), "image_present": bool, "text": str, "label": int}``.
 
@@ -77,8 +78,8 @@ class GeneratedProducts(Dataset[dict[str, Any]]):
         seed: seed of the random generator.
         missing_text: fraction of the products without a text.
         missing_image: fraction of the products without an image.
-        contradicting: fraction of the products whose title contradicts the picture. The three
-            fractions are exact up to rounding, and no product belongs to more than one of them.
+        contradicting: fraction of the products whose title contradicts the picture. The products
+            of the three fractions do not overlap, and their numbers are rounded, not random.
     """
 
     class_names: list[str] = [f"{shape} {material}" for shape in SHAPES for material in MATERIALS]
@@ -148,9 +149,9 @@ def _draw_attributes(
     label = rng.choice(len(CLASS_PROBABILITIES), size=count, p=CLASS_PROBABILITIES)
     shape, material = np.divmod(label, len(MATERIALS))
     # With probability 0.5, the colour is one of the two colours of the material.
-    use_own = rng.random(count) < 0.5
-    own_colour = 2 * material + rng.integers(0, 2, count)
-    colour = np.where(use_own, own_colour, rng.integers(0, 8, count))
+    use_material_colour = rng.random(count) < 0.5
+    material_colour = 2 * material + rng.integers(0, 2, count)
+    colour = np.where(use_material_colour, material_colour, rng.integers(0, 8, count))
     out = {"label": label, "shape": shape, "material": material, "colour": colour}
     out["pattern"] = rng.integers(0, len(PATTERNS), count)
     out["size"] = rng.integers(0, len(SIZES), count)
@@ -209,26 +210,26 @@ def _draw_pictures(
     count = len(attributes["label"])
     images = np.zeros((count, 3, side, side), dtype=np.uint8)
     palette = np.array(list(COLOURS.values()), dtype=np.float32) / 255
-    # Drawn in blocks, because pictures take four times the memory in float32.
+    # In blocks, because a block is drawn in float32, with four bytes per value.
     for start in range(0, count, 256):
         rows = slice(start, min(start + 256, count))
-        pick = {name: attributes[name][rows] for name in ("shape", "colour", "pattern", "size")}
-        images[rows] = _draw_block(rng, pick, palette, side)
+        block = {name: attributes[name][rows] for name in ("shape", "colour", "pattern", "size")}
+        images[rows] = _draw_block(rng, block, palette, side)
     images[attributes["image_missing"]] = 0
     return torch.from_numpy(images)
 
 
 def _draw_block(
     rng: np.random.Generator,
-    pick: dict[str, np.ndarray],
+    attributes: dict[str, np.ndarray],
     palette: np.ndarray,
     side: int,
 ) -> np.ndarray:
-    count = len(pick["shape"])
-    x, y = _coordinates(rng, pick["size"], side)
-    coverage = _coverage(x, y, pick["shape"], pick["size"], side)[:, None]
-    darkened = _pattern(x, y, pick["pattern"])[:, None]
-    colour = palette[pick["colour"]] * rng.uniform(0.85, 1.1, (count, 1)).astype(np.float32)
+    count = len(attributes["shape"])
+    x, y = _coordinates(rng, attributes["size"], side)
+    coverage = _coverage(x, y, attributes["shape"], attributes["size"], side)[:, None]
+    darkened = _pattern(x, y, attributes["pattern"])[:, None]
+    colour = palette[attributes["colour"]] * rng.uniform(0.85, 1.1, (count, 1)).astype(np.float32)
     ink = colour[:, :, None, None] * (1 - 0.4 * darkened)
     ground = rng.uniform(0.75, 0.95, (count, 3)).astype(np.float32)[:, :, None, None]
     noise = rng.standard_normal((count, 3, side, side), dtype=np.float32) * 0.04

@@ -30,9 +30,9 @@ try:
 except ImportError:  # Pillow before 11.3
     AvifImagePlugin = None
 
-# Largest number of pixels that are decoded at once: 286 MiB of RGB.
+# Largest number of pixels to decode: 286 MiB as RGB.
 MAX_PIXELS = 100_000_000
-# Largest size of a picture file.
+# Largest size of a picture file in bytes.
 MAX_BYTES = 256 * 2**20
 # Pictures with more pixels are decoded by one thread at a time, to limit the memory.
 LARGE = 2**24
@@ -71,17 +71,17 @@ def load_picture(
     1, are scaled to 8 bits. Other floats and wider integers are rejected, because they do not
     define which value is white. ICC profiles are not applied.
 
-    The limits are ``MAX_BYTES`` for a file and ``MAX_PIXELS`` for a picture. Pillow's global limit
-    ``Image.MAX_IMAGE_PIXELS`` has no effect, except that a lower value also limits WEBP. Truncated
-    files are rejected, even with ``ImageFile.LOAD_TRUNCATED_IMAGES``. With that setting, files that
-    are damaged in the middle load as far as Pillow can read them. Pillow's warnings are suppressed,
-    but libtiff may write to stderr.
+    The limits are ``MAX_BYTES`` per file and ``MAX_PIXELS`` decoded pixels. Pillow's global limit
+    ``Image.MAX_IMAGE_PIXELS`` affects only WEBP and some GIF files. Truncated files are rejected,
+    even with ``ImageFile.LOAD_TRUNCATED_IMAGES``. With this setting, files that are damaged in the
+    middle load as far as Pillow can read them. Pillow's warnings are suppressed, but libtiff may
+    write to stderr.
 
     Args:
         source: a path, the bytes of a file, or an open file.
         size: side of the square to which the picture is cropped and resized (bicubic, antialiased);
             None keeps the picture's size. To save memory, a large JPEG is decoded at a reduced
-            size, at least twice ``size``.
+            size, with sides of at least ``2 * size``.
 
     Raises:
         BrokenPicture: the picture cannot be loaded; the message gives the reason.
@@ -133,7 +133,7 @@ def _check_regular(found: os.stat_result) -> None:
 
 
 def decode(data: bytes, size: int | None) -> torch.Tensor:
-    """Load a picture like :func:`load_picture`, from the bytes of a file; call within ``quiet``."""
+    """Decode the bytes of a picture file like :func:`load_picture`; call within ``quiet()``."""
     try:
         with _opened(data) as image:
             return load_rgb(image, size)
@@ -152,8 +152,8 @@ def _opened(data: bytes) -> Image.Image:
     """
     plugin = _plugin_of(data[:16])
     if plugin is None:
-        known = "JPEG, PNG, WEBP, GIF, BMP, TIFF" + (", AVIF" if _has_avif() else "")
-        raise BrokenPicture(f"it is not a picture in a supported format ({known})")
+        formats = "JPEG, PNG, WEBP, GIF, BMP, TIFF" + (", AVIF" if _has_avif() else "")
+        raise BrokenPicture(f"it is not a picture in a supported format ({formats})")
     if plugin is WebPImagePlugin.WebPImageFile:
         _check_pixels(*_webp_size(data))  # checked before opening, which allocates the memory
     file = _CompleteFile(data)
@@ -190,10 +190,10 @@ def _has_avif() -> bool:
 
 
 class _CompleteFile(io.BytesIO):
-    """A file that raises OSError when it is read beyond its end, once ``end_is_error`` is set.
+    """A file in memory; if ``end_is_error`` is set, reading at its end raises OSError.
 
-    Otherwise Pillow would fill in the missing pixels of a truncated file if the global setting
-    ``ImageFile.LOAD_TRUNCATED_IMAGES`` is on. Complete pictures are not read beyond the end.
+    Without the error, Pillow would fill in the missing pixels of a truncated file if the global
+    setting ``ImageFile.LOAD_TRUNCATED_IMAGES`` is on.
     """
 
     end_is_error = False
@@ -236,18 +236,18 @@ def load_rgb(image: Any, size: int | None) -> torch.Tensor:
 
 
 def _draft(image: Any, size: int | None) -> tuple[float, float]:
-    """Select the size at which Pillow decodes a JPEG; return the width and height before rounding.
+    """Set the size at which Pillow decodes a JPEG; return its sides before Pillow rounds them.
 
-    If ``size`` is not None, a large JPEG is decoded at a reduced size, at least twice ``size``.
+    If ``size`` is given, a large JPEG is reduced to sides of at least ``2 * size``.
     """
     full_size = image.size
     width, height = full_size
     is_one_scan = _is_one_scan(image)
     if size is not None:
-        # Resizing from at least twice the size keeps the quality, as with Pillow's reducing_gap.
+        # Twice the final size keeps the quality, as with Pillow's reducing_gap.
         drafted = image.draft(None, (2 * size, 2 * size))
         width, height = drafted[1][2:] if drafted else full_size
-    # For a JPEG with several scans, libjpeg keeps the coefficients of the full size in memory.
+    # With several scans, libjpeg keeps the coefficients of the full-size picture in memory.
     _check_pixels(*(image.size if is_one_scan else full_size))
     return width, height
 
@@ -322,7 +322,7 @@ def _to_rgb(image: Any, transparency: bytes | int | tuple | None) -> Image.Image
 
 
 def _wide_grey(image: Any, transparency: bytes | int | tuple | None) -> Image.Image:
-    """Scale 16-bit or float grey values to 8 bits; Pillow's own conversion would clip at 255."""
+    """Scale integer or float grey values to 8 bits; Pillow's own conversion would clip at 255."""
     tags = image.tag_v2 if image.format == "TIFF" else {}
     inverted = tags.get(PHOTOMETRIC) == 0
     values = np.asarray(image)
@@ -350,7 +350,7 @@ def _sentence(error: BaseException, most: int = 200) -> str:
     """Return the message of a Pillow error as one printable sentence."""
     text = " ".join(str(error).split())[:most].rstrip(".")
     text = "".join(letter if letter.isprintable() else "?" for letter in text)
-    # Errors of other types have messages such as a missing key, which do not explain the problem.
+    # The messages of other errors, such as the missing key of a KeyError, explain nothing.
     readable = isinstance(error, (OSError, SyntaxError, ValueError, Image.DecompressionBombError))
     if (
         readable
@@ -385,7 +385,7 @@ def picture_path(root: Path, name: str) -> Path:
 
 
 class _Quiet:
-    """A context manager that suppresses Pillow's warnings and log messages in all threads.
+    """A context manager that suppresses Pillow's warnings and TIFF log messages in all threads.
 
     Warning filters are global, so the first thread to enter sets them, and the last thread to leave
     restores them.

@@ -2,7 +2,8 @@
 
 ``OUT/checkpoints/step-00000123/`` holds ``model.safetensors``, ``optimizer.safetensors`` (AdamW's
 state by parameter name), ``rng.safetensors`` (states of the random generators), ``tokenizer/`` and
-``state.json`` (step, position in the data, settings, and the SHA-256 of every other file).
+``state.json`` (step, position in the data, size of ``metrics.jsonl``, training time, settings, and
+the SHA-256 of every other file).
 
 A checkpoint is written to a temporary folder, which is flushed to disk and then renamed, so a
 killed process never leaves an incomplete ``step-*`` folder. The SHA-256 sums reveal later damage.
@@ -63,8 +64,7 @@ def write(
         state: contents of ``state.json``, without the SHA-256 sums.
         model: the model whose weights are saved.
         optimizer: the optimizer whose state is saved.
-        generators: random generators by name. Their states are saved, and the states of torch's
-            default generators.
+        generators: random generators by name; torch's default generators are saved too.
         tokenizer: saved with ``save_pretrained``.
         keep: number of checkpoints to keep, at least 1.
 
@@ -247,7 +247,7 @@ def saved(root: Path) -> list[Path]:
 def remove_after(root: Path, step: int) -> None:
     """Remove the checkpoints after ``step``, and temporary folders of killed processes.
 
-    Training resumes from the newest intact checkpoint, at ``step``; later ones are damaged.
+    Training resumes from the newest intact checkpoint, at ``step``; later checkpoints are damaged.
 
     Raises:
         FileExistsError: a later checkpoint contains foreign files, and is therefore not removed.

@@ -77,8 +77,8 @@ class TrainConfig:
         out: the folder of the run.
         data: folder with images and metadata.csv, or "generated".
         val: folder of the validation set; None if ``data`` is "generated".
-        products: folder of the catalogue that retrieval models search. If None, training searches
-            ``data`` and validation searches ``val``.
+        products: folder of the catalogue that retrieval models search. If None, the catalogue is
+            ``data`` in training and ``val`` in validation.
         text_column: text column of the metadata.csv in ``data`` and ``val``.
         model: name of the model.
         preset: "tiny", "paper" (the paper's sizes) or "code" (the public code's sizes).
@@ -86,18 +86,19 @@ class TrainConfig:
         image_encoder: folder or name of a pretrained image encoder.
         text_encoder: folder or name of a pretrained text encoder.
         host: folder or name of a pretrained Qwen2-VL, for MOON2.0 and UNITE.
-        init: folder of a run or checkpoint of the same model, whose weights and tokenizer training
-            starts with, as in UNITE's second stage.
+        init: folder of a run or checkpoint of the same model; training starts with the weights and
+            the tokenizer in this folder.
         backend: backend of the ops.
         amp: "bf16" trains under bfloat16 autocast, and "off" trains in float32. "auto" is "bf16" on
             CUDA devices that support bfloat16, otherwise "off".
         modalities: the modalities that FLUID sees.
-        steps: number of steps; None derives it from ``epochs``.
+        steps: number of steps; None takes as many as ``epochs`` need.
         epochs: number of passes over the training set.
         grad_cache: number of items of a batch that are encoded at a time; None encodes all at once.
         augment: whether to augment training pictures; None augments all but generated pictures.
-        tokenizer: folder or name of a tokenizer; None trains a tokenizer on the texts.
-        val_every: number of steps between validations; None takes a tenth of all steps.
+        tokenizer: folder or name of a tokenizer. None takes the tokenizer of ``init``,
+            ``text_encoder`` or ``host``; without these, a new tokenizer is trained on the texts.
+        val_every: number of steps between validations; None takes a tenth of all steps, rounded up.
         save_every: number of steps between checkpoints; None takes ``val_every``.
         keep: number of checkpoints to keep.
         overwrite: replace the run in ``out``.

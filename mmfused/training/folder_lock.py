@@ -68,7 +68,7 @@ class Lock:
         self.take()
 
     def take(self) -> None:
-        """Lock the marker that is in the folder now, and create it if it is missing."""
+        """Lock the marker that is now in the folder; a missing marker is created."""
         self.release()
         # A marker that was removed between opening and locking is created again.
         while self.file is None or not same_file(self.path, self.file):
@@ -171,7 +171,7 @@ def _names_mmfused(path: Path) -> bool:
 
 
 def foreign_files(folder: Path, names: Collection[str]) -> list[str]:
-    """Return the foreign files among ``names``, or inside folders among ``names``.
+    """Return the foreign files among ``names``, and inside the folders among ``names``.
 
     Args:
         folder: the folder to search.
@@ -224,10 +224,9 @@ def foreign_in_checkpoint(path: Path) -> list[Path]:
 
 
 def wrong_kind_files(folder: Path, names: Collection[str]) -> list[str]:
-    """Return the ``names`` in ``folder`` that are not the kind of entry that a run makes.
+    """Return the ``names`` that are in ``folder``, but not as the regular file or folder of a run.
 
-    A run makes regular files, and the folders ``tokenizer`` and ``checkpoints``; it makes no links
-    or pipes.
+    In a run, ``tokenizer`` and ``checkpoints`` are folders, and all other names are regular files.
     """
     return [
         name

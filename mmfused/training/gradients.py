@@ -22,10 +22,9 @@ def add_gradients(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Add the gradient of the mean loss of ``count`` batches to ``.grad``, one batch at a time.
 
-    If the loss is a mean over samples and all batches have the same size, the result is the
-    gradient of one large batch. If the model or the loss couples samples, the result differs,
-    because samples of different batches are not coupled. Contrastive losses, whose negatives come
-    from one batch, can use :func:`add_cached_gradients` instead.
+    If the loss is a mean over independent samples, and all batches have the same size, the result
+    is the gradient of one large batch. Contrastive losses compare only samples of the same batch;
+    for a larger batch, use :func:`add_cached_gradients`.
 
     Args:
         model: called with each batch as keyword arguments.
@@ -127,7 +126,7 @@ def _chunks(items: Items, size: int) -> list[Items]:
     """Split items into chunks; return one empty chunk if there are no items."""
     starts = range(0, max(len(items["labels"]), 1), size)
     return [
-        {name: value[first : first + size] for name, value in items.items()} for first in starts
+        {name: value[start : start + size] for name, value in items.items()} for start in starts
     ]
 
 
@@ -138,9 +137,9 @@ def _join(parts: list[Items], labels: Tensor, chunk: int) -> Items:
     """
     shares = [len(part) / max(len(labels), 1) for part in labels.split(chunk)]
     leaves: Items = {}
-    for name, first in parts[0].items():
+    for name, example in parts[0].items():
         values = [part[name] for part in parts]
-        if first.dim():
+        if example.dim():
             value = torch.cat(values)
         else:
             weighted = [v * share for v, share in zip(values, shares, strict=True)]
@@ -171,7 +170,10 @@ def _set_random_state(state: list[Tensor], device: torch.device) -> None:
 
 @torch.no_grad()
 def average_gradients(model: nn.Module) -> None:
-    """Average the gradients over ranks, with one all-reduce per dtype; None counts as zeros."""
+    """Average the gradients over ranks, with one all-reduce per dtype.
+
+    A gradient that is None counts as zeros.
+    """
     if not in_group():
         return
     groups: dict[torch.dtype, list[Tensor]] = {}

@@ -85,7 +85,7 @@ class Training:
         self.saved: tuple[int, Path] | None = None
         # The lock on the folder, held by rank 0.
         self.lock: Lock | None = None
-        # Training time of the earlier processes of a resumed run.
+        # Training time of the earlier processes of a resumed run, in seconds.
         self.seconds_before = 0.0
         self.steps_since_record = 0
 
@@ -165,8 +165,7 @@ class Training:
     def loop(self, stop: StopRequest) -> None:
         """Make the remaining steps, and validate and save when due."""
         self.model.train()
-        # `Batches.stream` for a classifier, `PairBatches.stream` for a retrieval model; both
-        # classes are in mmfused/data.
+        # `Batches.stream` for a classifier, `PairBatches.stream` for a retrieval model.
         stream = self.batches.stream(self.step * self.config.accumulate)
         while True:
             signum = stop_together(stop)
@@ -321,7 +320,7 @@ class Training:
         self.steps_since_record: int = 0
 
     def seconds(self) -> float:
-        """Return the training time, including that of earlier processes."""
+        """Return the training time in seconds, including the time of earlier processes."""
         return self.seconds_before + time.perf_counter() - self.begun
 
     def finish(self) -> dict[str, Any]:
@@ -368,13 +367,13 @@ def update(
     clip: float,
     amp: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Make one optimizer step; return the mean loss of the batches, and its terms by name.
+    """Make one optimizer step; return the mean loss of the batches, and its mean terms by name.
 
     Gradients are averaged over ranks, then clipped.
 
     Args:
         model: the model to train.
-        optimizer: its optimizer.
+        optimizer: the model's optimizer.
         task: computes the gradients.
         batches: the batches of this step.
         count: number of batches.

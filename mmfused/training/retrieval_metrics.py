@@ -46,14 +46,16 @@ def rank_of_first(
     ranks: list[Tensor] = []
     nearest: list[Tensor] = []
     for first in range(0, len(query), ROWS):
-        kind = relevant(first, min(first + ROWS, len(query)))
-        if not (kind == 1).any(1).all():
+        relevance = relevant(first, min(first + ROWS, len(query)))
+        if not (relevance == 1).any(1).all():
             raise ValueError(
                 "query: got a row without a relevant candidate, expected at least one for each row"
             )
-        score = (query[first : first + ROWS] @ candidate.T).masked_fill(kind < 0, float("-inf"))
-        best = score.masked_fill(kind != 1, float("-inf")).amax(1, keepdim=True)
-        ranks.append(1 + ((score >= best) & (kind == 0)).sum(1))
+        score = (query[first : first + ROWS] @ candidate.T).masked_fill(
+            relevance < 0, float("-inf")
+        )
+        best = score.masked_fill(relevance != 1, float("-inf")).amax(1, keepdim=True)
+        ranks.append(1 + ((score >= best) & (relevance == 0)).sum(1))
         nearest.append(score.argmax(1))
     return torch.cat(ranks), torch.cat(nearest)
 
@@ -76,12 +78,12 @@ def chance(relevant: int, candidates: int) -> dict[str, float]:
         candidates: number of all candidates.
     """
     ways = math.comb(candidates, relevant)
-    # first[j - 1] is the probability that the first relevant candidate has rank j.
-    first = [
+    # first_at[j - 1] is the probability that the first relevant candidate has rank j.
+    first_at = [
         math.comb(candidates - j, relevant - 1) / ways for j in range(1, candidates - relevant + 2)
     ]
-    recalls = {f"recall_at_{k}": sum(first[:k]) for k in KS}
-    return {**recalls, "mrr": sum(probability / j for j, probability in enumerate(first, 1))}
+    recalls = {f"recall_at_{k}": sum(first_at[:k]) for k in KS}
+    return {**recalls, "mrr": sum(probability / j for j, probability in enumerate(first_at, 1))}
 
 
 @torch.no_grad()
@@ -145,11 +147,13 @@ def retrieval_scores(
 ) -> dict[str, dict[str, Any]]:
     """Return the scores of each pair of views, by names such as "image->both".
 
-    The scores of a pair are :func:`ranking_scores`, and the accuracy and macro F1 of predicting the
-    label of the nearest candidate. ``chance`` has the expected :func:`ranking_scores` for
-    candidates in random order. Items that lack the input of a view are excluded from the pairs with
-    this view. Queries without a relevant candidate are excluded too, and counted in
-    ``unanswerable``. A pair without queries has no scores.
+    A candidate is relevant if it has the label of the query. The scores of a pair are
+    :func:`ranking_scores`, and the accuracy and macro F1 of predicting the label of the nearest
+    candidate. "chance" has the expected :func:`ranking_scores` for candidates in random order.
+
+    Items that lack the input of a view are excluded from the pairs with this view. Queries without
+    a relevant candidate are also excluded; "unanswerable" is their number. "queries" and
+    "candidates" are the numbers of items that remain. A pair without queries has no scores.
 
     Args:
         queries: from :func:`embed_items`.
@@ -169,17 +173,17 @@ def _pair_scores(
     query_view: str,
     candidate_view: str,
 ) -> dict[str, Any]:
-    alone = candidates is None
+    search_queries = candidates is None
     candidates = queries if candidates is None else candidates
     rows = _has_view(queries, query_view).nonzero()[:, 0]
     columns = _has_view(candidates, candidate_view).nonzero()[:, 0]
     labels = queries["labels"][rows]
     candidate_labels = candidates["labels"][columns]
-    kind = (labels[:, None] == candidate_labels).to(torch.int8)
-    if alone:
-        kind = kind.masked_fill(rows[:, None] == columns, -1)
-    answerable = (kind == 1).any(1)
-    rows, labels, kind = rows[answerable], labels[answerable], kind[answerable]
+    relevance = (labels[:, None] == candidate_labels).to(torch.int8)
+    if search_queries:
+        relevance = relevance.masked_fill(rows[:, None] == columns, -1)
+    answerable = (relevance == 1).any(1)
+    rows, labels, relevance = rows[answerable], labels[answerable], relevance[answerable]
     pair: dict[str, Any] = {
         "queries": len(rows),
         "candidates": len(columns),
@@ -188,11 +192,11 @@ def _pair_scores(
     if len(rows):
         query = queries[query_view][rows]
         candidate = candidates[candidate_view][columns]
-        ranks, nearest = rank_of_first(query, candidate, lambda first, last: kind[first:last])
+        ranks, nearest = rank_of_first(query, candidate, lambda first, last: relevance[first:last])
         label_scores = scores(candidate_labels[nearest], labels)
         pair |= ranking_scores(ranks)
         pair |= {"accuracy": label_scores["accuracy"], "macro_f1": label_scores["macro_f1"]}
-        pair["chance"] = _mean_chance((kind == 1).sum(1), (kind >= 0).sum(1))
+        pair["chance"] = _mean_chance((relevance == 1).sum(1), (relevance >= 0).sum(1))
     return pair
 
 
@@ -203,11 +207,11 @@ def _mean_chance(relevant: Tensor, candidates: Tensor) -> dict[str, float]:
         relevant: (Q,) number of relevant candidates of each query.
         candidates: (Q,) number of all candidates of each query.
     """
-    cases, counts = torch.stack([relevant, candidates]).unique(dim=1, return_counts=True)
-    chances = [chance(*case) for case in cases.T.tolist()]
+    numbers, counts = torch.stack([relevant, candidates]).unique(dim=1, return_counts=True)
+    chances = [chance(*pair) for pair in numbers.T.tolist()]
     shares = (counts / counts.sum()).tolist()
     return {
-        name: sum(share * one[name] for share, one in zip(shares, chances, strict=True))
+        name: sum(share * expected[name] for share, expected in zip(shares, chances, strict=True))
         for name in chances[0]
     }
 

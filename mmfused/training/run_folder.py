@@ -1,7 +1,7 @@
 """Check, write and read the folder of a training run.
 
-``config.json`` is written last and removed first, so a folder that contains it holds a finished
-run.
+``config.json`` is written last and removed first, so a folder with a ``config.json`` holds a
+finished run.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ RUN_FILES = (
     "curves.png",
     "tokenizer",
 )
-# By task: the score shown in the progress bar and plotted in curves.png.
+# The score of each task that the progress bar shows and curves.png plots.
 SCORE_OF_TASK = {
     "classification": "accuracy",
     "retrieval": "recall_at_1",
@@ -61,7 +61,7 @@ CHECKPOINT_TENSORS = ("model.safetensors", "optimizer.safetensors", "rng.safeten
 
 
 def check_out(out: Path, overwrite: bool, resume: bool = False) -> None:
-    """Raise FileExistsError if a new run in ``out`` would replace a run or foreign files.
+    """Raise FileExistsError if a run in ``out`` would replace another run or foreign files.
 
     Args:
         out: the folder of the new run.
@@ -224,7 +224,7 @@ def load_saved(folder: Path, settings: Mapping[str, Any]) -> tuple[Any, Any]:
     """Load like :func:`load_run`, with ``settings`` from :func:`read_settings`."""
     model = build_saved(settings, folder)
     load_weights(model, folder / "model.safetensors")
-    # Prepared again, because some tokenizer classes do not save their rule for special tokens.
+    # Some tokenizer classes do not save their rule for special tokens, so prepare them again.
     return model.eval(), model.config.prepare_tokenizer(load_own_tokenizer(folder))
 
 

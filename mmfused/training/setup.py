@@ -18,7 +18,7 @@ from mmfused.training.datasets import UNUSED_SIDE, stored_side
 from mmfused.training.files import load_weights
 from mmfused.training.run_folder import load_own_tokenizer, read_settings
 
-# Items per batch in validation; the scores do not depend on it.
+# Items per batch in validation.
 VAL_BATCH_SIZE = 256
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -75,18 +75,18 @@ def check_backend(
 
 
 def load_or_train_tokenizer(config: TrainConfig, train_set: Any, products: Any = None) -> Any:
-    """Return the tokenizer of the settings, or train one.
+    """Return the tokenizer that the settings name, or a new tokenizer.
 
     The first of the settings ``init``, ``tokenizer``, ``text_encoder`` and ``host`` that is given
-    determines the tokenizer. If none is given, a new tokenizer is trained on the texts of
+    determines the tokenizer. Without these settings, a new tokenizer is trained on the texts of
     ``train_set`` and ``products``.
     """
     names = ("tokenizer", "text_encoder", "host")
-    argument = next((name for name in names if getattr(config, name)), None)
+    setting = next((name for name in names if getattr(config, name)), None)
     if config.init:
         tokenizer = load_own_tokenizer(Path(config.init))
-    elif argument:
-        tokenizer = product_data.load_tokenizer(getattr(config, argument), argument)
+    elif setting:
+        tokenizer = product_data.load_tokenizer(getattr(config, setting), setting)
     else:
         texts = [*train_set.texts, *(products.texts if products is not None else [])]
         texts = [text for text in texts if text]
@@ -95,7 +95,7 @@ def load_or_train_tokenizer(config: TrainConfig, train_set: Any, products: Any =
 
 
 def batch_size_of(config: TrainConfig, rows: int, world: int = 1) -> int:
-    """Return the batch size, lowered to a multiple of ``world`` if there are too few rows."""
+    """Return ``config.batch_size``, or the largest smaller multiple of ``world`` up to ``rows``."""
     size = min(config.batch_size, rows // world * world)
     if size < config.batch_size:
         logger.warning(
@@ -214,7 +214,7 @@ def check_init(config: TrainConfig) -> None:
 
 
 def load_pretrained(config: TrainConfig) -> Pretrained:
-    """Load the pretrained parts in ``config``, except encoders of unused modalities."""
+    """Load the pretrained parts that ``config`` names."""
     fields: dict[str, Any] = {}
     modules: dict[str, torch.nn.Module] = {}
     if config.image_encoder and config.modalities != "text":
@@ -230,12 +230,12 @@ def load_pretrained(config: TrainConfig) -> Pretrained:
 
 
 def image_sizes(config: TrainConfig) -> tuple[int | None, int | None]:
-    """Return the side of pictures and the side of patches; None takes that of the model's config.
+    """Return the sides of pictures and of patches; None leaves a side to the model's config.
 
     With the preset "tiny" and no pretrained image encoder or host, sides that are not in the
-    settings follow from the data. The side of pictures is the stored one, but at most 96, rounded
-    down to a multiple of the patch side. The side of patches is 8 for pictures of up to 32 pixels,
-    otherwise 16.
+    settings follow from the data. The side of pictures is `stored_side`, but at most 96, rounded
+    down to a multiple of the side of patches. The side of patches is 8 for pictures with a side of
+    up to 32 pixels, otherwise 16.
     """
     if config.preset != "tiny" or config.image_encoder or config.host:
         return config.image_size, config.patch_size
@@ -307,8 +307,8 @@ def _model_options(
 ) -> dict[str, Any]:
     """Return fields of the model's config.
 
-    The sources, in ascending order of precedence: the task, the pretrained parts, and
-    ``config.model_options``.
+    Fields of the pretrained parts override fields of the task, and ``config.model_options``
+    overrides both.
     """
     from_task = {}
     if MODELS[config.model].task == "classification":
@@ -324,9 +324,9 @@ def _check_vocabulary(fields: dict[str, Any], tokens: int, source: str) -> None:
         tokens: number of tokens of the tokenizer.
         source: folder or name of the pretrained part, for the error message.
     """
-    inner = fields.get("text") or fields.get("host", {}).get("text_config") or {}
-    if tokens > inner.get("vocab_size", tokens):
+    text_fields = fields.get("text") or fields.get("host", {}).get("text_config") or {}
+    if tokens > text_fields.get("vocab_size", tokens):
         raise ValueError(
             f"tokenizer: got {tokens} tokens, "
-            f"expected at most {inner['vocab_size']}, the vocabulary of {source}"
+            f"expected at most {text_fields['vocab_size']}, the vocabulary of {source}"
         )

@@ -68,7 +68,7 @@ class Classification:
         count: int,
         amp: bool,
     ) -> Loss:
-        """Add the gradients of ``count`` batches; return the mean loss and its terms."""
+        """Add the gradient of the mean loss of ``count`` batches; return the loss and its terms."""
         # `fail_together` allows no collective operations; the gradients of a classifier need none.
         with fail_together():
             inputs = (model_inputs(model, batch) for batch in batches)
@@ -144,7 +144,7 @@ class Retrieval:
         count: int,
         amp: bool,
     ) -> Loss:
-        """Add the gradients of ``count`` batches; return the mean loss and its terms."""
+        """Add the gradient of the mean loss of ``count`` batches; return the loss and its terms."""
         if self.chunk is None:
             return add_gradients(model, batches, count, amp)
         (batch,) = batches
@@ -192,8 +192,8 @@ def evaluate_retrieval(
 ) -> dict[str, Any] | None:
     """Return the retrieval scores of a model, or None if ``stopped()`` becomes true.
 
-    The scores are means over the pairs of a query view and a candidate view; ``pairs`` has the
-    scores of each pair.
+    The scores are means over the pairs of a query view and a candidate view; "pairs" has the scores
+    of each pair.
 
     Args:
         model: a retrieval model.
