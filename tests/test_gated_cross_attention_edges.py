@@ -71,10 +71,10 @@ def test_context_without_tokens_counts_as_absent(missing, backend):
     for name, value in run(module, [inputs[0], empty], masked, backend).items():
         assert torch.equal(value, plain[name]), name
     assert torch.equal(plain["out0"], inputs[0]) == (missing == "skip")
-    gone = {"context_present": torch.zeros(batch, dtype=torch.bool, device=DEVICE)}
+    absent = {"context_present": torch.zeros(batch, dtype=torch.bool, device=DEVICE)}
     if missing in ("skip", "zero"):
-        some = run(module, [inputs[0], torch.ones(batch, 1, width, device=DEVICE)], gone, backend)
-        assert_close({name: value for name, value in plain.items() if name != "d x1"}, some)
+        want = run(module, [inputs[0], torch.ones(batch, 1, width, device=DEVICE)], absent, backend)
+        assert_close({name: value for name, value in plain.items() if name != "d x1"}, want)
     else:
         assert not plain["d gate_proj.weight"][:, -2:].any()
 
@@ -108,12 +108,12 @@ def test_pairs_of_options_keep_the_error_budget(both, options):
     [*itertools.product(["channel", "token", "none"], ["skip", "zero", "attend", "constant"])],
 )
 def test_composed_matches_the_reference(gate, missing, both, dropout):
-    """Some samples lack a side, so a gathered sample has another index than in the batch."""
+    """Some samples lack a side, so gathering the other samples changes their indices."""
     module, inputs, extra = make(gate=gate, missing=missing, both=both, dropout=dropout)
     if missing == "constant":
-        gone = ~extra["b_present" if both else "context_present"]
+        absent = ~extra["b_present" if both else "context_present"]
         with torch.no_grad():
-            inputs[1][gone] = inputs[1][gone][:, :1]
+            inputs[1][absent] = inputs[1][absent][:, :1]
     upstream = upstream_for(inputs)
     got, want = (
         run(module, inputs, extra, backend, upstream=upstream)
@@ -305,13 +305,13 @@ def test_offsets_are_64_bit():
     assert got.max() > 2**31
 
     stride = 2**30 + 8
-    place = torch.from_numpy(numpy.zeros(2 * stride + 2**12, numpy.float16))
+    storage = torch.from_numpy(numpy.zeros(2 * stride + 2**12, numpy.float16))
     module, inputs, _ = make(dtype=torch.float16, masks="none")
     inputs = [x.detach()[:3] for x in inputs]
     want = run(module, inputs, {}, "fused")
     for side in (0, 1):
         far = list(inputs)
-        far[side] = place.as_strided(inputs[side].shape, (stride, inputs[side].shape[2] + 2, 1))
+        far[side] = storage.as_strided(inputs[side].shape, (stride, inputs[side].shape[2] + 2, 1))
         far[side].copy_(inputs[side])
         for name, value in run(module, far, {}, "fused").items():
             assert torch.equal(value, want[name]), name

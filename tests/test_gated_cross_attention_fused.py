@@ -131,13 +131,13 @@ def test_nan_in_ignored_tokens_does_not_spread(dropout):
     )
     hidden = [mask | lacking[:, None] for mask in ignored]
     with torch.no_grad():
-        for x, gone in zip(inputs, hidden, strict=True):
-            x[gone] = math.nan
+        for x, rows in zip(inputs, hidden, strict=True):
+            x[rows] = math.nan
     got = run(module, inputs, extra, "fused")
-    for i, gone in enumerate(hidden):
-        assert got[f"out{i}"][gone].isnan().all()
-        assert torch.equal(got[f"out{i}"][~gone], want[f"out{i}"][~gone])
-        assert torch.equal(want[f"d x{i}"][gone], torch.ones_like(want[f"d x{i}"][gone]))
+    for i, rows in enumerate(hidden):
+        assert got[f"out{i}"][rows].isnan().all()
+        assert torch.equal(got[f"out{i}"][~rows], want[f"out{i}"][~rows])
+        assert torch.equal(want[f"d x{i}"][rows], torch.ones_like(want[f"d x{i}"][rows]))
     for name, value in got.items():
         assert name.startswith("out") or torch.equal(value, want[name]), name
 
@@ -147,11 +147,11 @@ def test_only_needed_tokens_of_an_absent_context_are_read(missing):
     module, inputs, extra = make(both=False, missing=missing, dtype=torch.float32)
     want = run(module, inputs, extra, "fused")
     ignore = extra["context_key_padding_mask"].clone()
-    gone = ~extra["context_present"]
-    ignore[gone] = True
+    absent = ~extra["context_present"]
+    ignore[absent] = True
     if missing == "constant":
-        ignore[gone, 1] = extra["context_key_padding_mask"][gone, 1]
-        extra["context_key_padding_mask"][gone, 1] = ignore[gone, 1] = False
+        ignore[absent, 1] = extra["context_key_padding_mask"][absent, 1]
+        extra["context_key_padding_mask"][absent, 1] = ignore[absent, 1] = False
         want = run(module, inputs, extra, "fused")
     with torch.no_grad():
         inputs[1][ignore] = math.nan

@@ -92,11 +92,13 @@ def test_non_finite_token_affects_only_its_own_sample(backend, value):
             torch.testing.assert_close(
                 got[name][[0, 2, 3]], want[name][[0, 2, 3]], rtol=1e-5, atol=1e-5
             )
-        own, other = ("out0", "out1") if side == 0 else ("out1", "out0")
+        own_out, other_out = ("out0", "out1") if side == 0 else ("out1", "out0")
         # Every token of the other side attends to the broken token.
-        assert got[other][1].isnan().all()
+        assert got[other_out][1].isnan().all()
         rows = [i for i in range(inputs[side].shape[1]) if i != 2]
-        torch.testing.assert_close(got[own][1, rows], want[own][1, rows], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            got[own_out][1, rows], want[own_out][1, rows], rtol=1e-5, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("logit", [100, 10_000])

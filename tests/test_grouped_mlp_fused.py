@@ -443,16 +443,16 @@ def test_offsets_are_64_bit(far):
     width = 32768
     rows = 2**31 // width + 20
     # 4.3 GB, but pages that are never touched take no memory.
-    place = torch.from_numpy(numpy.zeros(rows * width, numpy.float16))
+    storage = torch.from_numpy(numpy.zeros(rows * width, numpy.float16))
     first, stride_e, x, n = 0, 16 * width, torch.randn(4, width).half(), 16
     order, weight = torch.tensor([3, 0, 2, 1], dtype=torch.int32), torch.zeros(1)
     out = torch.full((4, n), math.nan, dtype=torch.float16)
     if far == "x":
-        x = place.view(rows, width)
+        x = storage.view(rows, width)
         order = torch.tensor([rows - 1, rows - 3, rows - 2, 5], dtype=torch.int32)
         x[order.long(), :40] = torch.randn(4, 40).half()
     if far == "weight":
-        weight, stride_e = place, 2**31 + 8
+        weight, stride_e = storage, 2**31 + 8
     else:
         weight = torch.zeros(2 * stride_e, dtype=torch.float16)
     matrix = weight[stride_e:].as_strided((16, 40), (width if far == "weight" else 40, 1))[
@@ -460,7 +460,7 @@ def test_offsets_are_64_bit(far):
     ]
     matrix.copy_(torch.randn(matrix.shape))
     if far == "out":
-        out, n, first = place.view(rows, width), width, rows - 4
+        out, n, first = storage.view(rows, width), width, rows - 4
         order = torch.zeros(rows, dtype=torch.int32)
         order[first:] = torch.tensor([3, 0, 2, 1])
     offsets, tiles = (

@@ -210,7 +210,7 @@ def test_the_loss_of_n_identical_embeddings_is_log_n(n):
     ],
 )
 def test_rows_without_negatives_have_a_loss_of_exactly_zero(options, backend):
-    """Every second row has a unique key. The mean counts these rows.
+    """Every second row has a unique key. The mean includes these rows.
 
     With positive_weight, their loss is the positive term.
     """

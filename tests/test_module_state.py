@@ -78,8 +78,8 @@ def test_copies_give_the_same_output_and_share_no_memory(name, copied):
         out.sum().backward()  # the parameters to copy have gradients
     twin = copied(module)
     assert torch.equal(call(twin, *inputs), call(module, *inputs))
-    for mine, other in zip(module.parameters(), twin.parameters(), strict=True):
-        assert torch.equal(mine, other) and mine.data_ptr() != other.data_ptr()
+    for original, other in zip(module.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(original, other) and original.data_ptr() != other.data_ptr()
 
 
 @pytest.mark.parametrize("name", ALL)

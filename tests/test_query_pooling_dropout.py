@@ -242,14 +242,14 @@ def test_the_mean_over_many_masks_equals_no_dropout(form):
     one = inputs | {
         k: inputs[k].detach()[2:3].requires_grad_(k == "x") for k in ("x", "key_padding_mask")
     }
-    all_ = one | {
+    repeated = one | {
         k: one[k].detach().expand(many, -1, -1)[:, :, : one[k].shape[-1]].clone() for k in ("x",)
     }
-    all_["x"].requires_grad_()
-    all_["key_padding_mask"] = one["key_padding_mask"].expand(many, -1)
+    repeated["x"].requires_grad_()
+    repeated["key_padding_mask"] = one["key_padding_mask"].expand(many, -1)
     upstream = torch.randn(1, 5, 20, dtype=torch.float64, device=DEVICE)
     want = run(one, heads, "composed", upstream, form)
-    got = run(all_, heads, "composed", upstream.expand(many, -1, -1), form, **dropout_options())
+    got = run(repeated, heads, "composed", upstream.expand(many, -1, -1), form, **dropout_options())
     for name in ("out", "dx"):
         error = (got[name].mean(0) - want[name][0]).abs()
         assert (error <= 6 * got[name].std(0) / many**0.5 + 1e-12).all() and got[name].std(

@@ -311,8 +311,8 @@ def test_invalid_requests_are_refused(tmp_path, monkeypatch, capsys):
     ):
         assert sanitize.main(words) == 2
         assert sentence in capsys.readouterr().err
-    place = tmp_path / "bin" / "compute-sanitizer"
-    place.parent.mkdir()
-    place.write_text("#!/bin/sh\n")
-    place.chmod(0o755)
-    assert sanitize.find_sanitizer() == str(place)
+    program = tmp_path / "bin" / "compute-sanitizer"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    assert sanitize.find_sanitizer() == str(program)

@@ -1,4 +1,4 @@
-"""Second derivatives of attention, which torch's fused attention does not provide."""
+"""Tests of the second derivatives of attention."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""torch.func on every op and module: grad, vmap, jvp, jacrev and combinations of them.
+"""torch.func on every op and module: grad, vmap, jvp, jacrev and combinations.
 
 Expected values come from plain autograd in float64.
 """

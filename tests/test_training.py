@@ -386,13 +386,13 @@ def test_a_step_accumulates_the_given_number_of_batches(products, tmp_path, monk
 
 
 def test_a_cpu_uses_bf16_autocast_only_if_requested(products, tmp_path, monkeypatch):
-    found, update = [], mmfused.training.tasks.add_gradients
+    found, original = [], mmfused.training.tasks.add_gradients
 
     def spy(model, batches, count, amp):
         hook = model.gate.mlp[0].register_forward_hook(
             lambda module, given, result: found.append(result.dtype)
         )
-        loss, terms = update(model, batches, count, amp)
+        loss, terms = original(model, batches, count, amp)
         hook.remove()
         found.extend([loss.dtype, *(term.dtype for term in terms.values())])
         return loss, terms
