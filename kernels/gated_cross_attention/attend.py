@@ -1,9 +1,9 @@
 """Attention of both directions: softmax(Q K^T / sqrt(d)) V for each head, by online softmax.
 
-Exponentials are in base 2. lse, the log-sum-exp of each row, is divided by the scale 1 / sqrt(d),
-because the backward pass subtracts lse from q . k before scaling. For a fully masked row lse is
-+inf, and later kernels recognise such rows by this value. Leading and trailing tiles of a sample
-without valid keys are skipped.
+Exponentials are in base 2. lse, the log-sum-exp of each row, is stored divided by the scale
+1 / sqrt(d), because the backward pass subtracts lse from q . k before scaling. For a fully masked
+row lse is +inf, by which later kernels recognise such rows. Tiles before the first valid key and
+after the last valid key of a sample are skipped.
 """
 
 from __future__ import annotations
@@ -107,9 +107,8 @@ def attend_head(
             s = tl.where(keep[None, :], s, float("-inf"))
             m_new = tl.maximum(m, tl.max(s, 1))
             shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-            weight = tl.exp2(
-                (s - shift[:, None]) * (scale * LOG2E)
-            )  # subtract before scaling, because the difference of two close logits is exact
+            # Subtract before scaling, because the difference of two close logits is exact.
+            weight = tl.exp2((s - shift[:, None]) * (scale * LOG2E))
             alpha = tl.exp2((m - shift) * (scale * LOG2E))
             total = total * alpha + tl.sum(weight, 1)
             if DROPOUT:
@@ -148,8 +147,8 @@ def spans(
     """
     lo, hi = key_span(direction, b, M, masks, IGNORE, ABSENT, MISSING, COLLAPSE)
     if IGNORE != 0:
-        first_query, past = valid_span(direction, b, N, masks, IGNORE)
-        hi = tl.where((first < past) & (first + BM > first_query), hi, lo)
+        valid_lo, valid_hi = valid_span(direction, b, N, masks, IGNORE)
+        hi = tl.where((first < valid_hi) & (first + BM > valid_lo), hi, lo)
     return lo, hi
 
 
@@ -189,27 +188,27 @@ def attend_kernel(
 ):
     """Compute the attention of BM queries of one head; grid (directions * B * H * tiles,).
 
-    The projections of the queries' side have WQ columns, those of the keys' side WK columns. Keys
-    begin at column FIRST_KEY.
+    Projections have WQ columns on the queries' side and WK columns on the keys' side. Keys begin at
+    column FIRST_KEY.
     """
     direction, b, head, tile = place(tiles, H, B)
     masks = (ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr)
-    back = direction == 1
-    N = pick(back, N0, N1)
-    M = pick(back, N1, N0)
-    first = tile * BM
-    if first < N:
-        lo, hi = spans(direction, b, first, N, M, masks, BM, IGNORE, ABSENT, MISSING, COLLAPSE)
+    reverse = direction == 1
+    N = pick(reverse, N0, N1)
+    M = pick(reverse, N1, N0)
+    tile_start = tile * BM
+    if tile_start < N:
+        lo, hi = spans(direction, b, tile_start, N, M, masks, BM, IGNORE, ABSENT, MISSING, COLLAPSE)
         attend_head(
-            pick(back, projected0_ptr, projected1_ptr),
-            pick(back, projected1_ptr, projected0_ptr),
-            pick(back, attended0_ptr, attended1_ptr),
-            pick(back, lse0_ptr, lse1_ptr),
+            pick(reverse, projected0_ptr, projected1_ptr),
+            pick(reverse, projected1_ptr, projected0_ptr),
+            pick(reverse, attended0_ptr, attended1_ptr),
+            pick(reverse, lse0_ptr, lse1_ptr),
             seed_ptr,
             direction,
             b,
             head,
-            first + tl.arange(0, BM),
+            tile_start + tl.arange(0, BM),
             N,
             M,
             lo,

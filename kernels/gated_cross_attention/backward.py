@@ -104,7 +104,10 @@ def _d_blend(
     d_tokens,
     d_norms,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Return dz and dy of each direction. Write dx without the attention's part to d_tokens."""
+    """Return dz and dy of each direction.
+
+    Write dx without the attention's part to d_tokens and, with post-norm, the gradients to d_norms.
+    """
     dy = [torch.empty_like(d) for d in d_outs]
     dz = [
         d.new_empty(
@@ -250,13 +253,13 @@ def _d_attend(
             call.p,
         )
 
-    results = (*both(lse), *both(delta), *d_projected)
+    common = (*both(lse), *both(delta), *d_projected)
     tiles = triton.cdiv(max(call.lengths[: call.directions]), call.plan.d_query.BM)
     attend_backward.d_query_kernel[(lines * tiles,)](
         *projected,
         *both(attended),
         *both(d_attended),
-        *results,
+        *common,
         *rest(tiles),
         **options,
         **tile_options(attend_backward.d_query_kernel, call.plan.d_query),
@@ -265,7 +268,7 @@ def _d_attend(
     attend_backward.d_key_kernel[(lines * tiles,)](
         *projected,
         *both(d_attended),
-        *results,
+        *common,
         *rest(tiles),
         **options,
         **tile_options(attend_backward.d_key_kernel, call.plan.d_key),
@@ -309,9 +312,8 @@ def _d_side(
         **call.given,
         **tile_options(gradients.d_normed_kernel, tile),
     )
-    plain = x.is_contiguous() and not (
-        call.given["IGNORE"] or call.given["ABSENT"]
-    )  # every row is changed and may be read
+    # Without masks every token is changed, so the gate read x itself.
+    plain = x.is_contiguous() and not (call.given["IGNORE"] or call.given["ABSENT"])
     gated = is_query_side and call.gate != "none"
     cleans = gated and not plain
     normed, clean = x.new_empty(rows, width), x.new_empty((rows, width) if cleans else (0,))

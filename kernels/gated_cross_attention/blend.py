@@ -1,7 +1,7 @@
 """Epilogue: output projection, dropout, gate, and blend with x.
 
-The output projection and dropout give A; the gate reads [x ; A ; e] and blends A into x (see
-mmfused/ops/gated_cross_attention/reference.py).
+The output projection and dropout give A. The gate reads [x ; A ; e], where e is the indicator, and
+blends A into x (see mmfused/ops/gated_cross_attention/reference.py).
 
 The gate is not rounded: g and 1 - g = sigmoid(-z) are both computed from the float32 logit z. A is
 rounded to the dtype of the tokens and stored in ``attn_out``, which the gate and the backward read.
@@ -434,13 +434,13 @@ def blend_kernel(
 ):
     """Compute A (READ), the output (BLEND), or both; grid (rows / BM [* D / BN], directions).
 
-    With both, a program computes whole rows, BN columns at a time. Even then A is stored and read
-    back, so that A is rounded in the same way.
+    With both, a program computes whole rows, BN columns at a time. A is stored and read back, so
+    that A is rounded as in two launches.
     """
     direction = tl.program_id(1)
-    back = direction == 1
+    reverse = direction == 1
     masks = (ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr)
-    N = pick(back, N0, N1)
+    N = pick(reverse, N0, N1)
     R = B * N
     blocks: tl.constexpr = 1 if READ and BLEND else (D + BN - 1) // BN
     begin = tl.program_id(0) % blocks * BN
@@ -448,25 +448,25 @@ def blend_kernel(
     r = tl.program_id(0) // blocks * BM + tl.arange(0, BM)
     if tl.program_id(0) // blocks * BM < R:
         ok = changed(direction, r, N, r < R, masks, IGNORE, ABSENT, MISSING)
-        x_ptr = pick(back, x0_ptr, x1_ptr)
-        x_at = (r // N).to(tl.int64) * pick(back, sb0, sb1) + (r % N).to(tl.int64) * pick(
-            back, sn0, sn1
+        x_ptr = pick(reverse, x0_ptr, x1_ptr)
+        x_at = (r // N).to(tl.int64) * pick(reverse, sb0, sb1) + (r % N).to(tl.int64) * pick(
+            reverse, sn0, sn1
         )
-        attn_out_ptr = pick(back, attn_out0_ptr, attn_out1_ptr)
-        out_ptr = pick(back, out0_ptr, out1_ptr)
-        b_ptr = pick(back, bg0_ptr, bg1_ptr)
-        flag_ptr = pick(back, flag0_ptr, flag1_ptr)
+        attn_out_ptr = pick(reverse, attn_out0_ptr, attn_out1_ptr)
+        out_ptr = pick(reverse, out0_ptr, out1_ptr)
+        b_ptr = pick(reverse, bg0_ptr, bg1_ptr)
+        flag_ptr = pick(reverse, flag0_ptr, flag1_ptr)
         if READ:
-            has_keys_rows = has_keys(pick(back, lse0_ptr, lse1_ptr), r, N, ok, H)
+            has_keys_rows = has_keys(pick(reverse, lse0_ptr, lse1_ptr), r, N, ok, H)
             limit = tl.where(any_of(has_keys_rows), D, 0)
             for first in range(begin, end, BN):
                 acc = add_product(
                     tl.zeros([BM, BN], tl.float32),
-                    pick(back, attended0_ptr, attended1_ptr),
+                    pick(reverse, attended0_ptr, attended1_ptr),
                     r.to(tl.int64) * D,
                     has_keys_rows,
                     limit,
-                    pick(back, wo0_ptr, wo1_ptr),
+                    pick(reverse, wo0_ptr, wo1_ptr),
                     first + tl.arange(0, BN),
                     D,
                     1,
@@ -479,7 +479,7 @@ def blend_kernel(
                     acc,
                     has_keys_rows,
                     attn_out_ptr,
-                    pick(back, bo0_ptr, bo1_ptr),
+                    pick(reverse, bo0_ptr, bo1_ptr),
                     (BIAS_O >> direction) & 1,
                     seed_ptr,
                     r,
@@ -499,14 +499,14 @@ def blend_kernel(
                 x_at,
                 attn_out_ptr,
                 out_ptr,
-                pick(back, wg0_ptr, wg1_ptr),
-                pick(back, whole0_ptr, whole1_ptr),
+                pick(reverse, wg0_ptr, wg1_ptr),
+                pick(reverse, whole0_ptr, whole1_ptr),
                 b_ptr,
                 (BIAS_G >> direction) & 1,
                 flag_ptr,
-                pick(back, gamma0_ptr, gamma1_ptr),
-                pick(back, beta0_ptr, beta1_ptr),
-                pick(back, moments0_ptr, moments1_ptr),
+                pick(reverse, gamma0_ptr, gamma1_ptr),
+                pick(reverse, beta0_ptr, beta1_ptr),
+                pick(reverse, moments0_ptr, moments1_ptr),
                 r,
                 R,
                 N,
@@ -570,28 +570,28 @@ def blend_rows_kernel(
 ):
     """Compute the output from A, unless the gate is per channel; grid (rows / BM, directions)."""
     direction = tl.program_id(1)
-    back = direction == 1
+    reverse = direction == 1
     masks = (ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr)
-    N = pick(back, N0, N1)
+    N = pick(reverse, N0, N1)
     R = B * N
     r = tl.program_id(0) * BM + tl.arange(0, BM)
     if tl.program_id(0) * BM < R:
         ok = changed(direction, r, N, r < R, masks, IGNORE, ABSENT, MISSING)
-        x_at = (r // N).to(tl.int64) * pick(back, sb0, sb1) + (r % N).to(tl.int64) * pick(
-            back, sn0, sn1
+        x_at = (r // N).to(tl.int64) * pick(reverse, sb0, sb1) + (r % N).to(tl.int64) * pick(
+            reverse, sn0, sn1
         )
         _blend_rows(
-            pick(back, x0_ptr, x1_ptr),
+            pick(reverse, x0_ptr, x1_ptr),
             x_at,
-            pick(back, attn_out0_ptr, attn_out1_ptr),
-            pick(back, out0_ptr, out1_ptr),
-            pick(back, wg0_ptr, wg1_ptr),
-            pick(back, bg0_ptr, bg1_ptr),
+            pick(reverse, attn_out0_ptr, attn_out1_ptr),
+            pick(reverse, out0_ptr, out1_ptr),
+            pick(reverse, wg0_ptr, wg1_ptr),
+            pick(reverse, bg0_ptr, bg1_ptr),
             (BIAS_G >> direction) & 1,
-            pick(back, flag0_ptr, flag1_ptr),
-            pick(back, gamma0_ptr, gamma1_ptr),
-            pick(back, beta0_ptr, beta1_ptr),
-            pick(back, moments0_ptr, moments1_ptr),
+            pick(reverse, flag0_ptr, flag1_ptr),
+            pick(reverse, gamma0_ptr, gamma1_ptr),
+            pick(reverse, beta0_ptr, beta1_ptr),
+            pick(reverse, moments0_ptr, moments1_ptr),
             r,
             R,
             N,

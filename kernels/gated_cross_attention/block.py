@@ -93,13 +93,13 @@ def block_kernel(
     """
     direction, b, _, tile = place(tiles, 1, B)
     masks = (ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr)
-    back = direction == 1
-    N = pick(back, N0, N1)
-    M = pick(back, N1, N0)
+    reverse = direction == 1
+    N = pick(reverse, N0, N1)
+    M = pick(reverse, N1, N0)
     R = B * N
     n = tile * BM + tl.arange(0, BM)
     if tile * BM < N:
-        lse_ptr = pick(back, lse0_ptr, lse1_ptr)
+        lse_ptr = pick(reverse, lse0_ptr, lse1_ptr)
         lo, hi = spans(direction, b, tile * BM, N, M, masks, BM, IGNORE, ABSENT, MISSING, COLLAPSE)
         cols = tl.arange(0, BD)
         acc = tl.zeros([BM, BD], tl.float32)
@@ -107,9 +107,9 @@ def block_kernel(
         # head. Kept in registers for all heads, they would spill on sm_100 and sm_120.
         for head in tl.range(0, H, disable_licm=True):
             attended = attend_head(
-                pick(back, projected0_ptr, projected1_ptr),
-                pick(back, projected1_ptr, projected0_ptr),
-                pick(back, attended0_ptr, attended1_ptr),
+                pick(reverse, projected0_ptr, projected1_ptr),
+                pick(reverse, projected1_ptr, projected0_ptr),
+                pick(reverse, attended0_ptr, attended1_ptr),
                 lse_ptr,
                 seed_ptr,
                 direction,
@@ -139,22 +139,21 @@ def block_kernel(
                 k = tl.arange(0, BH)
                 at = cols[None, :] * D + head * DH + k[:, None]
                 w = tl.load(
-                    pick(back, wo0_ptr, wo1_ptr) + at,
+                    pick(reverse, wo0_ptr, wo1_ptr) + at,
                     mask=(k[:, None] < DH) & (cols[None, :] < D),
                     other=0.0,
                 )
                 acc = dot(attended, w, acc, UPCAST)
         tl.debug_barrier()  # other threads of this program wrote lse
-        r = tl.where(n < N, b * N + n, R).to(
-            tl.int32
-        )  # rows beyond this sample become R, which is beyond all samples
+        # Rows beyond this sample become R, which is beyond all samples.
+        r = tl.where(n < N, b * N + n, R).to(tl.int32)
         ok = changed(direction, r, N, r < R, masks, IGNORE, ABSENT, MISSING)
-        attn_out_ptr = pick(back, attn_out0_ptr, attn_out1_ptr)
+        attn_out_ptr = pick(reverse, attn_out0_ptr, attn_out1_ptr)
         store_kept(
             acc,
             has_keys(lse_ptr, r, N, ok, H),
             attn_out_ptr,
-            pick(back, bo0_ptr, bo1_ptr),
+            pick(reverse, bo0_ptr, bo1_ptr),
             (BIAS_O >> direction) & 1,
             seed_ptr,
             r,
@@ -167,22 +166,22 @@ def block_kernel(
             DROPOUT,
         )
         tl.debug_barrier()  # other threads of this program wrote A
-        x_at = (r // N).to(tl.int64) * pick(back, sb0, sb1) + (r % N).to(tl.int64) * pick(
-            back, sn0, sn1
+        x_at = (r // N).to(tl.int64) * pick(reverse, sb0, sb1) + (r % N).to(tl.int64) * pick(
+            reverse, sn0, sn1
         )
         blend_tokens(
-            pick(back, x0_ptr, x1_ptr),
+            pick(reverse, x0_ptr, x1_ptr),
             x_at,
             attn_out_ptr,
-            pick(back, out0_ptr, out1_ptr),
-            pick(back, wg0_ptr, wg1_ptr),
-            pick(back, whole0_ptr, whole1_ptr),
-            pick(back, bg0_ptr, bg1_ptr),
+            pick(reverse, out0_ptr, out1_ptr),
+            pick(reverse, wg0_ptr, wg1_ptr),
+            pick(reverse, whole0_ptr, whole1_ptr),
+            pick(reverse, bg0_ptr, bg1_ptr),
             (BIAS_G >> direction) & 1,
-            pick(back, flag0_ptr, flag1_ptr),
-            pick(back, gamma0_ptr, gamma1_ptr),
-            pick(back, beta0_ptr, beta1_ptr),
-            pick(back, moments0_ptr, moments1_ptr),
+            pick(reverse, flag0_ptr, flag1_ptr),
+            pick(reverse, gamma0_ptr, gamma1_ptr),
+            pick(reverse, beta0_ptr, beta1_ptr),
+            pick(reverse, moments0_ptr, moments1_ptr),
             r,
             R,
             N,

@@ -35,7 +35,7 @@ def tile_options(kernel: Any, tile: Tile) -> dict[str, Any]:
 
 @dataclass
 class Call:
-    """The arguments of the operator, and sizes and flags computed from them."""
+    """The arguments of the operator, and values computed from the arguments."""
 
     tokens: list[Tensor]  # of side 0 and side 1
     norms: list[Tensor]  # weight and bias of side 0, then of side 1

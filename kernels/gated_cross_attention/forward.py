@@ -86,7 +86,7 @@ def _project(
     moments: Tensor,
     packed: Tensor | None,
 ) -> None:
-    """Project one side, and copy its W_g without the last column to ``packed``, if given."""
+    """Project one side; if ``packed`` is given, copy W_g without its last column to it."""
     x, tile = call.tokens[side], call.plan.project
     parts = call.parts(side)
     weights = [call.parameter(*part) for part in parts]

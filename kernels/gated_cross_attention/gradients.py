@@ -1,14 +1,15 @@
 """Backward of everything except the attention.
 
-With y = attended W_o^T + b_o, A = dropout(y), which is ``attn_out`` of the forward, g = sigmoid(z),
-and dropout' and LN' the gradients through dropout and norm:
+y = attended W_o^T + b_o, A = dropout(y) is ``attn_out`` of the forward, g = sigmoid(z) is the gate,
+and W_gx and W_ga are the columns of W_g that multiply x and A. dropout' and LN' are the gradients
+through dropout and norm. With pre-norm:
 
     dz = dout (A - x) g (1 - g)     dy = dropout'(g dout + dz W_ga)     d attended = dy W_o
     dx = (1 - g) dout + dz W_gx + LN'(dQ W_q + dK W_k + dV W_v)
 
 For unchanged tokens, dx = dout. g is recomputed. dz, dy and the gradients of the projections are
-exactly 0 in rows that do not count, so that plain products over all rows give the gradients of the
-weights.
+exactly 0 in rows that the masks exclude, so that plain products over all rows give the gradients of
+the weights.
 """
 
 from __future__ import annotations
@@ -69,9 +70,9 @@ def d_gate_kernel(
     Grid (rows / BM * D / BN, directions).
     """
     direction = tl.program_id(1)
-    back = direction == 1
+    reverse = direction == 1
     masks = (ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr)
-    N = pick(back, N0, N1)
+    N = pick(reverse, N0, N1)
     R = B * N
     blocks: tl.constexpr = (D + BN - 1) // BN
     cols = tl.program_id(0) % blocks * BN + tl.arange(0, BN)
@@ -79,20 +80,20 @@ def d_gate_kernel(
     if tl.program_id(0) // blocks * BM < R:
         ok = changed(direction, r, N, r < R, masks, IGNORE, ABSENT, MISSING)
         at = r.to(tl.int64) * D
-        x_ptr = pick(back, x0_ptr, x1_ptr)
-        x_at = (r // N).to(tl.int64) * pick(back, sb0, sb1) + (r % N).to(tl.int64) * pick(
-            back, sn0, sn1
+        x_ptr = pick(reverse, x0_ptr, x1_ptr)
+        x_at = (r // N).to(tl.int64) * pick(reverse, sb0, sb1) + (r % N).to(tl.int64) * pick(
+            reverse, sn0, sn1
         )
-        attn_out_ptr = pick(back, attn_out0_ptr, attn_out1_ptr)
+        attn_out_ptr = pick(reverse, attn_out0_ptr, attn_out1_ptr)
         z = gate_logits(
             x_ptr,
             x_at,
             attn_out_ptr,
-            pick(back, wg0_ptr, wg1_ptr),
-            pick(back, whole0_ptr, whole1_ptr),
-            pick(back, bg0_ptr, bg1_ptr),
+            pick(reverse, wg0_ptr, wg1_ptr),
+            pick(reverse, whole0_ptr, whole1_ptr),
+            pick(reverse, bg0_ptr, bg1_ptr),
             (BIAS_G >> direction) & 1,
-            pick(back, flag0_ptr, flag1_ptr),
+            pick(reverse, flag0_ptr, flag1_ptr),
             r,
             N,
             ok,
@@ -106,7 +107,7 @@ def d_gate_kernel(
         )
         g = tl.sigmoid(z)
         rest = tl.sigmoid(-z)
-        d_out = load_tile(pick(back, d_out0_ptr, d_out1_ptr), at, cols, r < R, D)
+        d_out = load_tile(pick(reverse, d_out0_ptr, d_out1_ptr), at, cols, r < R, D)
         dz = (
             d_out
             * g
@@ -115,17 +116,17 @@ def d_gate_kernel(
         )
         inside = (r < R)[:, None] & (cols[None, :] < D)
         tl.store(
-            pick(back, dz0_ptr, dz1_ptr) + tile_at(r, cols, D),
+            pick(reverse, dz0_ptr, dz1_ptr) + tile_at(r, cols, D),
             tl.where(ok[:, None], dz, 0.0),
             mask=inside,
         )
         tl.store(
-            pick(back, dy0_ptr, dy1_ptr) + tile_at(r, cols, D),
+            pick(reverse, dy0_ptr, dy1_ptr) + tile_at(r, cols, D),
             tl.where(ok[:, None], d_out * g, 0.0),
             mask=inside,
         )
         tl.store(
-            pick(back, dx0_ptr, dx1_ptr) + tile_at(r, cols, D),
+            pick(reverse, dx0_ptr, dx1_ptr) + tile_at(r, cols, D),
             tl.where(ok[:, None], d_out * rest, d_out),
             mask=inside,
         )
@@ -168,9 +169,9 @@ def through_gate_kernel(
     Grid (rows / BM * 2 D / BN, directions).
     """
     direction = tl.program_id(1)
-    back = direction == 1
+    reverse = direction == 1
     masks = (ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr)
-    N = pick(back, N0, N1)
+    N = pick(reverse, N0, N1)
     R = B * N
     blocks: tl.constexpr = (D + BN - 1) // BN
     half = tl.program_id(0) % (2 * blocks) // blocks
@@ -182,15 +183,17 @@ def through_gate_kernel(
         if any_of(ok):
             at = tile_at(r, cols, D)
             inside = ok[:, None] & (cols[None, :] < D)
-            target = pick(half == 1, pick(back, dx0_ptr, dx1_ptr), pick(back, dy0_ptr, dy1_ptr))
+            target = pick(
+                half == 1, pick(reverse, dx0_ptr, dx1_ptr), pick(reverse, dy0_ptr, dy1_ptr)
+            )
             acc = tl.load(target + at, mask=inside, other=0.0).to(tl.float32)
-            w_ptr = pick(back, wg0_ptr, wg1_ptr) + half * D
-            dz_ptr = pick(back, dz0_ptr, dz1_ptr)
+            w_ptr = pick(reverse, wg0_ptr, wg1_ptr) + half * D
+            dz_ptr = pick(reverse, dz0_ptr, dz1_ptr)
             acc = add_product(
                 acc, dz_ptr, r.to(tl.int64) * D, ok, D, w_ptr, cols, D, 2 * D, 1, D, BK, UPCAST
             )
             if half == 1:
-                has_keys_rows = has_keys(pick(back, lse0_ptr, lse1_ptr), r, N, ok, H)
+                has_keys_rows = has_keys(pick(reverse, lse0_ptr, lse1_ptr), r, N, ok, H)
                 acc = tl.where(has_keys_rows[:, None], acc, 0.0)
                 if DROPOUT:
                     acc = dropped(acc, seed_ptr, r, first, p, 2 * direction + 1, BN)
@@ -257,25 +260,25 @@ def d_rows_kernel(
     stores its sums for the gradients of the norm's weight and bias in partial (2, P, D).
     """
     direction = tl.program_id(1)
-    back = direction == 1
+    reverse = direction == 1
     masks = (ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr)
-    N = pick(back, N0, N1)
+    N = pick(reverse, N0, N1)
     R = B * N
     cols = tl.arange(0, BN)
-    x_ptr = pick(back, x0_ptr, x1_ptr)
-    attn_out_ptr = pick(back, attn_out0_ptr, attn_out1_ptr)
-    w_ptr = pick(back, wg0_ptr, wg1_ptr)
-    moments_ptr = pick(back, moments0_ptr, moments1_ptr)
+    x_ptr = pick(reverse, x0_ptr, x1_ptr)
+    attn_out_ptr = pick(reverse, attn_out0_ptr, attn_out1_ptr)
+    w_ptr = pick(reverse, wg0_ptr, wg1_ptr)
+    moments_ptr = pick(reverse, moments0_ptr, moments1_ptr)
     d_gamma = tl.zeros([BN], tl.float32)
     d_beta = tl.zeros([BN], tl.float32)
     for block in range(tl.program_id(0), tl.cdiv(R, BM), tl.num_programs(0)):
         r = block * BM + tl.arange(0, BM)
         ok = changed(direction, r, N, r < R, masks, IGNORE, ABSENT, MISSING)
         at = r.to(tl.int64) * D
-        x_at = (r // N).to(tl.int64) * pick(back, sb0, sb1) + (r % N).to(tl.int64) * pick(
-            back, sn0, sn1
+        x_at = (r // N).to(tl.int64) * pick(reverse, sb0, sb1) + (r % N).to(tl.int64) * pick(
+            reverse, sn0, sn1
         )
-        d_out = load_tile(pick(back, d_out0_ptr, d_out1_ptr), at, cols, r < R, D)
+        d_out = load_tile(pick(reverse, d_out0_ptr, d_out1_ptr), at, cols, r < R, D)
         x = load_tile(x_ptr, x_at, cols, ok, D)
         a = load_tile(attn_out_ptr, at, cols, ok, D)
         if GATE == "token":
@@ -284,9 +287,9 @@ def d_rows_kernel(
                 x_at,
                 attn_out_ptr,
                 w_ptr,
-                pick(back, bg0_ptr, bg1_ptr),
+                pick(reverse, bg0_ptr, bg1_ptr),
                 (BIAS_G >> direction) & 1,
-                pick(back, flag0_ptr, flag1_ptr),
+                pick(reverse, flag0_ptr, flag1_ptr),
                 r,
                 N,
                 ok,
@@ -296,7 +299,7 @@ def d_rows_kernel(
                 INDICATOR,
             )
             dz = tl.sum(d_out * (a - x), 1) * tl.sigmoid(z) * tl.sigmoid(-z)
-            tl.store(pick(back, dz0_ptr, dz1_ptr) + r, tl.where(ok, dz, 0.0), mask=r < R)
+            tl.store(pick(reverse, dz0_ptr, dz1_ptr) + r, tl.where(ok, dz, 0.0), mask=r < R)
             dx = (
                 d_out * tl.sigmoid(-z)[:, None] + dz[:, None] * load_vector(w_ptr, cols, D)[None, :]
             )
@@ -312,21 +315,23 @@ def d_rows_kernel(
                 normed = tl.where(cols[None, :] < D, (x + a - mean[:, None]) * rstd[:, None], 0.0)
                 d_gamma += tl.sum(d_out * normed, 0)
                 d_beta += tl.sum(tl.where(ok[:, None], d_out, 0.0), 0)
-                dx = norm_backward(d_out, normed, rstd, pick(back, gamma0_ptr, gamma1_ptr), cols, D)
+                dx = norm_backward(
+                    d_out, normed, rstd, pick(reverse, gamma0_ptr, gamma1_ptr), cols, D
+                )
             dy = dx
-        has_keys_rows = has_keys(pick(back, lse0_ptr, lse1_ptr), r, N, ok, H)
+        has_keys_rows = has_keys(pick(reverse, lse0_ptr, lse1_ptr), r, N, ok, H)
         dy = tl.where(has_keys_rows[:, None], dy, 0.0)
         if DROPOUT:
             dy = dropped(dy, seed_ptr, r, 0, p, 2 * direction + 1, BN)
         inside = (r < R)[:, None] & (cols[None, :] < D)
-        tl.store(pick(back, dy0_ptr, dy1_ptr) + tile_at(r, cols, D), dy, mask=inside)
+        tl.store(pick(reverse, dy0_ptr, dy1_ptr) + tile_at(r, cols, D), dy, mask=inside)
         tl.store(
-            pick(back, dx0_ptr, dx1_ptr) + tile_at(r, cols, D),
+            pick(reverse, dx0_ptr, dx1_ptr) + tile_at(r, cols, D),
             tl.where(ok[:, None], dx, d_out),
             mask=inside,
         )
     if POSTNORM:
-        _store_partial(pick(back, partial0_ptr, partial1_ptr), d_gamma, d_beta, cols, D)
+        _store_partial(pick(reverse, partial0_ptr, partial1_ptr), d_gamma, d_beta, cols, D)
 
 
 @triton.jit
@@ -340,7 +345,7 @@ def norm_backward(
 ):
     """Return the gradient through a LayerNorm; rows whose rstd is 0 give 0.
 
-    ``normed``: the rows before weight and bias, 0 beyond the width.
+    ``normed``: the normalised rows, before weight and bias; 0 in columns from D on.
     """
     d = d_out * load_vector(gamma_ptr, cols, D)[None, :]
     mean = tl.sum(d, 1) / D
@@ -387,9 +392,9 @@ def d_attended_kernel(
 ):
     """Compute dy W_o, the gradient of ``attended``; grid (rows / BM * D / BN, directions)."""
     direction = tl.program_id(1)
-    back = direction == 1
+    reverse = direction == 1
     masks = (ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr)
-    N = pick(back, N0, N1)
+    N = pick(reverse, N0, N1)
     blocks: tl.constexpr = (D + BN - 1) // BN
     cols = tl.program_id(0) % blocks * BN + tl.arange(0, BN)
     r = tl.program_id(0) // blocks * BM + tl.arange(0, BM)
@@ -400,12 +405,12 @@ def d_attended_kernel(
         )
         limit = tl.where(any_of(ok), D, 0)
         acc = tl.zeros([BM, BN], tl.float32)
-        dy_ptr = pick(back, dy0_ptr, dy1_ptr)
-        w_ptr = pick(back, wo0_ptr, wo1_ptr)
+        dy_ptr = pick(reverse, dy0_ptr, dy1_ptr)
+        w_ptr = pick(reverse, wo0_ptr, wo1_ptr)
         acc = add_product(
             acc, dy_ptr, r.to(tl.int64) * D, ok, limit, w_ptr, cols, D, D, 1, D, BK, UPCAST
         )
-        out_ptr = pick(back, d_attended0_ptr, d_attended1_ptr)
+        out_ptr = pick(reverse, d_attended0_ptr, d_attended1_ptr)
         tl.store(out_ptr + tile_at(r, cols, D), acc, mask=inside[:, None] & (cols[None, :] < D))
 
 
@@ -490,7 +495,7 @@ def _first_alone(
     IGNORE: tl.constexpr,
     ABSENT: tl.constexpr,
 ):
-    """Return ``ok``, set to False for all but the first valid token of absent samples."""
+    """Return ``ok``, set to False for all but the first valid token of an absent side."""
     b = r // N
     gone = ok & (r >= 0)
     if ABSENT != 0:

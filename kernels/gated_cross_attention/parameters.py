@@ -1,6 +1,6 @@
 """Gradients of weights, biases and norms, as plain products and sums over all rows.
 
-In rows that do not count, the kernels have written 0.
+The kernels have written 0 in rows that the masks exclude.
 """
 
 from __future__ import annotations

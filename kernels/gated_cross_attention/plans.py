@@ -63,7 +63,7 @@ class Plan:
 
 
 def power(n: int) -> int:
-    """Return the smallest power of two that is at least n, or 16 if that is larger."""
+    """Return the smallest power of two that is at least 16 and at least n."""
     return max(16, 1 << (n - 1).bit_length())
 
 
@@ -133,7 +133,7 @@ def plan(
     rows = Tile(max(1, 2048 // widest), widest, 0, 4, 1)
     block = _block(dim, head_dim, dtype, arch)
     warps = 4 if head_dim <= 64 else 8
-    if dtype == torch.float32:  # without matrix instructions, its products need more registers
+    if dtype == torch.float32:  # no matrix instructions, so products need more registers
         tile = Tile(32, 32, 16, 4, 2)
         attend = Tile(32 if head_dim <= 64 else 16, 32, 0, warps, 1)
         d_query = attend if head_dim <= 64 else Tile(16, 16, 0, warps, 1)

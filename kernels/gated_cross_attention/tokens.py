@@ -123,7 +123,7 @@ def key_span(
 ):
     """Return lo and hi: in this direction, sample b attends to tokens in [lo, hi).
 
-    COLLAPSE: if the other side is absent, [lo, hi) has only its first valid token.
+    COLLAPSE: if the other side is absent, [lo, hi) has only the other side's first valid token.
     """
     there = attends(direction, b, M > 0, masks, ABSENT, MISSING)
     lo = 0
