@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 else:
     Options = dict  # any dict passes `fits`; the config's own checks examine its fields
 
-# The kind of each field of an object: a type annotation, or Kinds for a nested object or None.
+# The kind of each field of an object: an annotation, or Kinds if the field holds an object or None.
 Kinds: TypeAlias = Mapping[str, object]
 
 NoneType: type = type(None)

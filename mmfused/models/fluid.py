@@ -55,14 +55,14 @@ class FLUIDConfig(ModelConfig):
     # Dropout of attention probabilities and block outputs in Q-Transforms and Q-bottleneck.
     dropout: float = 0.1
     head_dropout: float = 0.1  # dropout in the gate, the router and the experts
-    # Standard deviation of the initial queries. The public code's 1 makes the queries learn slowly.
+    # Standard deviation of the initial queries. The public code uses 1, which slows learning.
     query_std: float = 0.02
     gate_hidden: tuple[int, ...] = (128,)
     router: Literal["mlp", "linear"] = "mlp"
     num_experts: int = 4  # E
     top_k: int = 2
-    # Widths of the experts' hidden layers. The default, linear experts, learns faster from few
-    # samples than the two hidden layers of the public code.
+    # Widths of the experts' hidden layers. By default the experts are linear, and learn faster from
+    # few samples than with the two hidden layers of the public code.
     expert_hidden: tuple[int, ...] = ()
     balance: Literal["mse", "gshard"] = "mse"
     balance_weight: float = 0.1
@@ -194,7 +194,7 @@ class ExpertLinear(nn.Module):
             return x
         with no_autocast(x.device.type):
             # Products with one-hot rows select each row's scale and shift. In backward, products
-            # sum the rows' gradients in a fixed order, and indexing would not.
+            # sum the rows' gradients in a fixed order. Indexing would not.
             scale = expert.to(self.norm_weight.dtype) @ self.norm_weight
             shift = expert.to(self.norm_bias.dtype) @ self.norm_bias
         return F.layer_norm(x, x.shape[-1:]) * scale + shift

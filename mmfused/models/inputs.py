@@ -78,8 +78,8 @@ def check_range(name: str, values: Tensor, limit: int) -> None:
 def clamp_indices(indices: Tensor, limit: int) -> tuple[Tensor, Tensor]:
     """Return the indices clamped to [0, limit), and a tensor to add to the values looked up.
 
-    The tensor is NaN for each index out of range, else 0. It is needed on CUDA, where
-    :func:`check_range` does not raise and an index out of range would end the CUDA context.
+    The tensor is NaN for each index out of range, else 0. On CUDA, :func:`check_range` does not
+    raise, and a lookup of an index out of range would end the CUDA context.
     """
     inside = indices.clamp(0, limit - 1)
     return inside, torch.where(inside == indices, 0.0, float("nan"))
@@ -88,7 +88,7 @@ def clamp_indices(indices: Tensor, limit: int) -> tuple[Tensor, Tensor]:
 def map_tokens(linear: nn.Module, tokens: Tensor, ignore: Tensor | None) -> Tensor:
     """Project tokens to the model's width.
 
-    Before a Linear layer, ignored tokens are set to 0: NaN would reach the gradient of its weight.
+    A Linear layer gets 0 for ignored tokens, because NaN would reach the gradient of the weight.
     """
     if isinstance(linear, nn.Linear) and ignore is not None:
         tokens = tokens.masked_fill(ignore[..., None], 0)
@@ -162,7 +162,8 @@ def read_text(
     """Return text tokens (B, T, width), padding (B, T) and has_text (B,).
 
     The tokens are encoded from ids, or given. ``present`` is has_text if it is not None. Otherwise
-    has_text is True for more than two real ids ([CLS] and [SEP] are two), or one real given token.
+    has_text is True for more than two real ids ([CLS] and [SEP] are two). If tokens are given, one
+    real token is enough.
     """
     source = one_source("input_ids and text_tokens", ids, tokens)
     shape = source.shape[:2]

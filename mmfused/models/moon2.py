@@ -16,10 +16,11 @@
 h is the input of a layer's FFN, which the router W_g and Z experts f_z replace. L_aux is the
 routers' balance loss. A triplet is a query q, its positive p and its hard negative n. N_q are the
 negatives of q. x^theta is the r of an item x in the view theta: t (text), i (image) or mm (both).
-w is p or n, so the M = 5 objectives are three L_inter and two L_intra. B_m are the items whose
-views q^theta or w^i objective m compares. G~_zb is the mean of G~_z over the tokens of item b in
-this view and the layers with a mixture. The objectives are in moon2_losses.py. docs/models.md gives
-the source of each part.
+w is p or n, so the M = 5 objectives are three L_inter and two L_intra. The items B_m of
+objective m are the queries that have the view theta (L_inter), or the w that have an image
+(L_intra). G~_zb is the mean of G~_z over the layers with a mixture and the tokens of item b, in the
+view theta or i. The objectives are in moon2_losses.py. docs/models.md gives the source of each
+part.
 """
 
 from __future__ import annotations
@@ -72,8 +73,7 @@ class MOON2Config(HostedConfig):
     tokens: Options | None = None  # required: qwen.token_ids(tokenizer)
     image_size: int = 64  # side of the pictures, a multiple of patch_size * spatial_merge_size
     num_experts: int = 8  # Z
-    # k. With k = 1, a new mixture scales the output of the FFN by a probability.
-    top_k: int = 2
+    top_k: int = 2  # k
     moe_every: int = 1  # 1: every layer has a mixture, 2: every second layer, ...
     # Initial noise in the experts' weights, as a fraction of the FFN weights' standard deviation.
     expert_noise: float = 0.01
@@ -87,7 +87,7 @@ class MOON2Config(HostedConfig):
     # True: omega passes no gradient to the routers. False: the gradient also teaches the routers to
     # favour the experts of easy objectives.
     detach_routing: bool = False
-    normalise: float | None = None  # sum to which the omegas are scaled; None: they are not scaled
+    normalise: float | None = None  # sum to which the omegas are scaled; None: no scaling
     filter_threshold: float = 0.6  # delta
     filter_slope: float = 10.0  # kappa
     filter_margin: float = 0.2  # D at the start
@@ -199,7 +199,7 @@ def _without_margin(
     prefix: str,
     *_: Any,
 ) -> None:
-    """Drop the margin, which old states contain and `set_progress` computes."""
+    """Drop the margin from an old state; `set_progress` computes the margin."""
     state.pop(f"{prefix}margin", None)
 
 

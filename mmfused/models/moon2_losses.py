@@ -84,7 +84,7 @@ def reliability(
 
 
 def intra_loss(part: EncodedPart, c: MOON2Config) -> Tensor:
-    """Return L_intra of a part: InfoNCE from each image to the text of the same product."""
+    """Return L_intra of a part: InfoNCE from each item's image to its text."""
     image, text, real, labels = part["image"], part["text"], part["has_text"], part["labels"]
     ids = labels
     if c.roll:
@@ -159,8 +159,8 @@ def contrast(
     are the ``real`` candidates with another id. With ``own_only``, query i has only candidates
     i + B, i + 2 B, ... as negatives.
     """
-    first = (dist.get_rank() << 32) if in_group() else 0
-    rows = torch.arange(len(query), device=query.device) + first
+    key_offset = (dist.get_rank() << 32) if in_group() else 0
+    rows = torch.arange(len(query), device=query.device) + key_offset
     query_key = rows if own_only else torch.zeros_like(rows)
     repeats = len(candidates) // max(len(query), 1)
     options: dict[str, Any] = {

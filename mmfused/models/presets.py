@@ -68,7 +68,7 @@ FLUID: Presets = {
             "hidden_dropout_prob": 0.1,
             "attention_probs_dropout_prob": 0.0,
         },
-        # For a thousand photos with augmentation.
+        # Chosen for training on a thousand photos with augmentation.
         "dropout": 0.0,
         "head_dropout": 0.0,
         "expert_hidden": (),
@@ -132,7 +132,7 @@ UNICA: Presets = {
             **TINY_BERT,
             "hidden_dropout_prob": 0.1,
             "attention_probs_dropout_prob": 0.0,
-            # With BERT's 0.02 the loss stays at log(batch size); with 0.1 it falls in 40 steps.
+            # With BERT's 0.02, the loss stays at log(batch size). With 0.1, it falls in 40 steps.
             "initializer_range": 0.1,
         },
         "image": TINY_VIT_64,

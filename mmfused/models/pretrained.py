@@ -59,8 +59,8 @@ def pretrained_vit(
     size = {} if image_size is None else {"img_size": image_size}
     if folder.is_dir():
         return vit_of_folder(folder, size)
-    known = timm.is_model(source) and timm.models.get_pretrained_cfg(source)
-    if not known or not getattr(known, "hf_hub_id", None):
+    pretrained_cfg = timm.is_model(source) and timm.models.get_pretrained_cfg(source)
+    if not pretrained_cfg or not getattr(pretrained_cfg, "hf_hub_id", None):
         expected = "a folder, or the name of a timm model with weights on the hub"
         raise ValueError(f"image encoder: got {source!r}, expected {expected}")
     with on_meta():  # checked before the download

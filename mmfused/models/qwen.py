@@ -3,8 +3,7 @@
 The sequence of an item in a view is <|vision_start|>, the picture's tokens, <|vision_end|>, the
 text, a prompt, an end token. Padding is on the left, so that the last slot holds the last token of
 every item. Each item has slots for all of these parts, and slots of absent parts become padding.
-Therefore the shapes of the sequences depend only on the shapes of the batch, and no code here loops
-over items or waits for the GPU. (The vision tower of transformers does both.)
+The shapes of the sequences therefore depend only on the shapes of the batch.
 """
 
 from __future__ import annotations
@@ -154,7 +153,7 @@ def read_pictures(
     """Return `picture_tokens` of the pixels, or the given ``image_tokens`` with their grid.
 
     ``image_tokens`` (B, n, D) belong to square pictures with sides of ``size`` pixels. The vision
-    tower, which does not run on given tokens, should be frozen.
+    tower should be frozen, because it does not run if ``image_tokens`` are given.
     """
     source = one_source("pixel_values and image_tokens", pixel_values, image_tokens)
     if image_tokens is None:
@@ -201,8 +200,8 @@ def assemble(
         image_present: (B,) bool, False = the item has no picture; None = all have one.
         view: one of VIEWS, or each item's index in VIEWS, (B,) int64.
         video: whether the pictures are videos, which changes the prompt.
-        prompt: whether sequences have a prompt and an end token. If False, a sequence without
-            picture and text still has the end token.
+        prompt: whether sequences have a prompt and an end token. If False, only a sequence
+            with neither picture nor text has the end token.
     """
     has_image, real_text = visible(tokens, input_ids, attention_mask, image_present, view)
     has_text, device = real_text.any(1), input_ids.device
@@ -284,8 +283,8 @@ def grid_positions(grid: Grid, device: torch.device) -> Tensor:
     """Return M-RoPE positions (3, n + 2) of <|vision_start|>, n picture tokens and <|vision_end|>.
 
     <|vision_end|> follows the largest position on the three axes, as in the Qwen2-VL paper.
-    transformers 5 ignores the time axis; the result differs only for a video whose grid is longer
-    in time than in rows and columns.
+    transformers 5 ignores the time axis here; its result differs only for a video whose grid is
+    longer in time than in both rows and columns.
     """
     axes = torch.meshgrid(*(torch.arange(size, device=device) for size in grid), indexing="ij")
     inner = 1 + torch.stack(axes).flatten(1)

@@ -102,7 +102,7 @@ class HostedConfig(ModelConfig):
         return {"vocab_size": len(tokenizer), "tokens": token_ids(tokenizer)}
 
     def check_host_and_tokens(self) -> None:
-        """Require valid options in `host`, all `tokens`, and whole tokens in `image_size`."""
+        """Require valid `host` options, all `tokens`, and an `image_size` of whole tokens."""
         check_host(self.host)
         if self.tokens is None:
             expected = "the result of mmfused.models.qwen.token_ids(tokenizer)"

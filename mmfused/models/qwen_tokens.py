@@ -12,7 +12,7 @@ SPECIAL_TOKENS = {
     "end": "<|endoftext|>",
 }
 PROMPT = "Summary above {} in one word:"
-# The contents that a sequence may have, as PROMPT names them.
+# The possible contents of a sequence, in the words of PROMPT.
 KINDS = ("text", "image", "image and text", "video", "video and text")
 
 

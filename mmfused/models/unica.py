@@ -9,8 +9,8 @@
     e = L2(BERT layers([CLS ; V' ; T'])_CLS)               one encoder for queries and candidates
     L = mean_i -log( exp(q_i.c_i / tau) / sum_j exp(q_i.c_j / tau) ) + lambda mean_i (1 - q_i.c_i)
 
-q_i and c_i are the embeddings e of a query and its positive. c_j are c_i and those positives and
-hard negatives, on any rank, whose labels differ from that of q_i. tau is 0.02. docs/models.md gives
+q_i and c_i are the embeddings e of a query and its positive. j runs over i and over all positives
+and hard negatives, on any rank, with another label than query i. tau is 0.02. docs/models.md gives
 the source of each part.
 """
 
@@ -52,7 +52,7 @@ class UniCAConfig(ModelConfig):
 
     PRESETS: ClassVar[presets.Presets] = presets.UNICA
 
-    text: Options  # options of build_text, for a BERT: the host
+    text: Options  # options of build_text for a BERT, the host
     text_dim: int = 128  # D, width of the host, of Bi-CA and of the embeddings
     image_dim: int = 128  # width of the patch tokens
     image: Options | None = None  # options of build_vit; None: the input is image_tokens
@@ -306,13 +306,13 @@ class UniCA(RetrievalModel):
         positions = slots + offset * (slots > 0)
         text = self.text_encoder.embeddings(input_ids=ids, position_ids=positions)
         text = text + poison[..., None].to(text.dtype)
-        first, text = text[:, :1], text[:, 1:]
+        cls, text = text[:, :1], text[:, 1:]
         if image.shape[1]:
             for block in self.bica:
                 image, text = block(image, text, ~real[:, 1:], x.has_image & x.has_text)
         image_real = x.has_image[:, None].expand(image.shape[:2])
         seen = torch.cat((real[:, :1], image_real, real[:, 1:]), 1)
-        return unit_rows(self._run_layers(torch.cat((first, image, text), 1), seen.long())[:, 0])
+        return unit_rows(self._run_layers(torch.cat((cls, image, text), 1), seen.long())[:, 0])
 
     def _run_layers(self, x: Tensor, seen: Tensor) -> Tensor:
         """Run BERT's layers, without its embeddings, on x (B, L, D) masked by ``seen`` (B, L)."""

@@ -76,7 +76,7 @@ class UniECSConfig(ModelConfig):
     # How the gated layers treat an absent modality, see BidirectionalGatedCrossAttention.
     missing: Literal["constant", "zero", "skip"] = "constant"
     text_mask: bool = True  # False: padded text tokens take part, as zeros
-    text_length: int | None = None  # tokens that texts are cut or padded to; None: unchanged
+    text_length: int | None = None  # texts are cut or padded to this length; None: unchanged
     temperature: float = 0.07  # of V2T, V2F, T2F
     temperature_v2v: float = 0.05
     temperature_t2t: float = 0.03
@@ -316,7 +316,7 @@ class UniECS(RetrievalModel):
         candidate: dict[str, Tensor],
         negative: dict[str, Tensor] | None = None,
     ) -> RetrievalOutput:
-        """Return the loss of the rows of all ranks, and its terms; every rank computes the same."""
+        """Return the loss over the rows of all ranks, and its terms; every rank has these values."""
         if negative is not None:
             error = ValueError("negative: got hard negatives, expected None")
             raise reported("UniECS", error, query["both"])

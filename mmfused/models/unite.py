@@ -5,7 +5,7 @@
     stage 1, retrieval adaptation:  L = 1/2 [CE(S) + CE(S^T)]
     stage 2, instruction tuning:    L = -1/N sum_i log( exp S_ii / sum over j with M_ij = 1 of
                                     exp S_ij )                                           (MAMCL)
-    M_ij = 1[mod(c_i) = mod(c_j)], mod: bitwise OR of TEXT = 1, IMAGE = 2, VIDEO = 4
+    M_ij = 1[mod(c_i) = mod(c_j)], mod(c): the modalities of c, bits TEXT = 1, IMAGE = 2, VIDEO = 4
 
 CE(S) is the cross-entropy of the rows of S with the diagonal as targets. In stage 2, S has further
 columns j for hard negatives, with M_ij = 1. docs/models.md gives the source of each part.
@@ -52,8 +52,8 @@ class UNITEConfig(HostedConfig):
     # texts with texts, pictures or videos, and stage 2 mixes all modalities.
     query_views: tuple[View, ...] = VIEWS
     candidate_views: tuple[View, ...] = VIEWS
-    # Other candidates with the query's label: "drop": ignored | "sum": more positives, as in the
-    # public code.
+    # Other candidates with the query's label: "drop": ignored | "sum": additional positives, as
+    # in the public code.
     same_id: Literal["drop", "sum"] = "drop"
     freeze: tuple[qwen.Part, ...] = ()
     pixel_mean: tuple[float, float, float] = qwen.PIXEL_MEAN
@@ -244,11 +244,11 @@ def lora(
         for name, module in language.named_modules()
         if isinstance(module, nn.Linear)
     }
-    paper = 16 if model.config.stage == 1 else 64
-    scale: Any = paper if alpha is None else alpha
+    default_alpha = 16 if model.config.stage == 1 else 64
+    lora_alpha: Any = default_alpha if alpha is None else alpha
     settings = peft.LoraConfig(
         r=rank,
-        lora_alpha=scale,
+        lora_alpha=lora_alpha,
         lora_dropout=dropout,
         target_modules=sorted(names),
         bias="none",

@@ -88,7 +88,7 @@ def read_weights(name: str, folder: Path) -> dict[str, Tensor]:
 
 
 def check_size(name: str, weights: dict[str, Tensor], model: nn.Module) -> None:
-    """Require that the weights have at least half as many elements as a model on the meta device.
+    """Require at least half as many elements in the weights as in ``model``, a meta model.
 
     Without this check, a large model would be allocated before its missing weights are noticed.
     """
