@@ -225,7 +225,7 @@ def test_one_direction_matches_the_bidirectional_module(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_missing_constant_matches_missing_attend(backend, p):
-    """All valid tokens of an absent context are equal: attention to one equals attention to all."""
+    """All valid tokens of an absent context are equal, so attention to one of them suffices."""
     built, seed = module(GatedCrossAttention, missing="constant", dropout=p), torch.tensor(3)
     x, context = randn(B, N, D), randn(B, M, D).detach()
     context[~PRESENT] = context[~PRESENT][:, :1]

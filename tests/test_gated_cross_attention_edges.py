@@ -1,4 +1,4 @@
-"""Tests of gated cross-attention with absent contexts, missing biases, strides, large offsets."""
+"""Tests of gated cross-attention: absent contexts, missing biases, strides and large offsets."""
 
 import itertools
 

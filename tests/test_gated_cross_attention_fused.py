@@ -1,4 +1,4 @@
-"""Tests of the kernels of gated cross-attention, called through the modules."""
+"""Tests of the kernels of gated cross-attention."""
 
 import math
 

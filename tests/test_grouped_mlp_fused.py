@@ -1,4 +1,4 @@
-"""Tests of the experts' kernels, called through the public functions."""
+"""Tests of the kernels of grouped experts."""
 
 import dataclasses
 import math

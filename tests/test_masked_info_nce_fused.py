@@ -1,4 +1,4 @@
-"""The kernels of masked InfoNCE, called through the public function.
+"""Tests of the kernels of masked InfoNCE.
 
 On a CPU the kernels run in Triton's interpreter. The tiles are small, so that small inputs span
 several tiles. On a GPU the kernels use the planned tiles.

@@ -196,7 +196,7 @@ def test_ties_go_to_the_lower_index(option):
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("renormalize", [False, True])
 def test_nan_logits(renormalize, score):
-    """A NaN logit makes the losses and its token's weights NaN; the choice stays valid.
+    """A NaN logit makes the losses and its token's weights NaN; the chosen indices stay valid.
 
     Experts with NaN are chosen last among the available experts.
     """
@@ -228,7 +228,7 @@ def test_nan_logits(renormalize, score):
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 def test_infinite_logits(score):
-    """An expert at -inf has probability 0 and precedes only unavailable experts."""
+    """An expert with logit -inf has probability 0 and is chosen only before unavailable experts."""
     logits = torch.randn(70, 5, device=DEVICE)
     logits[:, 1], logits[3, 2:] = -math.inf, -math.inf
     available = torch.tensor([[True, True, True, False, True]], device=DEVICE)
