@@ -8,10 +8,11 @@ the child is called.
   ``torch.nn.utils``, and peft's LoRA without dropout. In that case the effective weight is
   computed, with its gradients, and every backend uses it.
 * In all other cases the child is called, and kernels that need its weight cannot run. Examples are
-  children with hooks or a replaced ``forward`` (other adapters, offloading, sharding on demand),
+  children with hooks or a replaced ``forward`` (other adapters, offloading, ``fully_shard``),
   children of another class (quantised layers), and children whose weight is a tensor subclass.
+* A weight that is a DTensor raises ``TypeError``, unless a call of the child gathers the weight.
 
-Global hooks (``register_module_forward_hook``) run for the module itself and for called children.
+Global hooks (``register_module_forward_hook``) run for the fused module and for called children.
 """
 
 from __future__ import annotations
@@ -80,13 +81,13 @@ class Called:
         return out
 
 
-def no_weights(parts: Iterable[object]) -> list[str]:
-    """Return why the kernels cannot run, or an empty list if none of ``parts`` is `Called`."""
+def why_no_weights(parts: Iterable[object]) -> list[str]:
+    """Return why the kernels cannot run; an empty list unless one of ``parts`` is `Called`."""
     first, *others = [part for part in parts if isinstance(part, Called)] or [None]
     if first is None:
         return []
-    more = f" (and {len(others)} more)" if others else ""
-    advice = "undo that (merge an adapter), or use backend 'auto' or 'composed'"
+    more = f", as must {len(others)} more" if others else ""
+    advice = "remove what is attached (merge adapters), or use backend 'auto' or 'composed'"
     return [f"{first.name} {first.why} and must be called{more}: {advice}"]
 
 
@@ -165,7 +166,7 @@ def why_called(
     child: nn.Module,
     kind: type[nn.Linear] | type[nn.LayerNorm] = nn.Linear,
 ) -> str | None:
-    """Return why a child in the place of a ``kind`` must be called; None if its weights suffice.
+    """Return why ``child``, expected to be a ``kind``, must be called; None if its weights suffice.
 
     This function has no side effects. (:func:`weights_of` updates the state of spectral norms.)
     """
@@ -181,7 +182,7 @@ def why_called(
     if isinstance(child, nn.LayerNorm):
         no_weight = not child.elementwise_affine or child._parameters.get("weight", child) is None
         if no_weight or len(child.normalized_shape) != 1:
-            return "is not a LayerNorm over the features with a weight"
+            return "has no weight, or normalises several dimensions,"
     # Without child modules such as parametrizations, `_parameters` is complete, and faster.
     for parameter in child.parameters() if child._modules else child._parameters.values():
         if not dense(parameter):
@@ -200,8 +201,8 @@ def attached(module: nn.Module, setters: tuple[type, ...] = ()) -> str | None:
     """
     if "forward" in module.__dict__:
         return "has a replaced forward"
-    before = [h for h in module._forward_pre_hooks.values() if not isinstance(h, setters)]
-    if before or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks:
+    pre_hooks = [h for h in module._forward_pre_hooks.values() if not isinstance(h, setters)]
+    if pre_hooks or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks:
         return "has hooks"
     return None
 
@@ -224,8 +225,8 @@ def _why_lora_called(layer: Any) -> str | None:
     if layer.disable_adapters and layer.merged:
         return "has a merged adapter that is disabled"
     active = _active(layer)
-    known = all(hasattr(layer, part) for part in ("lora_variant", "lora_bias", "fan_in_fan_out"))
-    if not known or layer.fan_in_fan_out:
+    names = ("lora_variant", "lora_bias", "fan_in_fan_out")
+    if not all(hasattr(layer, name) for name in names) or layer.fan_in_fan_out:
         return "has an adapter other than plain LoRA"
     if any(name in layer.lora_variant or layer.lora_bias[name] for name in active):
         return "has an adapter other than plain LoRA"

@@ -5,14 +5,14 @@ The backend and the router are such settings. The current value must be correct 
 * In eager code, including asyncio tasks, the value is in a context variable.
 * ``torch.compile`` cannot set a context variable, and some releases cannot read one. Choices made
   inside a compiled function are therefore kept in ``Switch.traced``. A choice made outside is read
-  as an attribute of this module, so the compiler guards on its value and does not trace how it is
-  computed.
+  as an attribute of this module. The compiler guards on the value of the attribute, and does not
+  trace ``__getattr__``.
 * Non-reentrant ``torch.utils.checkpoint`` recomputes in the backward pass, after the user's
   ``with`` block has ended. The forward pass therefore stores its choice in the frame object of the
   checkpoint, which both passes find through the checkpoint's hooks on saved tensors.
 
-Functions that may run outside of a compiled frame do not use the global name ``torch``, because the
-compiler would otherwise trace them separately after a graph break.
+After a graph break, Dynamo compiles each called function that uses the global name ``torch``. The
+functions of this module must stay uncompiled there, so they do not use that name.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ try:  # private functions, of which torch's stubs lack some
     from torch._C._autograd import _top_saved_tensors_default_hooks as _top_hooks
 
     _top_hooks(False)
-except (ImportError, TypeError):  # without these, a recomputation uses the current value
+except (ImportError, TypeError):  # without these functions, a recomputation uses the current value
 
     def _top_hooks(ignore_is_tracing: bool) -> Any:
         return None
@@ -53,7 +53,7 @@ class Switch(Generic[Name]):
     Args:
         what: name of the setting in error messages.
         names: the allowed values.
-        variable: environment variable that sets the default of the process.
+        env_variable: environment variable that sets the default of the process.
         default: the default if the environment variable is not set.
     """
 
@@ -61,17 +61,17 @@ class Switch(Generic[Name]):
         self,
         what: str,
         names: tuple[Name, ...],
-        variable: str,
+        env_variable: str,
         default: Name,
     ) -> None:
         self.what: str = what
         self.names: tuple[Name, ...] = names
-        self.variable: str = variable
-        self.default: Name = self.checked(os.environ.get(variable, default), variable)
+        self.env_variable: str = env_variable
+        self.default: Name = self.checked(os.environ.get(env_variable, default), env_variable)
         # Choices, each with the hook on saved tensors that was topmost when the choice was entered.
-        self.entered: ContextVar[tuple[Any, ...]] = ContextVar(variable, default=())
+        self.entered: ContextVar[tuple[Any, ...]] = ContextVar(env_variable, default=())
         self.traced: tuple[Name, ...] = ()  # choices inside the function that is being compiled
-        _switches[variable] = self
+        _switches[env_variable] = self
 
     def checked(self, name: str, source: str | None = None) -> Name:
         """Return ``name`` if it is an allowed value.
@@ -83,9 +83,9 @@ class Switch(Generic[Name]):
         Raises:
             ValueError: ``name`` is not an allowed value.
         """
-        for known in self.names:
-            if name == known:
-                return known
+        for allowed in self.names:
+            if name == allowed:
+                return allowed
         expected = ", ".join(self.names)
         raise ValueError(f"{source or self.what}: got {name!r}, expected one of {expected}")
 
@@ -98,7 +98,7 @@ class Switch(Generic[Name]):
         if self.traced:
             return self.traced[-1]
         compiling = is_dynamo_compiling()
-        chosen: Name | None = getattr(_here, self.variable) if compiling else self.chosen()
+        chosen: Name | None = getattr(_here, self.env_variable) if compiling else self.chosen()
         return chosen or self.default
 
     def chosen(self) -> Name | None:
@@ -120,16 +120,16 @@ class Switch(Generic[Name]):
             if frame is not None:
                 stored = vars(frame).setdefault("mmfused", {})
                 if recomputing:
-                    name = stored.get(self.variable, name)
+                    name = stored.get(self.env_variable, name)
                 else:
-                    stored.setdefault(self.variable, name or self.default)
+                    stored.setdefault(self.env_variable, name or self.default)
         return name
 
 
-def __getattr__(variable: str) -> str | None:
-    if variable in _switches:
-        return _switches[variable].chosen()
-    raise AttributeError(f"module {__name__!r} has no attribute {variable!r}")
+def __getattr__(name: str) -> str | None:
+    if name in _switches:
+        return _switches[name].chosen()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 class Choice(Generic[Name]):

@@ -76,7 +76,9 @@ def test_attachments_act_as_if_children_were_called(name, attachment, backend):
     inputs = case.inputs()
     with mmfused.backend(backend):
         if outcome(name, attachment, backend) == "refused":
-            message = "must be called.*: undo that .* or use backend 'auto' or 'composed'"
+            message = (
+                "must be called.*: remove what is attached .* or use backend 'auto' or 'composed'"
+            )
             with pytest.raises(RuntimeError, match=message):
                 case.call(module, *inputs)
         elif not attached.gradients:

@@ -21,15 +21,15 @@ def kernel_arguments(
 ) -> tuple[Any, ...]:
     """Return the arguments of :class:`CrossAttention` for one or two directions."""
     tokens = [_rows_contiguous(side.tokens) for side in sides]
-    none = tokens[0].new_empty(0)
-    no_mask = none.bool()
+    empty = tokens[0].new_empty(0)
+    no_mask = empty.bool()
     norms = []
     for side in sides:
         assert not isinstance(side.norm, Called)
-        norms += [part.contiguous() for part in side.norm or (none, none)]
+        norms += [part.contiguous() for part in side.norm or (empty, empty)]
     ignores = [no_mask if side.ignore is None else side.ignore.contiguous() for side in sides]
     absents = [no_mask if side.absent is None else side.absent for side in sides]
-    weights = [none if part is None else part.contiguous() for w in directions for part in w]  # type: ignore[union-attr]
+    weights = [empty if p is None else p.contiguous() for w in directions for p in w]  # type: ignore[union-attr]
     flags = _flags(sides, len(directions), options)
     constants = (
         options.num_heads,
@@ -40,7 +40,7 @@ def kernel_arguments(
         options.dropout_p,
     )
     flat = (*tokens, *norms, *ignores, *absents, *weights, *flags, options.dropout_seed)
-    if torch.compiler.is_compiling():  # `none` occurs several times, and weights may be shared
+    if torch.compiler.is_compiling():  # `empty` is repeated, and directions may share weights
         flat = distinct(*flat)
     return constants, len(directions), *flat
 
@@ -50,7 +50,7 @@ def _rows_contiguous(x: Tensor) -> Tensor:
 
 
 def _flags(sides: list[Side], directions: int, options: CrossAttentionOptions) -> list[Tensor]:
-    """Return the indicator (B,) of each direction's context, or empty tensors without indicator."""
+    """Return the indicator (B,) of each direction's context; without indicator, empty tensors."""
     like = sides[0].tokens.new_empty(0, dtype=torch.float32)
     if not options.indicator:
         return [like] * directions
@@ -62,8 +62,9 @@ def _flags(sides: list[Side], directions: int, options: CrossAttentionOptions) -
 class CrossAttention(torch.autograd.Function):
     """Compute the outputs of one or two directions with the kernels.
 
-    Saves the inputs, the projections, and the attention output before W_o (attended) and after W_o
-    (attn_out). The backward pass recomputes the probabilities and the gates.
+    Saves the inputs, the projections, the moments of the LayerNorms, the logsumexp of each row of
+    attention logits (lse), and the attention output before W_o (attended) and after W_o (attn_out).
+    The backward pass recomputes the probabilities and the gates.
     """
 
     @staticmethod

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
-from ...children import Called, no_weights
+from ...children import Called, why_no_weights
 from ...library import choose, nan_unless, no_autocast, to_autocast
 from ...random import draw_seed
 from .autograd import CrossAttention, kernel_arguments
@@ -211,7 +211,7 @@ def _checked(
     if options.dropout_p and options.dropout_seed is None:
         options = replace(options, dropout_seed=draw_seed(device))
     problem = _Problem(sides, [_in_dtype(w, dtype) for w in directions], options)
-    backend = choose(op, device, dtype, no_weights(_parts(problem)))
+    backend = choose(op, device, dtype, why_no_weights(_parts(problem)))
     return _Call(problem, backend, uncast, [side.lengths for side in given])
 
 

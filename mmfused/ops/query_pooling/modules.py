@@ -9,12 +9,12 @@ from ...children import (
     Called,
     layer_norm,
     linear,
-    no_weights,
     read,
     read_norm,
     reset_children,
     weights_of,
     why_called,
+    why_no_weights,
 )
 from ...library import check_fractions, current_backend, graph_made, no_autocast
 from .._common import padding_mask
@@ -132,7 +132,7 @@ class QueryPooling(nn.Module):
                 lengths=lengths,
                 dropout_p=dropout_p,
                 dropout_seed=dropout_seed,
-                reasons=no_weights((w_k, w_v)),
+                reasons=why_no_weights((w_k, w_v)),
             )
         else:
             fold = self._folds_out_proj(x.shape[0] * queries.shape[-2], dropout_p)

@@ -25,29 +25,29 @@ def routing_composed(logits: Tensor, inputs: Inputs, options: Options) -> Routin
     if options.jitter:
         assert inputs.jitter_seed is not None
         factor = 1 + options.jitter * (2 * uniform(inputs.jitter_seed, *logits.shape) - 1)
-    known = into_range(experts, inputs, options)
-    indices, bias = known.indices, inputs.selection_bias
+    in_range = into_range(experts, inputs, options)
+    indices, bias = in_range.indices, inputs.selection_bias
     if indices is None:
         with torch.no_grad():
-            scored = _scored(logits, factor, mask, known.usable, known.broken, options.score)
+            scored = _scored(logits, factor, mask, in_range.usable, in_range.broken, options.score)
             logit, _, log_score = scored
             key = logit if bias is None else log_score.exp() + bias
-            indices = largest(key, known.usable, options.k)
+            indices = largest(key, in_range.usable, options.k)
     order, position, offsets, tiles = expert_order_composed(indices, mask, experts)
-    if known.segments is None:
+    if in_range.segments is None:
         counts = offsets.diff().long()[None]
     else:
-        counts = _counts(indices, mask, known.segments, options.num_segments, experts)
+        counts = _counts(indices, mask, in_range.segments, options.num_segments, experts)
     weights, balance, z, entropy = _WeightsAndLosses.apply(
         logits,
         indices,
         counts,
         factor,
         mask,
-        known.segments,
+        in_range.segments,
         inputs.available,
-        known.usable,
-        known.broken,
+        in_range.usable,
+        in_range.broken,
         options,
     )
     return Routing(indices, weights, counts, balance, z, entropy, order, position, offsets, tiles)

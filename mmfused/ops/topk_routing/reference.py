@@ -11,7 +11,9 @@ For T tokens x (T, D) and E experts, with router weight W_r (E, D) and bias b_r 
     w_te = s_te / sum over C_t of s         routing weights (without renormalisation: s_te)
 
 In the losses, mean_t is the mean over the tokens that are not masked. With several segments, the
-balance loss is computed for each segment, and averaged over the segments that have tokens.
+balance loss is computed for each segment, and averaged over the segments that have tokens. With
+``available``, the number of experts available to the segment replaces E, and the sums over e run
+over these experts.
 
     balance, "switch" = E sum_e f_e mean_t P_te     f_e: share of expert e in all assignments
                                                     (Switch Transformer, eq. 4)
@@ -22,12 +24,12 @@ balance loss is computed for each segment, and averaged over the segments that h
     entropy           = mean_t -sum_e P_te log P_te                    (LIMoE)
 
 For the gradients let u = l with "softmax" and u = log sigmoid(l) with "sigmoid". For both scores
-P = softmax(u), and the renormalised weights are softmax(u) over C_t, so no epsilon is needed. The
-shares f_e are constants. So the derivative of the balance loss with respect to P_te (with "mse":
-w_te) is the same for all tokens t of a segment. Let g_P, g_w and g_z be the gradients with respect
-to P, w and z, where g_P comes from the balance loss and the entropy. Let n be the number of tokens
-that are not masked, lse = log sum_e exp l_te, and <a, b> the sum over experts of a b. Then, with
-renormalised weights,
+P = softmax(u), and the renormalised weights are softmax(u) over C_t. The shares f_e are not
+differentiated. A balance loss depends on P (with "mse": on w) only through the mean over the tokens
+of a segment, so its derivative with respect to P_te (w_te) is the same for all tokens t of the
+segment. Let g_P, g_w and g_z be the gradients with respect to P, w and z, where g_P comes from the
+balance loss and the entropy. Let n be the number of tokens that are not masked, lse = log sum_e exp
+l_te, and <a, b> the sum over experts of a b. Then, with renormalised weights,
 
     du = P (g_P - <g_P, P>) + w (g_w - <g_w, w>)                 the second term on C_t only
     dl = du + (2 g_z lse / n) softmax(l)                         with "softmax"
@@ -101,12 +103,12 @@ def routing_by_equations(logits: Tensor, inputs: Inputs, options: Options) -> Ro
         valid = torch.ones(tokens, dtype=torch.bool, device=logits.device)
     else:
         valid = ~mask
-    known = into_range(experts, inputs, options)
-    logits, usable = _allowed_logits(logits, valid, known, inputs, options)
+    in_range = into_range(experts, inputs, options)
+    logits, usable = _allowed_logits(logits, valid, in_range, inputs, options)
 
     log_score = logits.log_softmax(-1) if options.score == "softmax" else F.logsigmoid(logits)
     probs = log_score.softmax(-1)
-    indices, bias = known.indices, inputs.selection_bias
+    indices, bias = in_range.indices, inputs.selection_bias
     if indices is None:
         key = logits if bias is None else log_score.exp() + bias
         indices = largest(key, usable, options.k)
@@ -114,7 +116,7 @@ def routing_by_equations(logits: Tensor, inputs: Inputs, options: Options) -> Ro
     weights = chosen.softmax(-1) if options.renormalizes else chosen.exp()
     weights = weights.masked_fill(logits.isnan().any(1, keepdim=True), float("nan"))
     weights = weights.masked_fill(~valid[:, None], 0.0)
-    counts, balance = _balance(probs, weights, indices, valid, known.segments, inputs, options)
+    counts, balance = _balance(probs, weights, indices, valid, in_range.segments, inputs, options)
 
     def mean_of_all(per_token: Tensor) -> Tensor:
         return per_token.masked_fill(~valid, 0.0).sum() / valid.sum().clamp(min=1)
@@ -134,13 +136,17 @@ def routing_by_equations(logits: Tensor, inputs: Inputs, options: Options) -> Ro
 def _allowed_logits(
     logits: Tensor,
     valid: Tensor,
-    known: InRange,
+    in_range: InRange,
     inputs: Inputs,
     options: Options,
 ) -> tuple[Tensor, Tensor]:
-    """Return the logits with jitter, -inf for unusable experts; also the mask ``usable`` (T, E)."""
+    """Return the logits (T, E) with jitter, and the mask ``usable`` (T, E).
+
+    Logits of masked tokens become 0, then logits of unusable experts become -inf. All logits of a
+    broken token that is not masked become NaN.
+    """
     tokens, experts = logits.shape
-    usable = known.usable
+    usable = in_range.usable
     if usable is None:
         usable = torch.ones(experts, dtype=torch.bool, device=logits.device)
     usable = usable.expand(tokens, experts)
@@ -150,7 +156,7 @@ def _allowed_logits(
         logits = logits * (1 + options.jitter * (2 * noise - 1))
     logits = logits.masked_fill(~valid[:, None], 0.0)  # a masked token may be NaN
     logits = logits.masked_fill(~usable, float("-inf"))
-    return nan_where(logits, known.broken, inputs.token_padding_mask), usable
+    return nan_where(logits, in_range.broken, inputs.token_padding_mask), usable
 
 
 def _balance(
@@ -171,7 +177,7 @@ def _balance(
         shape = options.num_segments, experts
         available = torch.ones(shape, dtype=torch.bool, device=probs.device)
 
-    def by_expert(choice: Tensor, value: Tensor) -> Tensor:  # (T, any) -> (T, E)
+    def by_expert(choice: Tensor, value: Tensor) -> Tensor:  # (T, n) -> (T, E)
         return value.new_zeros(tokens, experts).scatter_add(1, choice, value)
 
     dense, times = by_expert(indices, weights), by_expert(indices, torch.ones_like(indices))
@@ -201,7 +207,7 @@ def _balance(
 
 # ---- values out of range -------------------------------------------------------------------------
 #
-# On CUDA and in compiled graphs, values out of range cannot raise. Instead, the results of the
+# On CUDA and in compiled graphs, values out of range raise no error. Instead, the results of the
 # affected tokens become NaN. The composed path uses the functions below too.
 
 
@@ -255,7 +261,7 @@ def largest(key: Tensor, usable: Tensor | None, k: int) -> Tensor:
 
 
 def nan_where(logits: Tensor, broken: Tensor | None, mask: Tensor | None) -> Tensor:
-    """Make the logits of broken tokens NaN, except for masked tokens."""
+    """Set the logits of tokens that are broken and not masked to NaN."""
     if broken is None:
         return logits
     broken = broken if mask is None else broken & ~mask
