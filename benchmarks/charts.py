@@ -74,7 +74,7 @@ def bars(record: dict[str, Any], axes: Any) -> None:
 def roofline(op: str, records: list[dict[str, Any]], axes: Any) -> None:
     """Draw the FLOP/s of all providers over FLOPs per byte.
 
-    FLOPs and bytes are those of ``work`` in the op's benchmark, for every provider. Records with
+    The FLOPs and bytes of every provider are those of ``work`` in the op's benchmark. Records with
     different measured ceilings have separate rooflines.
     """
     points: dict[str, list[tuple[float, float]]] = {}

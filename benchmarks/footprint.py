@@ -19,9 +19,10 @@ def footprint(provider: Provider, problem: Problem) -> dict[str, int | None]:
 
     "peak_bytes": peak memory above what was allocated before the call.
     "saved_bytes": memory saved for the backward.
-    "kernels", "forward_kernels": numbers of CUDA kernels of both passes, and of the forward.
+    "kernels": number of CUDA kernels of both passes.
+    "forward_kernels": number of CUDA kernels of the forward.
 
-    Without CUDA, all except "saved_bytes" are None.
+    Without CUDA, only "saved_bytes" is measured; the other values are None.
     """
     inputs = tuple(problem.inputs.values())
     saved = saved_bytes(lambda: provider(*inputs), (*inputs, *provider.module.parameters()))

@@ -35,7 +35,7 @@ class Case:
     ``gated``: SwiGLU experts without biases, instead of GELU experts with biases.
     ``routed``: the distribution of the experts. "uniform"; "zipf": the probability of expert e is
     proportional to (e + 1)**-1.2; "hot": at least about 90 % of the tokens have expert 0 among
-    their k experts; "one-hot": all tokens have it; "half": the last E // 2 experts get no tokens.
+    their k experts; "one-hot": all tokens do; "half": the last E // 2 experts get no tokens.
     """
 
     name: str
@@ -210,7 +210,7 @@ class Dense(Experts):
 class GroupedMM(Experts):
     """Order the rows by expert, call torch's grouped_mm, and restore the order of the tokens.
 
-    transformers and torchtitan have the same pattern. Here the order is computed in advance.
+    transformers and torchtitan use the same operations. Here the order is computed in advance.
     """
 
     def __init__(self, case, device, dtype, grouped_mm):
@@ -247,7 +247,7 @@ class Liger(Experts):
 
 
 class Ours(Experts):
-    """The library's experts; the routing is computed in advance, except for the routing weights."""
+    """The library's experts. The routing is computed in advance, but its weights are an input."""
 
     def __init__(self, case, device, dtype, backend: str):
         super().__init__(case, device, dtype)

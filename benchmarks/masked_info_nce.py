@@ -166,9 +166,9 @@ class Gemms(Loss):
 
 
 class Products(torch.autograd.Function):
-    """Logits in the forward; logits and both gradients in the backward, a block of rows at a time.
+    """The products for the logits in the forward; for logits and both gradients in the backward.
 
-    Forward and backward together take 8 B B D FLOPs.
+    The products are computed for a block of rows at a time.
     """
 
     @staticmethod

@@ -50,8 +50,8 @@ def source_hash(op: str | None = None) -> str:
 def affects(name: Path, op: str) -> bool:
     """Return whether the source file ``name`` affects results of ``op`` (an op, or "models").
 
-    These files do: the sources and the benchmarks of the op and of the ops that it calls, and the
-    sources that all ops share.
+    The hash covers the op, the ops that it calls, their benchmarks, and the sources that all ops
+    share.
     """
     folders, stem = set(name.parts), name.stem
     used = tuple(OPS) if op == "models" else (op, *OPS[op])

@@ -74,7 +74,7 @@ def cells(
 def fastest_of_ours(
     record: dict[str, Any], ours: tuple[str, ...], launch: str
 ) -> tuple[str, float] | None:
-    """Return name and median of the fastest provider of ``ours`` with ``launch``, or None."""
+    """Return (name, median) of the fastest provider of ``ours``, or None if none was timed."""
     medians = {}
     for name in ours:
         passes = record["providers"].get(name, {}).get("seconds", {}).get(launch)

@@ -1,7 +1,7 @@
 """The ops of the library as functions in plain PyTorch, for the baseline in torch_modules.py.
 
-They call F.grouped_mm on rows sorted by expert, without padding; index_select to move rows; and
-F.cross_entropy on masked logits. They support only what the models use.
+The functions call F.grouped_mm on rows sorted by expert, without padding; index_select to move
+rows; and F.cross_entropy on masked logits. The functions support only what the models use.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def combine(rows: Tensor, routing: Routing) -> Tensor:
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype of a matmul of ``x``: autocast's if autocast is on and casts ``x``."""
+    """Return the dtype in which F.linear computes with ``x``, with or without autocast."""
     device = x.device.type
     return (
         torch.get_autocast_dtype(device)

@@ -3,8 +3,8 @@
     python tools/check_types.py [--at-least PERCENT] [--verbose]
 
 pyright checks an installed package, so the sources are first copied into a temporary virtual
-environment, as a wheel would install them. The exit status is 1 if less than PERCENT of the public
-symbols have a known type, or if pyright fails.
+environment. The exit status is 1 if less than PERCENT of the public symbols have a known type, or
+if pyright prints no score.
 """
 
 from __future__ import annotations

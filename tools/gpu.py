@@ -248,7 +248,7 @@ def run_slice(part: Slice, log: Path, limit: float) -> tuple[int | None, float]:
 def end(child: subprocess.Popen) -> None:
     """End the process and its children.
 
-    SIGTERM is sent before SIGKILL, so that the process can end children in other sessions.
+    SIGTERM comes first, so that the process can end its children in other sessions.
     """
     for number in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):

@@ -56,7 +56,7 @@ def run_minutes(runs) -> str:
 
 
 def retrieval(models: dict[str, dict], run: str, pairs: tuple[str, ...] = ()) -> str:
-    """Return the table of one run per model, with a line for each of ``pairs`` (default: all)."""
+    """Return the table of the same run of all models, with a line per pair (default: all)."""
     model_pairs = [model["runs"][run]["pairs"] for model in models.values()]
     lines = []
     for pair in pairs or model_pairs[0]:
@@ -79,7 +79,7 @@ def _scores(scores: dict) -> str:
 
 
 def classification(runs: dict[str, dict]) -> str:
-    """Return the table of accuracies of the complete model, by the modalities it is trained on."""
+    """Return a table of the complete model's accuracy, with a line per training modality."""
     names = {
         run["modalities"]: _name(key) for key, run in runs.items() if not key.startswith("no_")
     }

@@ -9,20 +9,19 @@ FOLDER contains clones of these repositories, in folders named after the reposit
     https://github.com/huggingface/transformers
 
 The suites of a missing clone are skipped. Each suite imports its library from the clone, but the
-library's dependencies must be installed. If the clone of transformers is not at the installed
-release, check out the tag of that release. The tests also need
+library's dependencies must be installed. In the clone of transformers, check out the tag of the
+installed release. The tests also need
 
     pip install pytest-xdist pytest-env parameterized datasets requests httpx sentencepiece \
         webdataset
 
 Nothing is downloaded: HF_HUB_OFFLINE is set, and tools/peers_models.py creates tiny models for the
-tests of sentence-transformers. Only tests that pass plain, that is without mmfused, are compared,
-so tests that need a network or a missing GPU do not matter. The training tests of open_clip leave
-a folder `logs` in the clone.
+tests of sentence-transformers. Only tests that pass plain, that is without mmfused, are compared.
+The training tests of open_clip leave a folder `logs` in the clone.
 
-The exit status is 1 if a test passes plain but not with mmfused and is not listed in EXCEPTIONS,
-if no test of a suite passes plain, or if no test of a suite ran an mmfused op. It is 2 if no clone
-is found.
+The exit status is 1 if a test that passes plain fails twice with mmfused and is not listed in
+EXCEPTIONS, if no test of a suite passes plain, or if no test of a suite ran an mmfused op. The exit
+status is 2 if no clone is found.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def count_ops():
 def call_before_first_call(insert):
     """Patch nn.Module to call ``insert(module)`` before a module's first call.
 
-    Submodules are skipped later, because ``insert`` also changes the submodules.
+    ``insert`` also changes the submodules, so it is not called for them.
     """
     seen, original = weakref.WeakSet(), nn.Module.__call__
 

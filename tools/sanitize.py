@@ -34,8 +34,7 @@ from mmfused.ops import OPS
 
 CONTROL = "control"
 # memcheck reports out-of-bounds and misaligned accesses; racecheck, hazards in shared memory;
-# synccheck, invalid barriers; initcheck, reads of uninitialised memory. initcheck is the slowest,
-# because it must also follow the kernels of other libraries that initialise memory.
+# synccheck, invalid barriers; initcheck, reads of uninitialised memory.
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 # Kernels of torch and of NVIDIA's libraries, by a part of their names.
 OTHERS = ",".join(f"kns={part}" for part in ("at6native", "cublas", "cutlass", "gemm", "nvjet"))
@@ -43,7 +42,7 @@ OPTIONS = {
     "memcheck": ["--report-api-errors", "no"],  # torch handles errors that the driver returns
     "racecheck": ["--kernel-name-exclude", OTHERS],
     "synccheck": ["--kernel-name-exclude", OTHERS],
-    "initcheck": [],
+    "initcheck": [],  # the kernels of other libraries may initialise memory
 }
 PLACES = ("bin", "compute-sanitizer")  # folders of a CUDA toolkit to search for the program
 USUAL_CUDA = "/usr/local/cuda"

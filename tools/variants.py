@@ -51,14 +51,14 @@ def pooling_form(form: str) -> MakeContext:
     return lambda: mock.patch.object(function, "cheaper_form", lambda *_: form)
 
 
-def pooling_passes(which: str, passes: str) -> MakeContext:
+def pooling_passes(which: str, reads: str) -> MakeContext:
     """Make contexts in which pass ``which`` reads X once ("one") or twice ("two")."""
 
     def change(plan, rows, dim, dtype, arch, norm, *_):
         from mmfused.kernels.query_pooling import plans
 
         big_shared, float32 = arch in (90, 100, 103), dtype == torch.float32
-        if passes == "one":
+        if reads == "one":
             small = plans.Tile(16, 16 if rows <= 16 else 32, plans.column_chunk(dim), 8, 1)
             tiles = {"onepass": small}
         else:
@@ -129,11 +129,11 @@ def loss_choices() -> list[Choice]:
 
 def choices() -> list[Choice]:
     """Return the choices that are measured if no tiles are requested."""
-    plain = contextlib.nullcontext
+    unchanged = contextlib.nullcontext
     forms = {form: ("fused", cross_attention_form(form)) for form in ("epilogue", "block")}
     attention = "gated_cross_attention"
     layers = cases_named(attention, "uniecs", "uniecs-missing", "uniecs-n50", "uniecs-n512")
-    routers: Variants = {"triton": ("fused", plain), "C++": ("fused C++", plain)}
+    routers: Variants = {"triton": ("fused", unchanged), "C++": ("fused C++", unchanged)}
     logits = ("logits-16384", "logits-16384-s3", "logits-8192-e128")
     routed = cases_named("topk_routing", *logits, "fluid-512", "x-32768-e128")
     return [
