@@ -80,7 +80,7 @@ def _components(model: str) -> tuple[str, ...]:
 
 
 def _train_without(args: argparse.Namespace, out: Path, part: str | None) -> dict[str, Any]:
-    """Train without ``part``, or with all parts if it is None, and return the summary."""
+    """Train without ``part`` (None: with all parts), and return the summary."""
     from mmfused.training.run import TrainConfig
     from mmfused.training.run import train as train_model
 

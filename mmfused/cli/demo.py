@@ -1,4 +1,4 @@
-"""``mmfused demo``: compare training, and query pooling alone, with and without this library."""
+"""``mmfused demo``: compare training and query pooling with and without this library."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from mmfused.models.fields import check_field
 
 HELP = "train FLUID with and without this library's ops, time query pooling, and compare"
 STEPS = 300
-# Largest accepted mean difference of the loss curves. The backends round differently, which
-# training amplifies; a wrong gradient would change the loss by far more.
+# Largest accepted mean difference of the loss curves. The backends round differently, and training
+# amplifies the differences.
 CURVE_BOUND = 0.02
 QUERIES = 32
 TOKENS = 197
@@ -133,8 +133,8 @@ def _train(backend: Backend, steps: int, out: str) -> dict[str, Any]:
 def _measure_op(device: torch.device, backend: Backend, repeats: int) -> dict[str, Any]:
     """Measure query pooling and an nn.MultiheadAttention with the same weights.
 
-    Return the seconds of forward and backward with all gradients, and the number of bytes that
-    forward saves for backward.
+    Return the shape of the inputs, the seconds of forward and backward with all gradients, and the
+    number of bytes that forward saves for backward.
 
     Raises:
         RuntimeError: the two modules return different outputs.
@@ -219,19 +219,19 @@ def _compare(
     ]
     difference = (losses[0] - losses[1]).abs()
     keys = ("accuracy", "macro_f1", "val_loss", "step_seconds", "peak_memory", "seconds", "device")
-    old, new = reference["summary"], ours["summary"]
+    reference_summary, our_summary = reference["summary"], ours["summary"]
     return {
         "mmfused": mmfused.__version__,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "steps": steps,
-        "reference": {key: old[key] for key in keys},
-        best: {key: new[key] for key in keys},
+        "reference": {key: reference_summary[key] for key in keys},
+        best: {key: our_summary[key] for key in keys},
         "curve_max_difference": float(difference.max()),
         "curve_mean_difference": float(difference.mean()),
         "curve_bound": CURVE_BOUND,
-        "step_time_ratio": old["step_seconds"] / new["step_seconds"],
-        "peak_memory_ratio": old["peak_memory"] / new["peak_memory"],
+        "step_time_ratio": reference_summary["step_seconds"] / our_summary["step_seconds"],
+        "peak_memory_ratio": reference_summary["peak_memory"] / our_summary["peak_memory"],
         "op": op,
         "op_time_ratio": op["seconds"]["baseline"] / op["seconds"]["ours"],
         "op_saved_ratio": op["saved_bytes"]["baseline"] / op["saved_bytes"]["ours"],
@@ -245,11 +245,11 @@ def _print_table(result: Mapping[str, Any], best: str) -> None:
     def row(
         name: str,
         show: Callable[[Any], str],
-        old: Any,
-        new: Any,
+        left: Any,
+        right: Any,
         ratio: str = "",
     ) -> tuple[str, str, str, str]:
-        return f"  {name}", show(old), show(new), f"{result[ratio]:.2f}x" if ratio else ""
+        return f"  {name}", show(left), show(right), f"{result[ratio]:.2f}x" if ratio else ""
 
     def op_row(
         name: str,

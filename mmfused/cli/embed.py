@@ -185,8 +185,8 @@ class Parts:
         marked = MARKER in [path.name for path in paths]
 
         def is_own(path: Path) -> bool:
-            known_name = path.name == MARKER or PART_OR_TEMPORARY.fullmatch(path.name)
-            return marked and bool(known_name) and path.is_file() and not path.is_symlink()
+            has_own_name = path.name == MARKER or PART_OR_TEMPORARY.fullmatch(path.name)
+            return marked and bool(has_own_name) and path.is_file() and not path.is_symlink()
 
         return [path.name for path in paths if not is_own(path)]
 
@@ -242,21 +242,21 @@ def _embed_parts(
     for index in tqdm(range(len(batches)), desc="embed", unit="batch"):
         first = index * batches.batch_size
         last = min(first + batches.batch_size, len(batches.items))
-        done = parts.read(index)
-        if done is not None:
+        part = parts.read(index)
+        if part is not None:
             example = embed(0, 1) if example is None else example
-            if _is_intact(done, example, last - first):
+            if _is_intact(part, example, last - first):
                 continue
         embedded = embed(first, last)
         write_atomically(parts.path(index), lambda path, x=embedded: save_tensors(path, x))
 
 
-def _is_intact(done: Mapping[str, Tensor], example: Mapping[str, Tensor], rows: int) -> bool:
+def _is_intact(part: Mapping[str, Tensor], example: Mapping[str, Tensor], rows: int) -> bool:
     """Return whether a part has the tensors of ``example``, ``rows`` rows and finite values."""
-    intact = done.keys() == example.keys() and all(
-        done[name].dtype == value.dtype
-        and done[name].shape == (rows, *value.shape[1:])
-        and bool(done[name].isfinite().all())
+    intact = part.keys() == example.keys() and all(
+        part[name].dtype == value.dtype
+        and part[name].shape == (rows, *value.shape[1:])
+        and bool(part[name].isfinite().all())
         for name, value in example.items()
     )
     if not intact:

@@ -18,8 +18,8 @@ _NAME = r"%[\w-]+(?:#\d+)?"
 def find_races(ttgir: str) -> list[str]:
     """Return one sentence for each ring buffer that a copy refills while a dot may still read it.
 
-    Only ring buffers that are also loaded into registers are reported. The list is empty if there
-    is no race, and on every architecture but sm_90.
+    Only ring buffers that are also loaded into registers are reported. For architectures other than
+    sm_90, the list is always empty.
 
     Args:
         ttgir: ``compiled.asm["ttgir"]`` of Triton 3.6 to 3.9.

@@ -27,8 +27,8 @@ def augment(images: torch.Tensor, size: int, generator: torch.Generator) -> torc
     """Return randomly augmented images, (B, 3, size, size) float32 with values from 0 to 1.
 
     Each image gets a random resized crop (area 0.5 to 1, aspect ratio 3/4 to 4/3), a horizontal
-    flip with probability 0.5, and random changes of brightness, contrast, saturation and hue. In a
-    tenth of the images, a random rectangle is erased to grey (Zhong et al. 2020).
+    flip with probability 0.5, and random changes of brightness, contrast, saturation and hue. With
+    probability 0.1, a random rectangle is erased to grey (Zhong et al. 2020).
 
     Args:
         images: (B, 3, H, W) uint8.
@@ -74,12 +74,12 @@ def _colour(pixels: torch.Tensor, draw: torch.Tensor) -> torch.Tensor:
     contrast = _between(draw[:, 1], 1 - CONTRAST, 1 + CONTRAST)[:, None, None]
     saturation = _between(draw[:, 2], 1 - SATURATION, 1 + SATURATION)
     angle = _between(draw[:, 3], -HUE, HUE)
-    turn = torch.zeros(len(draw), 3, 3)
-    turn[:, 0, 0] = 1
-    turn[:, 1, 1] = turn[:, 2, 2] = saturation * angle.cos()
-    turn[:, 2, 1] = saturation * angle.sin()
-    turn[:, 1, 2] = -turn[:, 2, 1]
-    matrix = brightness * contrast * (YIQ_TO_RGB @ turn @ RGB_TO_YIQ)
+    yiq_matrix = torch.zeros(len(draw), 3, 3)
+    yiq_matrix[:, 0, 0] = 1
+    yiq_matrix[:, 1, 1] = yiq_matrix[:, 2, 2] = saturation * angle.cos()
+    yiq_matrix[:, 2, 1] = saturation * angle.sin()
+    yiq_matrix[:, 1, 2] = -yiq_matrix[:, 2, 1]
+    matrix = brightness * contrast * (YIQ_TO_RGB @ yiq_matrix @ RGB_TO_YIQ)
     flat = pixels.flatten(2)
     # Contrast scales the differences from the mean grey of the brightened picture.
     grey = torch.einsum("c,bc->b", RGB_TO_YIQ[0], flat.mean(dim=2))[:, None, None]
@@ -89,9 +89,9 @@ def _colour(pixels: torch.Tensor, draw: torch.Tensor) -> torch.Tensor:
 
 def _erased(size: int, draw: torch.Tensor) -> torch.Tensor:
     """Return a (B, 1, size, size) bool mask with one random rectangle in some of the images."""
-    use, area, ratio, x, y = draw.unbind(1)
+    uniform, area, ratio, x, y = draw.unbind(1)
     width, height = _box(_between(area, *ERASE_AREA), _between(ratio, math.log(0.4), math.log(2.5)))
-    width = torch.where(use < ERASE_PROBABILITY, width, 0.0)
+    width = torch.where(uniform < ERASE_PROBABILITY, width, 0.0)
     line = (torch.arange(size) + 0.5) / size
     left, top = (x * (1 - width))[:, None], (y * (1 - height))[:, None]
     across = (line >= left) & (line < left + width[:, None])

@@ -259,8 +259,8 @@ class Batches:
         if self.shuffle:
             order = torch.randperm(len(order), generator=torch_generator(self.seed, epoch))
         for batch in range(start, len(self)):
-            # Trailing zeros do not change a generator. With `batch` instead of `batch + 1`, batch 0
-            # would get the generator that draws the order if `collate.seed` is `self.seed`.
+            # `batch + 1`, because a generator ignores trailing zeros, and batch 0 must not get the
+            # generator of (seed, epoch), which draws the order.
             entropy = (epoch, batch + 1) if self.rank == 0 else (epoch, batch + 1, self.rank)
             rows = order[batch * self.batch_size : (batch + 1) * self.batch_size]
             share = -(-len(rows) // self.world)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 UNCLOSED = "it has an opening quote without a closing quote"
 MAX_BYTES = 2**30
-# Largest number of lines of a row, so that not all of the file is searched for a closing quote.
+# Largest number of lines of a row; it limits the search for a closing quote.
 MAX_LINES = 1000
 
 
@@ -33,9 +33,9 @@ def read_rows(
 ) -> Iterator[Row]:
     """Yield the rows of ``root/metadata.csv`` (UTF-8) in order.
 
-    A quoted text may span several lines. If a quote is never closed, the line with the quote is a
-    broken row, and reading continues with the next line. The same holds for a quoted text that
-    contains complete rows, because its closing quote probably belongs to another row.
+    A quoted text may span several lines. If a quote is not closed within ``MAX_LINES`` lines, the
+    line with the quote is a broken row, and reading continues with the next line. A quote also
+    counts as unclosed if the quoted text contains complete rows.
 
     Args:
         root: the folder.
@@ -191,9 +191,9 @@ def _parse_leniently(line: str) -> list[str]:
 def _has_stray_quote(root: Path, record: list[str], columns: list[str]) -> bool:
     """Return whether a record of several lines consists of separate rows and a stray quote.
 
-    This is assumed if the first line, without its quotes, is a complete row, and one of two
-    conditions holds: all other lines are complete rows, or a line between the first and the last is
-    a complete row that names an existing file.
+    The first line, without its quotes, must be a complete row. In addition, all other lines must be
+    complete rows, or a line between the first and the last must be a complete row that names an
+    existing file.
     """
     first, *others = record
     if not _is_complete_row(first.replace('"', ""), columns):

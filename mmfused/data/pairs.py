@@ -26,15 +26,15 @@ class PairBatches:
 
     Labels with more items are more likely to be drawn. If the batch size is not larger than the
     number of labels, all labels in a batch differ, so the candidates of other rows are true
-    negatives. In a larger batch, each label occurs almost equally often. Items that have no
-    candidate are never drawn.
+    negatives. In a larger batch, each label occurs almost equally often. Items without a
+    candidate are never queries.
 
     The rows of batch i depend only on ``seed``, the epoch and i.
 
     Args:
         dataset: the queries.
         collate: makes the batches.
-        batch_size: number of rows per batch, over all ranks.
+        batch_size: number of rows per batch, before the batch is split over ranks.
         products: the candidates; None takes candidates from ``dataset``.
         negatives: whether batches have hard negatives.
         seed: seed of the random draws.
@@ -104,13 +104,13 @@ class PairBatches:
         """Return this rank's share of one batch of an epoch."""
         drawn = self.draw(torch_generator(self.seed, epoch, batch + 1))
         share = self.batch_size // self.world
-        mine = slice(self.rank * share, (self.rank + 1) * share)
+        part = slice(self.rank * share, (self.rank + 1) * share)
         generator = torch_generator(self.collate.seed, epoch, batch + 1, self.rank + 1)
         sources = {"query": self.queries, "candidate": self.candidates, "negative": self.candidates}
-        return {role: sources[role].batch(rows[mine], generator) for role, rows in drawn.items()}
+        return {role: sources[role].batch(rows[part], generator) for role, rows in drawn.items()}
 
     def draw(self, generator: torch.Generator) -> dict[str, Tensor]:
-        """Return random rows of one batch over all ranks, by role."""
+        """Return the random rows of one batch by role, before the batch is split over ranks."""
         whole, rest = divmod(self.batch_size, len(self.labels))
         picks = [torch.randperm(len(self.labels), generator=generator) for _ in range(whole)]
         if rest:
@@ -157,15 +157,15 @@ def hard_negatives(
             "dataset: got rows of one label, "
             "expected at least two labels: a negative has another label"
         )
-    own = np.asarray(pool.labels, dtype=np.int64)
+    pool_labels = np.asarray(pool.labels, dtype=np.int64)
     coarse = getattr(pool, "coarse_labels", None)
     coarse = None if coarse is None else np.asarray(coarse, dtype=np.int64)
     found = {}
     for label in labels:
-        near = np.empty(0, np.int64)
+        hard = np.empty(0, np.int64)
         if coarse is not None:
-            near = np.flatnonzero((coarse == coarse[partners[label][0]]) & (own != label))
-        found[label] = near if len(near) else np.flatnonzero(own != label)
+            hard = np.flatnonzero((coarse == coarse[partners[label][0]]) & (pool_labels != label))
+        found[label] = hard if len(hard) else np.flatnonzero(pool_labels != label)
     return found
 
 

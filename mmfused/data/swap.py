@@ -73,7 +73,7 @@ def swap_texts(dataset: Products, fraction: float, seed: int) -> SwappedTexts:
     labels = np.asarray(dataset.labels, dtype=np.int64)
     with_text = np.flatnonzero([text != "" for text in dataset.texts])
     donors = with_text[np.argsort(labels[with_text], kind="stable")]
-    # Donors are sorted by label, so the donors to exclude for a row are the block start:stop.
+    # For each row, donors[start:stop] have the label of the row, and are excluded.
     start = np.searchsorted(labels[donors], labels[rows], side="left")
     stop = np.searchsorted(labels[donors], labels[rows], side="right")
     others = len(donors) - (stop - start)

@@ -85,17 +85,17 @@ def train_tokenizer(
 
 
 def _wordpiece(texts: list[str], vocab_size: int) -> Tokenizer:
-    # The trainer numbers inner letters ("##a") in the order of a randomly seeded hash table, and
-    # the numbers break ties between merges. To always get the same vocabulary, a temporary
-    # tokenizer has the inner letters as special tokens, which are numbered in their given order.
+    # The trainer numbers inner letters ("##a") in random order, and the numbers break ties between
+    # merges. To always get the same vocabulary, a temporary tokenizer has the inner letters as
+    # special tokens, which are numbered in the given order.
     temporary = _bert_tokenizer(models.WordPiece(unk_token="[UNK]"))
     normalize, split = temporary.normalizer.normalize_str, temporary.pre_tokenizer.pre_tokenize_str
     inner = sorted(
         {letter for text in texts for word, _ in split(normalize(text)) for letter in word[1:]}
     )
-    numbered = [*SPECIAL.values(), *("##" + letter for letter in inner)]
+    special_tokens = [*SPECIAL.values(), *("##" + letter for letter in inner)]
     trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size, special_tokens=numbered, show_progress=False
+        vocab_size=vocab_size, special_tokens=special_tokens, show_progress=False
     )
     temporary.train_from_iterator(texts, trainer)
     return _bert_tokenizer(models.WordPiece(vocab=temporary.get_vocab(), unk_token="[UNK]"))
@@ -180,15 +180,15 @@ def _read_folder(folder: Path) -> Any:
     given = {**_default_settings(folder, written), **written, **older}
     settings = {key: given[key] for key in SETTINGS if key in given}
     _check_types(settings)
-    # The properties of a token in tokenizer.json take precedence over those in the settings.
-    known = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
+    # The properties of a token in tokenizer.json override its properties in the settings.
+    file_tokens = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
     for key in TOKENS:
         if given.get(key) is not None:
-            settings[key] = _token(key, given[key], known)
-    settings |= _extra_tokens(given, known)
+            settings[key] = _token(key, given[key], file_tokens)
+    settings |= _extra_tokens(given, file_tokens)
     added = _object(given, "added_tokens_decoder")
     settings["added_tokens_decoder"] = {
-        int(key): _token("added_tokens_decoder", token, known) for key, token in added.items()
+        int(key): _token("added_tokens_decoder", token, file_tokens) for key, token in added.items()
     }
     _decode_word_ends(tokenizer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **settings)
@@ -212,7 +212,7 @@ def _check_types(settings: dict[str, Any]) -> None:
         )
 
 
-def _extra_tokens(given: dict[str, Any], known: dict[str, AddedToken]) -> dict[str, Any]:
+def _extra_tokens(given: dict[str, Any], file_tokens: dict[str, AddedToken]) -> dict[str, Any]:
     """Return the settings of the special tokens that are not in ``TOKENS``."""
     extra = given.get("extra_special_tokens") or given.get("additional_special_tokens") or []
     named = {
@@ -225,7 +225,7 @@ def _extra_tokens(given: dict[str, Any], known: dict[str, AddedToken]) -> dict[s
     )
     settings: dict[str, Any] = {
         "model_specific_special_tokens": {
-            key: _token(key, token, known) for key, token in named.items()
+            key: _token(key, token, file_tokens) for key, token in named.items()
         }
     }
     if not isinstance(extra, (dict, list)):
@@ -234,7 +234,7 @@ def _extra_tokens(given: dict[str, Any], known: dict[str, AddedToken]) -> dict[s
         )
     if isinstance(extra, list):
         settings["extra_special_tokens"] = [
-            _token("extra_special_tokens", token, known) for token in extra
+            _token("extra_special_tokens", token, file_tokens) for token in extra
         ]
     return settings
 
@@ -275,14 +275,14 @@ def _default_settings(folder: Path, written: dict[str, Any]) -> dict[str, Any]:
     return defaults
 
 
-def _token(key: str, token: object, known: dict[str, AddedToken]) -> AddedToken | str:
+def _token(key: str, token: object, file_tokens: dict[str, AddedToken]) -> AddedToken | str:
     content = token.get("content") if isinstance(token, dict) else token
     if not isinstance(content, str):
         raise ValueError(
             f"{key}: got {type(token).__name__}, expected a string or an object with a content"
         )
-    if content in known or not isinstance(token, dict):
-        return known.get(content, content)
+    if content in file_tokens or not isinstance(token, dict):
+        return file_tokens.get(content, content)
     flags = {
         flag: bool(token[flag])
         for flag in ("lstrip", "rstrip", "single_word", "normalized")

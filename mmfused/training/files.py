@@ -29,7 +29,7 @@ MAX_JSON_BYTES = 2**26
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Call ``write(temporary path)``, then rename the result to ``path``.
 
-    An existing folder at ``path`` is removed before the rename, which cannot replace a folder that
+    An existing folder at ``path`` is removed first, because a rename cannot replace a folder that
     holds files.
 
     Raises:
@@ -179,9 +179,9 @@ def check_shapes(
 
 
 def check_fields(value: Mapping[str, Any], kinds: Mapping[str, type], path: Path) -> None:
-    """Raise ValueError unless ``value`` has every field in ``kinds``, with the type given there.
+    """Raise ValueError unless ``value`` has each field in ``kinds``, with the type in ``kinds``.
 
-    An int is also accepted for a float.
+    If the type is float, an int is also accepted.
     """
     for name, kind in kinds.items():
         if name not in value:

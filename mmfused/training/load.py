@@ -52,7 +52,7 @@ class Trained:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the file of the weights."""
+        """SHA-256 of ``model.safetensors``."""
         return sha256(self.folder / "model.safetensors")
 
     def check_is_retrieval_model(self, command: str) -> None:
@@ -82,12 +82,12 @@ class Trained:
         """
         size = self.model.picture_size
         if data == "generated":
-            rows = product_data.GeneratedProducts("val")
+            dataset = product_data.GeneratedProducts("val")
         else:
-            rows = load_folder(name, data, size, text_column, num_classes)
+            dataset = load_folder(name, data, size, text_column, num_classes)
         max_length = self.settings["training"]["max_length"]
         collate = make_collate(self.tokenizer, size, max_length, self.model.config)
-        return rows, make_val_batches(rows, collate, batch_size or VAL_BATCH_SIZE)
+        return dataset, make_val_batches(dataset, collate, batch_size or VAL_BATCH_SIZE)
 
 
 def load_trained(

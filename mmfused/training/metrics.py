@@ -57,7 +57,7 @@ def scores(predictions: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 def model_inputs(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors of ``batch`` that the model's modalities need, on the model's device."""
+    """Return the labels and the inputs of the model's modalities, on the model's device."""
     modalities = model.config.modalities
     names = ["labels"]
     if modalities in ("image", "both"):

@@ -22,8 +22,8 @@ class OtherRankError(RuntimeError):
 def join_ranks(device: torch.device) -> tuple[int, int]:
     """Return the rank and the number of ranks; create the process group under ``torchrun``.
 
-    On CUDA the new group has NCCL for CUDA tensors and gloo for CPU tensors. In such a group, the
-    functions below exchange CPU tensors, so that they need not wait for the device.
+    On CUDA, the new group has NCCL for CUDA tensors and gloo for CPU tensors. In this group, the
+    functions below exchange CPU tensors, so they do not wait for the GPU.
     """
     if "RANK" in os.environ and not dist.is_initialized():
         if device.type == "cuda":
@@ -42,10 +42,10 @@ def leave_ranks() -> int:
 
 
 def stop_together(stop: StopRequest) -> int | None:
-    """Return the number of a signal that any rank has received, or None.
+    """Return the number of a signal that a rank has received, or None if no rank has.
 
     The result is the same on all ranks. Ranks must act on the result and not on ``stop``, which may
-    change at any time on one rank only.
+    differ between ranks.
     """
     if not in_group():
         return stop.signum
@@ -70,12 +70,12 @@ def _gather_texts(text: str) -> list[str]:
 
 @contextmanager
 def fail_together() -> Iterator[None]:
-    """Raise on all ranks if the block raises an Exception on one, so that no rank waits forever.
+    """Raise an error on all ranks if the block raises an Exception on one rank.
 
     A rank whose block failed raises its own error, and the other ranks raise
-    :class:`OtherRankError`. Other exceptions, such as KeyboardInterrupt, are raised on their rank
-    only. All ranks must enter the block. The block must not contain collective operations, in which
-    other ranks would wait for a rank that failed.
+    :class:`OtherRankError`. If a rank raises a BaseException that is not an Exception, such as
+    KeyboardInterrupt, the other ranks are not told. All ranks must enter the block. The block must
+    not contain collective operations, in which other ranks would wait for a rank that failed.
     """
     error = None
     try:

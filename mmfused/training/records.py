@@ -60,10 +60,10 @@ class Records:
         os.fsync(self._file.fileno())
 
     def write_again(self) -> None:
-        """Write all records again if the file was removed during training.
+        """Write all records to a new file if ``metrics.jsonl`` was removed during training.
 
         Raises:
-            FileExistsError: the file was replaced by another.
+            FileExistsError: another file has the path of ``metrics.jsonl``.
         """
         assert self._file is not None
         if same_file(self.path, self._file):

@@ -23,7 +23,7 @@ from mmfused.training.run_folder import (
 )
 
 FINISHED: Literal["finished"] = "finished"
-# Fields of every summary and their types. A summary also has the scores of its task in SCORES.
+# Types of the fields of a summary. A summary also has the scores of its task, see SCORES.
 SUMMARY: dict[str, type] = {
     **dict.fromkeys(("model", "backend", "device", "amp", "modalities"), str),
     **dict.fromkeys(("parameters", "train_rows", "val_rows", "steps", "peak_memory"), int),
@@ -48,21 +48,21 @@ def find_start(config: TrainConfig, out: Path) -> Checkpoint | Literal["finished
 
     Raises:
         FileExistsError: ``out`` holds files that no run made, or a run that must not be replaced.
-        ValueError: all checkpoints are damaged, or the newest intact one has other settings.
+        ValueError: all checkpoints are damaged, or the newest intact checkpoint has other settings.
     """
     if not config.resume:
         check_out(out, config.overwrite)
         return None
     if is_finished(out):
         return FINISHED
-    marked = is_run_folder(out)
-    foreign = wrong_kind_files(out, RUN_FILES) if marked else []
+    is_run = is_run_folder(out)
+    foreign = wrong_kind_files(out, RUN_FILES) if is_run else []
     if foreign:
         raise FileExistsError(
             f"out: {out} holds links, pipes or folders with the names of a run's files "
             f"({join_names(foreign)}); move them"
         )
-    found = checkpoints.newest(out / "checkpoints") if marked else None
+    found = checkpoints.newest(out / "checkpoints") if is_run else None
     if found is None:
         check_out(out, config.overwrite, resume=True)
         return None
@@ -105,7 +105,7 @@ def prepare_folder(
     step: int,
     was_marked: bool,
 ) -> None:
-    """Prepare the locked folder ``out`` for the step after ``step``.
+    """Prepare the locked folder ``out`` for training from ``step``.
 
     Args:
         config: the settings.

@@ -51,8 +51,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     """Train a model and return the summary, which is also written to ``summary.json``.
 
     With ``config.resume``, training resumes from the newest checkpoint in ``config.out``. If the
-    run there is finished, its summary is returned and nothing is written. If there is no run, a new
-    one is started.
+    run in ``config.out`` is finished, its summary is returned and nothing is written. If there is
+    no run, a new run starts.
 
     With several ranks, an error on one rank is raised on the other ranks too, as a RuntimeError
     that quotes the error. In a step of a retrieval model, this holds only for errors in the

@@ -72,7 +72,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
     if threading.current_thread() is threading.main_thread():
         for signum in (signal.SIGTERM, signal.SIGINT):
             handler = signal.getsignal(signum)
-            # None stands for a handler that Python did not set, and that `restore` could not set.
+            # A handler that Python did not set is None; `restore` could not set it again.
             if handler not in (None, signal.SIG_IGN):
                 handlers[signum] = handler
         for signum in handlers:
