@@ -79,7 +79,7 @@ def fuse(
     Args:
         model: any module, which may itself be a known module. A second call swaps only modules that
             were added.
-        only: which modules to swap, as a str or several; default: all known modules. An entry is
+        only: which modules to swap, a str or an iterable of strs; default: all. An entry is
             one of the four words, the qualified name of a module, or a shell pattern such as
             ``"vision.*.attn"``, in which ``*`` also matches dots. A name includes all modules
             inside the named module; the root ``""`` includes everything. A module whose name is one

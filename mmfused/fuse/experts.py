@@ -84,7 +84,7 @@ def _routing(module: Any, index: Tensor, weights: Tensor) -> Routing:
     experts = len(module.down_proj)
     if not getattr(module, "_is_expert_parallel", False):
         return routing_from_indices(index, weights, experts)
-    # Indices from E on are experts on another rank. They are routed to one extra expert, whose rows
+    # Indices >= E are experts on another rank. They are routed to one extra expert, whose rows
     # are sorted to the end. The extra expert is then removed, so that its rows are not computed.
     weights = weights.masked_fill(index >= experts, 0.0)
     routing = routing_from_indices(index.clamp(max=experts), weights, experts + 1)

@@ -1,7 +1,7 @@
 """Contrastive losses of open_clip and sentence-transformers on :func:`mmfused.masked_info_nce`.
 
-The loss of B queries and C candidates takes one sweep: a pass over the logits in blocks, so that
-the B x C matrix of logits is never in memory.
+The loss of B queries and C candidates is computed in one sweep: a pass over the logits in blocks,
+so that the B x C matrix of logits is never in memory.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ class _NameWrapper(textwrap.TextWrapper):
 
 
 def _table(rows: list[tuple[str, str, str, str]]) -> list[str]:
-    """Return the lines of the table; rows that are equal except for digits in the name are one."""
+    """Return the table's lines; rows that are equal except for digits in the name are merged."""
     groups: dict[tuple[str, ...], list[str]] = {}
     for name, *rest in rows:
         groups.setdefault((re.sub(r"\d+", "*", name), *rest), []).append(name or "(root)")

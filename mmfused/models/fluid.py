@@ -116,7 +116,8 @@ class FLUIDOutput(NamedTuple):
 
     logits: Tensor  # (B, C)
     loss: Tensor | None  # scalar, the weighted sum; None without labels
-    losses: dict[str, Tensor]  # "ce", "contrastive", "moe", unweighted; empty without labels
+    # "ce", "contrastive" and "moe", not multiplied by loss_weights; empty without labels.
+    losses: dict[str, Tensor]
     # Expert indices (B, R, k) int64 and weights (B, R, k), largest first; None without a router.
     routing: tuple[Tensor, Tensor] | None
     gate: Tensor | None  # (B, l): a, the share of the image; None without a gate

@@ -126,10 +126,10 @@ class MOON2Config(HostedConfig):
 class Experts(TopKMoE):
     """A mixture that replaces the FFN of one layer; its experts start as noisy copies of the FFN.
 
-    A state_dict of the FFN can be loaded into the mixture. The layer calls its FFN with hidden
-    states only, but passes its own keyword arguments on to its attention. A pre-hook of the
-    attention moves two of these arguments to `padding` and `reports`, and `forward` uses both.
-    Gradient checkpointing runs the hook again when it recomputes the layer.
+    A state_dict of the FFN can be loaded into the mixture. The layer passes keyword arguments to
+    its attention, but not to its FFN. A pre-hook of the attention moves two of these arguments to
+    the mixture's `padding` and `reports` before `forward` needs them. Gradient checkpointing runs
+    the hook again.
     """
 
     padding: Tensor | None  # (B, L) bool, True = ignore

@@ -10,8 +10,8 @@
     L = mean_i -log( exp(q_i.c_i / tau) / sum_j exp(q_i.c_j / tau) ) + lambda mean_i (1 - q_i.c_i)
 
 q_i and c_i are the embeddings e of a query and its positive. j runs over i and over all positives
-and hard negatives, on any rank, with another label than query i. tau is 0.02. docs/models.md gives
-the source of each part.
+and hard negatives, on any rank, whose label is not that of query i. tau is 0.02. docs/models.md
+gives the source of each part.
 """
 
 from __future__ import annotations
