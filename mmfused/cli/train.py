@@ -83,8 +83,8 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer",
         metavar="NAME",
-        help="tokenizer folder or hub name (default: that of --init, --text-encoder or --host, or a "
-        "new one trained on the texts)",
+        help="tokenizer folder or hub name (default: that of --init, --text-encoder or --host, or "
+        "a new one trained on the texts)",
     )
     parser.add_argument(
         "--max-length",
