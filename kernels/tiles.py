@@ -24,8 +24,7 @@ SHARED_MEMORY = {
     121: 101_376,
 }
 
-# Options of every launch. The default differs by version: Triton 3.10 does not fuse multiplication
-# and addition.
+# Options of every launch. The default of enable_fp_fusion differs by Triton version.
 OPTIONS = {"enable_fp_fusion": True}
 
 # The architecture that plans are chosen for, in place of the GPU's; set by recording.launches_for.
@@ -66,22 +65,22 @@ def pack_padding(
     if mask is None:
         return None, lengths, 0, "none" if lengths is None else "lengths"
     batch, length = mask.shape
-    width = triton.cdiv(length, 64)
-    words = torch.empty(batch, width, dtype=torch.int64, device=mask.device)
+    num_words = triton.cdiv(length, 64)
+    words = torch.empty(batch, num_words, dtype=torch.int64, device=mask.device)
     span = torch.empty(batch, 2, dtype=torch.int32, device=mask.device)
     pack_mask_kernel[(batch,)](
         mask_ptr=mask.view(torch.uint8),
         words_ptr=words,
         span_ptr=span,
         N=length,
-        W=width,
+        W=num_words,
         stride_b=mask.stride(0),
         stride_n=mask.stride(1),
         num_warps=1,
         num_stages=1,
         **OPTIONS,
     )
-    return words, span, width, "padding"
+    return words, span, num_words, "padding"
 
 
 def tile_rows(rows: int, num_experts: int) -> int:
@@ -96,7 +95,7 @@ def tile_rows(rows: int, num_experts: int) -> int:
 def tile_map(offsets: torch.Tensor, rows: int, num_experts: int) -> torch.Tensor:
     """Return the tiles (rows // 16 + E, 2) int32 for offsets (E + 1,) int32.
 
-    Each tile is (expert, first row), sorted by expert. Unused tiles come last and are (-1, 0).
+    Each tile is (expert, first row). Tiles are sorted by expert. Unused tiles, (-1, 0), come last.
     """
     tiles = offsets.new_empty(rows // 16 + num_experts, 2, dtype=torch.int32)
     block = tile_block(num_experts)
@@ -225,7 +224,7 @@ def tokens_kept(
     """Return the tokens start .. start + BN - 1, and which of these tokens are valid.
 
     BN is at most 64, and ``start`` is a multiple of BN. The mask of a tile is loaded as one scalar,
-    because Triton would not prefetch tokens with a mask that is itself loaded as a tensor.
+    because Triton does not prefetch loads whose mask is a loaded tensor.
     """
     n = start + tl.arange(0, BN)
     keep = n < hi

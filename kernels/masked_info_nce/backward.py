@@ -4,8 +4,9 @@ For all pairs except the targets,
 
     dS_ij = w_i exp(S_ij - lse_i) + w_j exp(S_ij - lse_j) - positive_ij - every_ij
 
-The term with w_j occurs only in a symmetric loss, positive_ij only for further positives. With
-EVERYTHING, every_ij occurs for all pairs. There are two forms of the backward.
+w_i and lse_i belong to row i, w_j and lse_j to column j. The term with w_j occurs only in a
+symmetric loss. With EVERYTHING, every_ij occurs for all pairs, and positive_ij for further
+positives. There are two forms of the backward.
 
 Chunked: ``pairs_kernel`` writes dS of a chunk of rows and columns once, in the inputs' dtype.
 ``apply_ds_kernel`` computes dS c and dS^T q of the chunk, and adds the results to float32 sums.
@@ -15,9 +16,9 @@ Owner-computes: ``owner_kernel`` recomputes S once for each side, and keeps dS a
 This takes 8 B C D FLOPs, and no HBM traffic for dS.
 
 ``moment`` holds sums of dS S (elementwise), from which the scale's gradient is computed. The terms
-of these sums nearly cancel, so they are computed from dS before rounding. ``gain``, only for
+of these sums nearly cancel, so the sums are computed from dS before rounding. ``gain``, only for
 float16, is a power of two that brings the largest w between 2^12 and 2^13, because dS near
-1 / (B C) is too small for float16. Results are divided by ``gain``.
+1 / (B C) is too small for float16. Gradients are divided by ``gain``.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def _moment(ds, s):
 def pairs_kernel(
     q_ptr,  # (B, D)
     c_ptr,  # (C, D)
-    bias_ptr,  # (C,) or None
+    bias_ptr,  # (C,), 0 or NaN; or None
     scale_ptr,  # ()
     bound_ptr,  # (), upper bound of |logits|
     gain_ptr,  # () or None
@@ -234,7 +235,7 @@ def apply_ds_kernel(
 def owner_kernel(
     x_ptr,  # (X, D)
     y_ptr,  # (Y, D)
-    bias_ptr,  # (C,) or None
+    bias_ptr,  # (C,), 0 or NaN; or None
     scale_ptr,  # ()
     bound_ptr,  # (), upper bound of |logits|
     gain_ptr,  # () or None
@@ -275,7 +276,7 @@ def owner_kernel(
     head, own, count = visited_tiles(low, high, shared, 0, tl.cdiv(Y, BN), BN, KEYS)
     x_low, x_high, x_id = row_vectors(low_ptr, high_ptr, x_id_ptr, x, X, KEYS, IDS)
     x_side = load_coefficients(x_side_ptr, x, X, gain, EVERYTHING)
-    own_rows = load_block(x_ptr, block * BM, tl.arange(0, BM), cols, X, D, D == BD)
+    x_rows = load_block(x_ptr, block * BM, tl.arange(0, BM), cols, X, D, D == BD)
     acc = tl.zeros([BM, BD], tl.float32)
     moment = tl.zeros([BM], tl.float32)
     HAS_X: tl.constexpr = x_side_ptr is not None
@@ -283,8 +284,8 @@ def owner_kernel(
     for n in range(count * split // tl.num_programs(0), count * (split + 1) // tl.num_programs(0)):
         start = nth_tile(n, head, own, 0) * BN
         y = start + tl.arange(0, BN)
-        rows = load_block(y_ptr, start, tl.arange(0, BN), cols, Y, D, D == BD)
-        s = dot(own_rows, tl.trans(rows), tl.zeros([BM, BN], tl.float32), UPCAST) * scale
+        y_rows = load_block(y_ptr, start, tl.arange(0, BN), cols, Y, D, D == BD)
+        s = dot(x_rows, tl.trans(y_rows), tl.zeros([BM, BN], tl.float32), UPCAST) * scale
         if bias_ptr is not None:
             if SWAP:
                 s += tl.load(bias_ptr + x, mask=x < X, other=0.0)[:, None]
@@ -301,7 +302,7 @@ def owner_kernel(
         ds = _gradient(s, x_id, y_id, x_side, y_side, safe, HAS_X, HAS_Y, KEYS, IDS, EVERYTHING)
         if moment_ptr is not None:
             moment += tl.sum(_moment(ds, s), 1)
-        acc = dot(ds.to(y_ptr.dtype.element_ty), rows, acc, UPCAST)
+        acc = dot(ds.to(y_ptr.dtype.element_ty), y_rows, acc, UPCAST)
     acc *= 1.0 / gain
     at = (split.to(tl.int64) * X + x[:, None]) * D + cols[None, :]
     tl.store(out_ptr + at, acc, mask=(x < X)[:, None] & (cols < D)[None, :])

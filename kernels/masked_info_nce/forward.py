@@ -47,9 +47,9 @@ def sweep(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute statistics over all pairs except the targets, and q . c of each row's target.
 
-    q (B, D) and c (C, D) are sorted by key. Return the statistics of the rows (5, B) and columns
-    (5, C), float64, and the products with the targets (B,), float32. Without ``columns``, the
-    statistics of the columns are (5, 0).
+    With keys, q (B, D) and c (C, D) are sorted by key. Return the statistics of the rows (5, B) and
+    columns (5, C), float64, and the products with the targets (B,), float32. Without ``columns``,
+    the statistics of the columns are (5, 0).
     """
     tiles = plan(q.shape[1], q.dtype, arch_of(q), columns, everything)
     tile = tiles.sweep
@@ -255,7 +255,7 @@ def _is_whole(
     BN: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """Return whether all pairs of a tile are valid, as in most tiles. Ids are not checked."""
+    """Return True only if all pairs of a tile are valid. Ids are not checked."""
     whole = (x0 + BM <= B) & (y0 + BN <= C) & ((y0 > last_target) | (y0 + BN <= first_target))
     if KEYS:
         whole = whole & ((y0 + BN <= shared) | ((full_low <= y0) & (y0 + BN <= full_high)))
@@ -266,7 +266,7 @@ def _is_whole(
 def sweep_kernel(
     q_ptr,  # (B, D)
     c_ptr,  # (C, D)
-    bias_ptr,  # (C,) or None
+    bias_ptr,  # (C,), 0 or NaN; or None
     scale_ptr,  # ()
     bound_ptr,  # (), upper bound of |logits|
     target_ptr,  # (B,)
@@ -327,7 +327,7 @@ def sweep_kernel(
             whole = _is_whole(
                 x0, y0, B, C, first_target, last_target, full_low, full_high, shared, BM, BN, KEYS
             )
-            own_columns = column_ptr + group.to(tl.int64) * STATS * C
+            column_out = column_ptr + group.to(tl.int64) * STATS * C
             if EVERYTHING or IDS != "none":
                 y_id = y if IDS == "none" else tl.load(c_id_ptr + y, mask=y < C, other=-2)
                 ok = valid_pairs(
@@ -335,10 +335,10 @@ def sweep_kernel(
                 )
                 s = tl.where(ok, s, float("-inf"))
                 if EVERYTHING:
-                    every = _add_sums(every, s, own_columns + 4 * C, C, y, COLUMNS, MERGE)
+                    every = _add_sums(every, s, column_out + 4 * C, C, y, COLUMNS, MERGE)
                 if EVERYTHING and IDS == "same":
                     same = tl.where(x_id[:, None] == y_id[None, :], s, float("-inf"))
-                    positive = _add_sums(positive, same, own_columns + 2 * C, C, y, COLUMNS, MERGE)
+                    positive = _add_sums(positive, same, column_out + 2 * C, C, y, COLUMNS, MERGE)
             elif not whole:
                 ok = valid_pairs(
                     x, y, B, C, target, x_low, x_high, shared, x_id, y, False, KEYS, IDS
@@ -346,12 +346,12 @@ def sweep_kernel(
                 s = tl.where(ok, s, float("-inf"))
             m, total, column_m, column = _softmax_step(s, m, total, safe, COLUMNS)
             if COLUMNS:
-                _store_softmax(own_columns, C, y, column_m, column, MERGE)
-        own_rows = row_ptr + split.to(tl.int64) * STATS * B
-        _store_softmax(own_rows, B, x, m, total, False)
+                _store_softmax(column_out, C, y, column_m, column, MERGE)
+        row_out = row_ptr + split.to(tl.int64) * STATS * B
+        _store_softmax(row_out, B, x, m, total, False)
         if EVERYTHING:
-            _store_sums(own_rows + 2 * B, B, x, positive, False)
-            _store_sums(own_rows + 4 * B, B, x, every, False)
+            _store_sums(row_out + 2 * B, B, x, positive, False)
+            _store_sums(row_out + 4 * B, B, x, every, False)
 
 
 @triton.jit
@@ -364,7 +364,7 @@ def merge_kernel(
     BN: tl.constexpr,
     EVERYTHING: tl.constexpr,
 ):
-    """Merge partial results to logsumexp, numbers and sums (0 without EVERYTHING).
+    """Merge partial results into logsumexp, numbers and sums (0 without EVERYTHING).
 
     grid (N / BN,). The results are float64, because in float32 the rounding error of a logsumexp
     near 20 would change all probabilities of a row by 1e-6.

@@ -35,7 +35,7 @@ class Gradients:
 
     q: Tensor  # (B, D)
     c: Tensor  # (C, D)
-    bias: Tensor | None  # (C,)
+    bias: Tensor | None  # (C,), 0 or NaN
     scale: Tensor  # ()
     bound: Tensor  # (), upper bound of |logits|
     gain: Tensor | None  # (), a power of two; None except for float16
@@ -281,14 +281,14 @@ def _apply_ds(
     first = y_span.start == 0
     grid = (triton.cdiv(y.shape[1], tile.BD), triton.cdiv(len(x_span), x_block))
     splits = num_splits(grid[0] * grid[1], triton.cdiv(len(y_span), y_block))
-    own = out[x_span.start : x_span.stop]
-    into = own if splits == 1 else out.new_empty(splits, *own.shape)
+    out_rows = out[x_span.start : x_span.stop]
+    written = out_rows if splits == 1 else out.new_empty(splits, *out_rows.shape)
     bwd.apply_ds_kernel[(*grid, splits)](
         ds_ptr=ds,
         y_ptr=y,
         gain_ptr=given.gain,
         **ranges.pointers(),
-        out_ptr=into,
+        out_ptr=written,
         X=len(out),
         Y=len(y),
         x0=x_span.start,
@@ -309,5 +309,5 @@ def _apply_ds(
         **OPTIONS,
     )
     if splits > 1:
-        total = into.sum(0)
-        own.copy_(total) if first else own.add_(total)
+        total = written.sum(0)
+        out_rows.copy_(total) if first else out_rows.add_(total)

@@ -2,12 +2,12 @@
 
 A program owns a block of BM rows of one side, x, and visits the other side, y, in tiles of BN. With
 keys, both sides are sorted by key. A row of x then sees the rows [0, shared) and [low, high) of y,
-and a block visits tiles at the start of y and one further range of tiles. Other tiles are never
-read. Masks compare the numbers of the rows of y with shared, low and high.
+so a block visits the tiles of [0, shared) and one further range of tiles. Masks compare the row
+indices of y with shared, low and high.
 
-The scale does not include log2(e): s = (x . y) scale, and p = exp2((s - lse) log2(e)). If the scale
-included log2(e), as in flash attention, this would save one multiplication per pair. But with
-logits of 100, it would make the errors of float32 gradients three times those of plain PyTorch.
+The scale does not include log2(e): s = (x . y) scale, and p = exp2((s - lse) log2(e)). A scale that
+includes log2(e), as in flash attention, would save one multiplication per pair. But with logits of
+100, the errors of float32 gradients would be three times those of plain PyTorch.
 """
 
 from __future__ import annotations
@@ -37,9 +37,8 @@ def block_range(
 ):
     """Return low, high, full_low, full_high and shared of the rows start .. start + BM - 1.
 
-    Each row sees [0, shared) and a part of [low, high). If the rows are queries, each row sees all
-    of [full_low, full_high). If the rows are candidates, full_low and full_high have no meaning,
-    because candidates with key -1 come first, and all queries see them.
+    Each row sees [0, shared) and a part of [low, high). full_low and full_high have a meaning only
+    if the rows are queries: each row then sees all of [full_low, full_high).
     """
     low = 0
     high = Y

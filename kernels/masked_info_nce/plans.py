@@ -23,10 +23,10 @@ class Tile:
     """Sizes of a kernel's tiles, and its launch options.
 
     A tile of logits has BM rows and BN columns, and is computed from BK elements of each embedding
-    at a time. In ``apply_ds``, BM x BN is a tile of dS instead, and a product sums over BK of its
-    columns (for dq) or rows (for dc). The BM and BN of ``apply_ds`` are multiples of the BM and BN
-    of ``pairs``. BD is the number of elements of each embedding whose gradient one program of
-    ``apply_ds`` or ``owner`` computes.
+    at a time. In ``apply_ds``, BM x BN is a tile of dS, of which a product reads BK columns (for
+    dq) or BK rows (for dc) at a time. The BM and BN of ``apply_ds`` are multiples of the BM and BN
+    of ``pairs``. One program of ``apply_ds`` or ``owner`` computes the gradient of BD elements of
+    each embedding.
     """
 
     BM: int
@@ -154,9 +154,9 @@ def _power(dim: int) -> int:
 
 
 def num_splits(blocks: int, most: int) -> int:
-    """Return the number of splits of each block, so that all splits are about PROGRAMS programs.
+    """Return the number of splits of each block; all blocks together have about PROGRAMS splits.
 
-    There are at most ``most`` splits, so that each split has at least one tile.
+    There are at most ``most`` splits, the number of tiles of a block.
     """
     return 1 if blocks >= PROGRAMS else max(1, min(most, -(-PROGRAMS // blocks)))
 
@@ -179,9 +179,9 @@ def sweep_grid(
 ) -> Grid:
     """Choose a grid of about 4 * PROGRAMS programs.
 
-    There are fewer programs if there are fewer tiles, and more if a split would exceed 64 tiles.
-    Each group writes ``stats`` floats per column. All groups together write at most
-    ``partial_bytes``, unless a single group writes more.
+    There are fewer programs if there are fewer tiles. There are more if there are more groups, or
+    if a split would exceed 64 tiles. Each group writes ``stats`` floats per column. All groups
+    together write at most ``partial_bytes``, unless a single group writes more.
     """
     blocks, tiles = -(-rows // tile.BM), -(-columns // tile.BN)
     most = max(1, partial_bytes // (4 * stats * columns)) if stats else blocks
@@ -200,8 +200,8 @@ def chunk(
 ) -> tuple[int, int]:
     """Return (rows, columns) of a chunk of dS, multiples of the tile.
 
-    The chunk is nearly square, if possible, to keep traffic low: the float32 gradients of the rows
-    and columns of a chunk are read and written once.
+    Each chunk reads and writes the float32 gradients of its rows and columns once, so nearly square
+    chunks keep traffic low.
     """
     most = max(chunk_bytes // itemsize, tile.BM * tile.BN)
     side = int(most**0.5)
@@ -216,7 +216,7 @@ def _padded(length: int, unit: int) -> int:
 def _even(length: int, most: int, unit: int) -> int:
     """Divide ``length`` into nearly equal parts, and return the length of a part.
 
-    It is a multiple of ``unit``, and at most ``most`` unless ``most`` is less than one unit.
+    The part is a multiple of ``unit``, and at most ``most`` unless ``most`` is less than one unit.
     """
     parts = -(-_padded(length, unit) // max(unit, most // unit * unit))
     return _padded(-(-length // parts), unit)

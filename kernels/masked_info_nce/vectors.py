@@ -99,7 +99,7 @@ def rounded_coefficients(side: Tensor) -> Tensor:
 def half_gain(row: Tensor, column: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """Return the power of two that scales the largest weight to 2^12 .. 2^13; None unless float16.
 
-    |dS| is then at most four times the scaled weight, 2^15, and does not overflow.
+    |dS| is then at most four times the largest scaled weight, so at most 2^15.
     """
     if dtype != torch.float16:
         return None

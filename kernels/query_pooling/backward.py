@@ -4,7 +4,7 @@ With P = softmax(S), dP = dZ X^T, delta = rowsum(dZ * Z) and dS = P * (dP - delt
 elementwise:
 
     dX = P^T dZ + dS^T Q'
-    dQ' = dS X, summed over the samples if they share their queries
+    dQ' = dS X, summed over the samples if the queries are shared
 
 With NORM, x^ = (x - mean) rstd replaces x and, with G = P^T dZ + dS^T Q',
 
@@ -66,7 +66,7 @@ def backward(
     dropout_seed: Tensor | None,
     tiles: Plan | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return dx (B, N, D), or (0,) if not needed, and dq of q's shape (float32 if q is shared).
+    """Return dx (B, N, D), or (0,) if not needed, and dq of q's shape (float32 if q is (R, D)).
 
     dz (B, R, D) and, with dropout, dksum (B, R) are contiguous. The other tensors are inputs and
     outputs of the forward.
@@ -189,9 +189,9 @@ def _delta(
 ):
     """Return delta and dksum, with rowsum(dZ * Z) from the diagonal of zdz = Z dZ^T.
 
-    A matrix product rounds delta like dP: if one token has all the weight of a row, delta must
-    equal dP, so that dS is 0. Moreover, on sm_90 a direct sum over a tile of dZ would be a race
-    with the product that reads the tile (see mmfused/cli/races.py).
+    If one token has all the weight of a row, delta must equal dP, so that dS is 0. A matrix product
+    rounds delta like dP. On sm_90 a direct sum over a tile of dZ would also be a race with the
+    product that reads the tile (see mmfused/cli/races.py).
     """
     diagonal = tl.arange(0, zdz.shape[0])[:, None] == tl.arange(0, zdz.shape[1])[None, :]
     delta = tl.sum(tl.where(diagonal, zdz, 0.0), 0)

@@ -77,7 +77,7 @@ def rows_keep(
 ):
     """Return which probabilities of sample b are kept, (BN, rows) bool.
 
-    The bits of the tokens start .. start + BN must be in one word.
+    The bits of the tokens start .. start + BN - 1 must be in one word.
     """
     at = (b * tl.cdiv(N, 64) + start // 64) * R + rows
     word = tl.load(words_ptr + at, mask=rows < R, other=0) >> (start % 64)

@@ -1,13 +1,13 @@
 """Forward of query pooling: Z = softmax(Q' X^T) X, with an online softmax over the tokens.
 
 Q' has R rows of absorbed queries (see mmfused/ops/query_pooling/reference.py). With S = Q' X^T and
-P = softmax(S), tiles are computed transposed: S^T = X Q'^T and Z^T = X^T P^T. This is because the
-first operand of matrix instructions needs many rows (64 on sm_90), and there are usually few
-queries. D is split into NC chunks of BD columns: 768 is 3 x 256.
+P = softmax(S), tiles are computed transposed, S^T = X Q'^T and Z^T = X^T P^T, because the first
+operand of matrix instructions needs many rows (64 on sm_90), and there are usually few queries. D
+is split into NC chunks of BD columns: 768 is 3 x 256.
 
 With NORM the kernels use (x - mean) rstd in place of x, computed in float32 when x is loaded and
-rounded like LayerNorm's output. Subtracting the mean after the products instead would keep their
-rounding errors, which are large if the mean is large.
+rounded like LayerNorm's output. Subtracting the mean after the products would keep the rounding
+errors of the products, which are large if the mean is large.
 
 ``sums`` (B, R, 2) holds the softmax statistics of each row: its largest logit m, and the logarithm
 of the sum of exp(logit - m). The log-sum-exp, m plus this logarithm, would have too few digits if m
@@ -105,13 +105,13 @@ def token_arguments(
     lengths: Tensor | None,
 ) -> dict[str, Any]:
     """Return the kernel arguments that describe the tokens, for forward and backward."""
-    words, span, width, kind = pack_padding(mask, lengths)
+    words, span, num_words, kind = pack_padding(mask, lengths)
     return dict(
         x_ptr=x,
         words_ptr=words,
         span_ptr=span,
         N=x.shape[1],
-        W=width,
+        W=num_words,
         stride_xb=x.stride(0),
         stride_xn=x.stride(1),
         D=x.shape[2],

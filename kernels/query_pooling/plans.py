@@ -58,8 +58,8 @@ def plan(
 ) -> Plan:
     """Choose the kernels of forward and backward, and their tiles.
 
-    ``onepass`` reads X once for each block of BR rows. It is chosen if all columns of Z^T (forward)
-    or dQ'^T (backward) fit into registers. For the symbols see forward.py and backward.py.
+    ``onepass`` reads X once for each block of BR rows, and runs if all columns of Z^T (forward) or
+    dQ'^T (backward) fit into registers. For the symbols see forward.py and backward.py.
     """
     # These architectures have 227 KB of shared memory. The tiles for others fit into 99 KB.
     big_shared = arch in (90, 100, 103)
