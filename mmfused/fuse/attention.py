@@ -43,7 +43,7 @@ def attend(
 ) -> Tensor:
     """Compute :func:`mmfused.query_pooling`, with torch's attention for the projected form.
 
-    Under the backends "reference" and "fused", query_pooling computes both forms.
+    Under the backends "reference" and "fused", query_pooling also runs for the projected form.
     """
     absorbed = cheaper_form(x, queries, w_k, w_v, num_heads) == "absorbed"
     if absorbed or current_backend() in ("reference", "fused"):
