@@ -105,9 +105,9 @@ def make(case: Case, device: torch.device, dtype: torch.dtype) -> Problem:
                 f"{side}.b_{part}": randn(dim, std=0.1),
             }
         if not case.post_norm:
-            gate = randn(dim, 2 * dim + 1, std=(2 * dim) ** -0.5)
-            parameters |= {f"{side}.w_g": gate, f"{side}.b_g": randn(dim, std=0.1)}
-            pieces = gate.split([dim, dim, 1], 1)
+            w_g = randn(dim, 2 * dim + 1, std=(2 * dim) ** -0.5)
+            parameters |= {f"{side}.w_g": w_g, f"{side}.b_g": randn(dim, std=0.1)}
+            pieces = w_g.split([dim, dim, 1], 1)
             for part, piece in zip("xae", pieces, strict=True):
                 parameters[f"{side}.w_g{part}"] = piece
     inputs = {

@@ -93,7 +93,7 @@ class WithMultiheadAttention(Plain):
 
 
 class Merged(nn.Module):
-    """The layer with fewer GEMMs, and without a concatenation for the gate.
+    """The layer with fewer GEMMs, and without a concatenation of the gate's inputs.
 
     One GEMM per modality computes the queries of one direction, and the keys and values of the
     other direction.

@@ -49,7 +49,7 @@ NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
 class UnicaStep(Step):
-    """UniCA's cross-attention block and a BERT with the width of BERT-base and 2 layers.
+    """UniCA's cross-attention block, and a BERT with 2 layers of BERT-base's width.
 
     The batch has queries, positives and hard negatives. Some items lack an image or a text.
     """

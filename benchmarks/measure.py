@@ -119,8 +119,9 @@ class Provider:
         if names != self.layout.keys():
             raise ValueError(f"layout: got {sorted(self.layout)}, expected {sorted(names)}")
         for name, parts in self.layout.items():
-            own = self.module.get_parameter(name)
-            own.copy_(torch.cat([parameters[part].flatten() for part in parts]).view_as(own))
+            parameter = self.module.get_parameter(name)
+            values = torch.cat([parameters[part].flatten() for part in parts])
+            parameter.copy_(values.view_as(parameter))
         return self
 
     def both(self, inputs: tuple[Tensor, ...], upstream: Tensor) -> tuple[Tensor, ...]:

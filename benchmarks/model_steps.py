@@ -1,6 +1,6 @@
 """The cases of models.py: each of the five models as a module from tokens to the loss.
 
-The encoders are left out, because they are the same for all providers. The inputs are the encoders'
+The encoders are left out, because all providers use the same encoders. The inputs are the encoders'
 outputs, and the gradients of the inputs are computed too. There is no dropout, so that the results
 of providers can be compared.
 """

@@ -64,7 +64,7 @@ def grouped_product(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     if rows.dtype != torch.float64:
         return F.grouped_mm(rows, weight.mT, offs=offsets[1:])
     ends = [*offsets.tolist(), len(rows)]  # grouped_mm does not support float64
-    parts = [rows[first:end] @ w.T for first, end, w in zip(ends, ends[1:], weight, strict=False)]
+    parts = [rows[start:end] @ w.T for start, end, w in zip(ends, ends[1:], weight, strict=False)]
     return torch.cat([*parts, rows.new_zeros(len(rows) - ends[-2], weight.shape[1])])
 
 
@@ -135,8 +135,8 @@ def masked_info_nce(
         if candidate_id is not None:
             masked.append(query_id[:, None] == candidate_id)
         if masked:
-            own = at[:, None] == torch.arange(len(candidate), device=query.device)
-            logits = logits.masked_fill(reduce(torch.logical_or, masked) & ~own, float("-inf"))
+            positive = at[:, None] == torch.arange(len(candidate), device=query.device)
+            logits = logits.masked_fill(reduce(torch.logical_or, masked) & ~positive, float("-inf"))
         loss = F.cross_entropy(logits, at, reduction="none")
         if symmetric:
             loss = (loss + F.cross_entropy(logits[:, :count].T, at, reduction="none")) / 2

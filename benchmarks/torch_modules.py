@@ -106,7 +106,7 @@ def without_dropout(dropout: float) -> None:
 
 
 class BidirectionalGatedCrossAttention(nn.Module):
-    """The layers of UniECS and UniCA, without a concatenation for the gate.
+    """The layers of UniECS and UniCA, without a concatenation of the gate's inputs.
 
     One GEMM per modality computes the queries of one direction, and the keys and values of the
     other direction.
@@ -233,7 +233,7 @@ class Block(nn.Module):
 
 
 class Experts(moon2.Experts):
-    """MOON2.0's mixture of experts, with gate and up in one weight.
+    """MOON2.0's mixture of experts, with the gate and up projections in one weight.
 
     Padding is sorted to the end, where grouped_mm does not read it.
     """
@@ -252,7 +252,7 @@ class Experts(moon2.Experts):
             wide = torch.promote_types(x.dtype, torch.float32)
             logits = F.linear(tokens.to(wide), self.router.weight.to(wide))
         routing = topk_routing(logits, self.top_k, balance=self.routing["balance"], mask=mask)
-        # masked_fill also sets the gradients of padding to 0; grouped_mm leaves them undefined.
+        # grouped_mm leaves the gradients of padding undefined; masked_fill sets these to 0.
         tokens = tokens.to(compute_dtype(x)).masked_fill(mask[:, None], 0)
         rows = tokens.index_select(0, routing.order // self.top_k)
         gate, up = grouped_product(rows, self.w_gate_up, routing.offsets).chunk(2, -1)
@@ -319,16 +319,16 @@ def models() -> SimpleNamespace:
         **nce,
     )
     losses = copy_of("uniecs_losses", **nce)
-    own_losses = {"loss_terms": losses.loss_terms, "adaptive_loss": losses.adaptive_loss}
+    torch_losses = {"loss_terms": losses.loss_terms, "adaptive_loss": losses.adaptive_loss}
     cross = {"BidirectionalGatedCrossAttention": BidirectionalGatedCrossAttention}
-    uniecs = copy_of("uniecs", Block=Block, **cross, **own_losses)
+    uniecs = copy_of("uniecs", Block=Block, **cross, **torch_losses)
     unica = copy_of("unica", MaskedInfoNCE=MaskedInfoNCE, **cross)
     objectives = copy_of("moon2_losses", **nce)
-    own_objectives = {
+    torch_objectives = {
         "inter_losses": objectives.inter_losses,
         "intra_loss": objectives.intra_loss,
     }
-    mixture = copy_of("moon2", Experts=Experts, **own_objectives)
+    mixture = copy_of("moon2", Experts=Experts, **torch_objectives)
     unite = copy_of("unite", **nce)
     return SimpleNamespace(
         FLUID=fluid.FLUID,

@@ -56,8 +56,8 @@ def memory_key(record: dict) -> str:
 
 def compare(record: dict) -> Comparison | None:
     """Return the comparison of a record, or None if no provider of the library was timed."""
-    which, own = report.longest_pass(record), ours_of(record["op"])
-    kernels = with_compiled(name for name in own if name != "composed")
+    which, names = report.longest_pass(record), ours_of(record["op"])
+    kernels = with_compiled(name for name in names if name != "composed")
     composed = with_compiled(["composed"])
     ours = fastest(record, kernels, which) or fastest(record, composed, which)
     if not ours:

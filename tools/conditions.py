@@ -231,10 +231,10 @@ def fastest_rivals(
     which: str,
 ) -> dict[str, tuple[float, str]]:
     """Return the fastest baseline by launch; ``names`` and ``form`` as in :func:`faster_than`."""
-    own = with_compiled(ours_of(record["op"]))
+    ours = with_compiled(ours_of(record["op"]))
     labels = with_compiled(names)
     if names == ("*",):
-        labels = [label for label in record["providers"] if label not in own]
+        labels = [label for label in record["providers"] if label not in ours]
     compiled = [label for label in labels if is_compiled(label)]
     eager = [label for label in labels if not is_compiled(label)]
     labels = {"compiled": compiled, "eager": eager}.get(form, labels)

@@ -237,12 +237,12 @@ def cpu_op_block(op: str, results: Path) -> str:
 def cpu_table(rows: list[Comparison]) -> str:
     """Return the time and memory of the baselines, in the benchmark's order, then of ours."""
     records = [row.record for row in rows]
-    own = with_compiled(ours_of(records[0]["op"]))
+    ours = with_compiled(ours_of(records[0]["op"]))
     statuses = {
         name: found["gate"]
         for record in records
         for name, found in record["providers"].items()
-        if "seconds" in found and name not in own
+        if "seconds" in found and name not in ours
     }
     statuses |= {row.ours[1]: "passed" for row in rows}
     lines = []
