@@ -159,8 +159,8 @@ def bidirectional_gated_cross_attention(draw: Draw) -> dict:
     options, dim, batch = _attention(draw)
     mean = draw.pick("mean", 0, 0, 1, 3, 10, 30, 100) if options["pre_norm"] else 0
     inputs = dict(to_a=_attention_weights(draw, dim, dim, options), **options)
-    same = draw.rarely("shared weights", 0.2)
-    inputs["to_b"] = inputs["to_a"] if same else _attention_weights(draw, dim, dim, options)
+    shared = draw.rarely("shared weights", 0.2)
+    inputs["to_b"] = inputs["to_a"] if shared else _attention_weights(draw, dim, dim, options)
     for side in "ab":
         tokens = draw.pick(f"tokens_{side}", 0, 1, 2, 5, 17, 33)
         x = inputs[side] = draw.normal(batch, tokens, dim, mean=mean, expand=EXPANDED[:1])
@@ -230,13 +230,13 @@ def masked_info_nce(draw: Draw) -> dict:
     if draw.given("row_weight", 0.3):
         weight = draw.uniform(rows, dtype=draw.pick("", draw.dtype, draw.wide))
         inputs["row_weight"] = draw.place(weight * draw.flags(draw.pick("", 0.0, 0.7, 1.0), rows))
-    seen = _seen(
+    valid = _valid_pairs(
         **{
             name: inputs.get(name)
             for name in ("query", "candidate", "target", "same_id", *KEYS_AND_IDS)
         }
     )
-    draw.poison(candidate, ~seen.any(0))
+    draw.poison(candidate, ~valid.any(0))
     if draw.rarely("margin", 0.15):
         inputs["false_negative_margin"] = draw.pick("", -0.2, 0.0, 0.1, 0.5)
     return inputs
@@ -245,20 +245,20 @@ def masked_info_nce(draw: Draw) -> dict:
 KEYS_AND_IDS = ("query_key", "candidate_key", "query_id", "candidate_id")
 
 
-def _seen(
+def _valid_pairs(
     query, candidate, target, same_id, query_key, candidate_key, query_id, candidate_id
 ) -> Tensor:
     """Return a mask (B, C) of the pairs that are valid according to the documentation."""
     target = torch.arange(len(query)) if target is None else target
     is_target = target[:, None] == torch.arange(len(candidate))
-    seen = torch.ones_like(is_target)
+    valid = torch.ones_like(is_target)
     if candidate_key is not None:
         query_key = candidate_key[target] if query_key is None else query_key
-        seen = (query_key[:, None] == candidate_key) | (candidate_key == -1) | is_target
+        valid = (query_key[:, None] == candidate_key) | (candidate_key == -1) | is_target
     if candidate_id is not None and same_id == "drop":
         query_id = candidate_id[target] if query_id is None else query_id
-        seen = seen & ((query_id[:, None] != candidate_id) | is_target)
-    return seen
+        valid = valid & ((query_id[:, None] != candidate_id) | is_target)
+    return valid
 
 
 def _routing_options(draw: Draw, tokens: int, experts: int, k: int) -> dict:
@@ -268,11 +268,11 @@ def _routing_options(draw: Draw, tokens: int, experts: int, k: int) -> dict:
         balance=draw.pick("balance", "switch", "gshard", "mse"),
     )
     usable = torch.ones(tokens, experts, dtype=torch.bool)
-    number = draw.pick("num_segments", 1, 1, 2, 3)
-    if number > 1 or draw.given("segments", 0.2):
-        options |= dict(segments=draw.integers(0, number, tokens), num_segments=number)
+    num_segments = draw.pick("num_segments", 1, 1, 2, 3)
+    if num_segments > 1 or draw.given("segments", 0.2):
+        options |= dict(segments=draw.integers(0, num_segments, tokens), num_segments=num_segments)
     if draw.given("available", 0.3):
-        available = torch.rand(number, experts, generator=draw.generator) < 0.6
+        available = torch.rand(num_segments, experts, generator=draw.generator) < 0.6
         available[:, -k:] = True
         available = options["available"] = draw.place(available)
         usable = (

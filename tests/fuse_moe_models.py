@@ -146,7 +146,7 @@ def run_block(module, dtype=torch.float64):
     )
 
 
-def choices(k=2, tokens=19, dtype=torch.float64, experts=E):
+def expert_inputs(k=2, tokens=19, dtype=torch.float64, experts=E):
     """Return the inputs of an experts module: tokens, chosen experts and routing weights."""
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(tokens, D, generator=generator, dtype=torch.float64).to(DEVICE, dtype)

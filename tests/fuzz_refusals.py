@@ -66,7 +66,7 @@ BAD_VALUES |= {f"{side}_lengths": (-1, 10**6) for side in ("a", "b", "context")}
 UNCHECKED = ("pack_passes", "update_selection_bias")
 
 
-def refusal_faults(function: str, inputs: dict, backend: str, choice: random.Random) -> list[str]:
+def refusal_faults(function: str, inputs: dict, backend: str, rng: random.Random) -> list[str]:
     """Call a function with one invalid argument. Return a list with at most one fault.
 
     A fault is a call without an error, an error of the wrong type, or an error that does not name
@@ -75,7 +75,7 @@ def refusal_faults(function: str, inputs: dict, backend: str, choice: random.Ran
     broken = list(_breaks(function, inputs))
     if function in UNCHECKED or not broken:
         return []
-    name, what, bad = broken[choice.randrange(len(broken))]
+    name, what, bad = broken[rng.randrange(len(broken))]
     try:
         with mmfused.backend(backend if has_kernels(function) else "composed"):
             public_functions()[function](**bad)

@@ -79,32 +79,32 @@ class Case:
 
     def __init__(self, function: str, seed: int):
         self.function, self.seed = function, seed
-        choice = self.random = random.Random(f"{function} {seed} how")
-        self.backend = "fused" if has_kernels(function) and choice.random() < 0.6 else "composed"
-        self.dtype = choice.choice(DTYPES[self.backend])
-        kind = choice.random()
+        rng = self.random = random.Random(f"{function} {seed} how")
+        self.backend = "fused" if has_kernels(function) and rng.random() < 0.6 else "composed"
+        self.dtype = rng.choice(DTYPES[self.backend])
+        drawn = rng.random()
         self.kind = (
-            "refusal" if kind < 0.06 else "row" if kind < 0.14 and function in ROWS else "values"
+            "refusal" if drawn < 0.06 else "row" if drawn < 0.14 and function in ROWS else "values"
         )
         fixed = {}
         if self.backend == "fused":
-            fixed = dict(form=choice.choice(("auto", "absorbed")), margin=False, norm_of_two=False)
+            fixed = dict(form=rng.choice(("auto", "absorbed")), margin=False, norm_of_two=False)
         if self.kind == "row":
             fixed |= dict(reduction="none", symmetric=False, dropout=False, jitter=False)
         self.inputs = MAKERS[function](
             Draw(f"{function} {seed}", self.dtype, fixed=fixed, layouts=self.kind == "values")
         )
         self.wanted = differentiable(function, self.inputs)
-        if choice.random() < 0.3:
-            self.wanted = [path for path in self.wanted if choice.random() < 0.5]
-        self.layout = choice.choice((*SAME_VALUES, "expanded first", "expanded last"))
-        self.repeats = choice.random() < 0.15
-        self.checkpointed = choice.random() < 0.15
-        self.silent = choice.random() < 0.2  # some outputs get no upstream gradient
+        if rng.random() < 0.3:
+            self.wanted = [path for path in self.wanted if rng.random() < 0.5]
+        self.layout = rng.choice((*SAME_VALUES, "expanded first", "expanded last"))
+        self.repeats = rng.random() < 0.15
+        self.checkpointed = rng.random() < 0.15
+        self.silent = rng.random() < 0.2  # some outputs get no upstream gradient
         attends = self.backend == "composed" and (
             "attention" in function or function == "query_pooling"
         )
-        self.attention = choice.choice(("torch's own", "math")) if attends else "none"
+        self.attention = rng.choice(("torch's own", "math")) if attends else "none"
         large_logits = function == "query_pooling" and "scale" in self.inputs
         in_16_bits = "attention" in function and self.dtype in (torch.float16, torch.bfloat16)
         self.delta_is_rounded = self.attention == "torch's own" or (
@@ -129,10 +129,10 @@ class Case:
 
     def upstream(self, name: str, out: Tensor) -> Tensor | None:
         """Draw the upstream gradient of an output, the same in all runs of the case."""
-        drawn = random.Random(f"{self.function} {self.seed} {name}")
-        if self.silent and drawn.random() < 0.5:
+        rng = random.Random(f"{self.function} {self.seed} {name}")
+        if self.silent and rng.random() < 0.5:
             return None
-        generator = torch.Generator().manual_seed(drawn.getrandbits(60))
+        generator = torch.Generator().manual_seed(rng.getrandbits(60))
         values = (
             torch.randn(out.shape, generator=generator, dtype=torch.float64).to(self.dtype).double()
         )
@@ -199,13 +199,15 @@ class Case:
         }
 
         def near(generator: torch.Generator) -> tuple[dict, dict, dict]:
-            there = _neighbour(inputs, generator)
-            plain = self.run(there, "reference")
+            neighbour = _neighbour(inputs, generator)
+            plain = self.run(neighbour, "reference")
             # A float64 case has no more exact reference: compare with the unchanged input's result.
             exact_there = (
-                exact if self.dtype == torch.float64 else self.run(in_float64(there), "reference")
+                exact
+                if self.dtype == torch.float64
+                else self.run(in_float64(neighbour), "reference")
             )
-            return self.run(there, self.backend), exact_there, plain
+            return self.run(neighbour, self.backend), exact_there, plain
 
         return found + judge(*parts, near, sizes, self.dtype, self.delta_is_rounded)
 
@@ -246,16 +248,16 @@ class Case:
         parts, more = _finite(exact, actual, plain)
 
         def near(generator: torch.Generator) -> tuple[dict, dict, dict]:
-            there = _neighbour(inputs, generator)
-            x = leaves(there)[path]
-            plain = rows(x, there, "reference")
+            neighbour = _neighbour(inputs, generator)
+            x = leaves(neighbour)[path]
+            plain = rows(x, neighbour, "reference")
             exact_there = (
                 exact
                 if self.dtype == torch.float64
-                else rows(x.double(), in_float64(there), "reference")
+                else rows(x.double(), in_float64(neighbour), "reference")
             )
             return (
-                rows(torch.where(broken.isfinite(), x, broken), there, self.backend),
+                rows(torch.where(broken.isfinite(), x, broken), neighbour, self.backend),
                 exact_there,
                 plain,
             )
@@ -320,13 +322,13 @@ def _over_budget_of_means(
     faults, few = [], 1024 if dtype == torch.float64 else 32 if delta_is_rounded else 4
     for name, want in exact.items():
         errors = [
-            (_distance(got[name], there[name]), _distance(formula[name], there[name]))
-            for got, there, formula in points
+            (_distance(got[name], exact_there[name]), _distance(formula[name], exact_there[name]))
+            for got, exact_there, formula in points
         ]
         # Plain PyTorch may overflow at a neighbour.
         errors = [pair for pair in errors if math.isfinite(pair[1])]
         ours, theirs = zip(*errors, strict=True)
-        moves = [_distance(there[name], want) for _, there, _ in points[1:]]
+        moves = [_distance(exact_there[name], want) for _, exact_there, _ in points[1:]]
         scale, rounding = want.norm().item(), torch.finfo(actual[name].dtype).eps
         # Implementations may round more often than plain PyTorch.
         rounding *= 4 if rounding < 1e-3 else 1
@@ -360,11 +362,11 @@ def _distance(a: Tensor, exact: Tensor) -> float:
     ).item()
 
 
-def _small_blocks(choice: random.Random):
+def _small_blocks(rng: random.Random):
     """In half of the cases, reduce the block size of ``mmfused.losses``."""
     return (
         mock.patch.object(mmfused.losses, "BLOCK_PAIRS", 20)
-        if choice.random() < 0.5
+        if rng.random() < 0.5
         else nullcontext()
     )
 

@@ -110,8 +110,8 @@ def run_linear(
 def cast(leaves, dtype, frozen=()):
     """Cast routing weights to at least float32, other leaves to ``dtype``. Keep the strides."""
     wide = torch.promote_types(dtype, torch.float32)
-    cast = {k: v.to(DEVICE, wide if k == "weights" else dtype) for k, v in leaves.items()}
-    return {k: v.requires_grad_(k not in frozen) for k, v in cast.items()}
+    tensors = {k: v.to(DEVICE, wide if k == "weights" else dtype) for k, v in leaves.items()}
+    return {k: v.requires_grad_(k not in frozen) for k, v in tensors.items()}
 
 
 def check(run, *args, dtype=torch.float32, **options):

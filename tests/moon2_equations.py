@@ -273,10 +273,10 @@ def inter(view, query, candidate, negative, margin, c):
         negatives = []
         for part in (candidate, negative):
             for j in range(len(query["labels"]) if part is not None else 0):
-                wanted = (part is negative and j == i) or (
+                is_negative = (part is negative and j == i) or (
                     not c.own_negative_only and not (part is candidate and j == i)
                 )
-                if wanted and not_empty(part, j) and part["labels"][j] != query["labels"][i]:
+                if is_negative and not_empty(part, j) and part["labels"][j] != query["labels"][i]:
                     negatives.append(part["both"][j])
         weight = reliability(query, candidate, negative, i, margin, c)
         total = total + weight * nce(query[view][i], candidate["both"][i], negatives, c.temperature)

@@ -148,13 +148,21 @@ def seed() -> Tensor:
 
 
 def pooling(
-    norm=False, padding=None, dropout=0.0, queries=32, heads=1, per_sample=False, kind="absorbed"
+    norm=False,
+    padding=None,
+    dropout=0.0,
+    queries=32,
+    heads=1,
+    per_sample=False,
+    pooling_form="absorbed",
 ):
     def make(tiny: bool) -> Problem:
         batch, length, dim, rows = (3, 21, 24, 3) if tiny else (64, 197, 768, queries)
 
         def call(**arguments):
-            return mmfused.query_pooling(**arguments, num_heads=heads, form=kind, dropout_p=dropout)
+            return mmfused.query_pooling(
+                **arguments, num_heads=heads, form=pooling_form, dropout_p=dropout
+            )
 
         inputs = dict(
             x=randn(batch, length, dim), queries=randn(*([batch] if per_sample else []), rows, dim)
@@ -263,22 +271,26 @@ def routing(from_input: bool, everything=False, router="triton", **options):
 
 def experts(activation="gelu", packed=False):
     def make(tiny: bool) -> Problem:
-        tokens, number, k, dim, width = (37, 5, 2, 24, 20) if tiny else (2048, 16, 2, 768, 1024)
+        tokens, num_experts, k, dim, width = (
+            (37, 5, 2, 24, 20) if tiny else (2048, 16, 2, 768, 1024)
+        )
 
         def call(x, weights, indices, mask, **parameters):
-            routed = mmfused.routing_from_indices(indices, weights, number, token_padding_mask=mask)
+            routed = mmfused.routing_from_indices(
+                indices, weights, num_experts, token_padding_mask=mask
+            )
             return mmfused.grouped_mlp(x, routed, **parameters, activation=activation)
 
         inputs = dict(
             x=randn(tokens, dim), weights=torch.rand(tokens, k, dtype=torch.float64, device=DEVICE)
         )
         inputs["weights"] = inputs["weights"].to(torch.bfloat16).double().requires_grad_()
-        inputs["w_up"] = randn(number, 2 * width if packed else width, dim, std=dim**-0.5)
-        inputs["w_down"] = randn(number, dim, width, std=width**-0.5)
-        inputs |= dict(b_up=randn(number, width), b_down=randn(number, dim))
+        inputs["w_up"] = randn(num_experts, 2 * width if packed else width, dim, std=dim**-0.5)
+        inputs["w_down"] = randn(num_experts, dim, width, std=width**-0.5)
+        inputs |= dict(b_up=randn(num_experts, width), b_down=randn(num_experts, dim))
         if activation == "swiglu" and not packed:
-            inputs["w_gate"] = randn(number, width, dim, std=dim**-0.5)
-        score = torch.rand(tokens, number, device=DEVICE)
+            inputs["w_gate"] = randn(num_experts, width, dim, std=dim**-0.5)
+        score = torch.rand(tokens, num_experts, device=DEVICE)
         score[:, 1] = -1  # an expert without tokens
         given = dict(
             indices=score.argsort(1, descending=True)[:, :k].contiguous(),
@@ -290,10 +302,10 @@ def experts(activation="gelu", packed=False):
 
 
 def linear(tiny: bool) -> Problem:
-    tokens, number, k, dim, width = (37, 5, 2, 24, 20) if tiny else (2048, 16, 2, 768, 1024)
+    tokens, num_experts, k, dim, width = (37, 5, 2, 24, 20) if tiny else (2048, 16, 2, 768, 1024)
 
     def call(x, weights, indices, weight, bias):
-        routed = mmfused.routing_from_indices(indices, weights, number)
+        routed = mmfused.routing_from_indices(indices, weights, num_experts)
         return mmfused.grouped_linear(x, routed, weight, bias, combine=True)
 
     weights = (
@@ -305,23 +317,25 @@ def linear(tiny: bool) -> Problem:
     inputs = dict(
         x=randn(tokens, dim),
         weights=weights,
-        weight=randn(number, width, dim, std=dim**-0.5),
-        bias=randn(number, width),
+        weight=randn(num_experts, width, dim, std=dim**-0.5),
+        bias=randn(num_experts, width),
     )
     return Problem(
         Call(call),
         inputs,
-        dict(indices=torch.rand(tokens, number, device=DEVICE).argsort(1)[:, :k].contiguous()),
+        dict(indices=torch.rand(tokens, num_experts, device=DEVICE).argsort(1)[:, :k].contiguous()),
     )
 
 
 def moe(activation: str):
     def make(tiny: bool) -> Problem:
-        tokens, number, k, dim, width = (37, 5, 2, 24, 20) if tiny else (2048, 16, 2, 768, 1024)
-        module = rounded(mmfused.TopKMoE(dim, width, number, k, activation=activation))
+        tokens, num_experts, k, dim, width = (
+            (37, 5, 2, 24, 20) if tiny else (2048, 16, 2, 768, 1024)
+        )
+        module = rounded(mmfused.TopKMoE(dim, width, num_experts, k, activation=activation))
         given = dict(
             token_padding_mask=torch.rand(tokens, device=DEVICE) < 0.1,
-            indices=torch.rand(tokens, number, device=DEVICE).argsort(1)[:, :k].contiguous(),
+            indices=torch.rand(tokens, num_experts, device=DEVICE).argsort(1)[:, :k].contiguous(),
         )
         return Problem(Routed(module), dict(x=randn(tokens, dim)), given)
 
@@ -370,7 +384,7 @@ CASES = {
         pooling(padding="lengths", per_sample=True, dropout=0.1)
     ),
     "query_pooling, projected": Case(
-        pooling(norm=True, padding="mask", queries=2, kind="projected"), fused=False
+        pooling(norm=True, padding="mask", queries=2, pooling_form="projected"), fused=False
     ),
     "QueryPooling": Case(pooling_module(transform=False), module=True),
     "QTransform": Case(pooling_module(transform=True), module=True),

@@ -107,11 +107,11 @@ def rows_of(parts, first, last):
 
 
 def without_images(parts):
-    hidden = {role: {**items} for role, items in parts.items()}
-    for items in hidden.values():
+    changed = {role: {**items} for role, items in parts.items()}
+    for items in changed.values():
         items["pixel_values"] = torch.zeros_like(items["pixel_values"])
         items["image_present"] = torch.zeros_like(items["image_present"])
-    return hidden
+    return changed
 
 
 def gradients(model):

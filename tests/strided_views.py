@@ -37,7 +37,7 @@ def on_device(x: Tensor) -> Tensor:
 def lay_out(values: Tensor, layout: str) -> Tensor:
     """Return a copy of ``values`` in the given layout.
 
-    For a result of this function, a second call with the same layout keeps all values.
+    Applying the same layout a second time keeps all values.
     """
     values = values.detach()
     if layout in EXPANDED:

@@ -220,7 +220,7 @@ def test_binding_accepts_strided_views(module):
     gradients, coefficients = upstream(case), torch.randn(21)
     weights, indices = torch.rand(12, 3), torch.rand(12, 10).argsort(1)[:, :3].contiguous()
 
-    def wide(value):
+    def strided(value):
         return torch.stack((value, value + 1 if value.dtype != torch.bool else ~value), -1)[..., 0]
 
     def results(view):
@@ -250,7 +250,7 @@ def test_binding_accepts_strided_views(module):
             d_logits,
         ]
 
-    for a, b in zip(results(wide), results(torch.clone), strict=True):
+    for a, b in zip(results(strided), results(torch.clone), strict=True):
         assert torch.equal(a, b)
 
 

@@ -21,7 +21,7 @@ from fuse_moe_models import (
     N,
     batch,
     block,
-    choices,
+    expert_inputs,
     experts,
     filled,
     mixtral,
@@ -343,7 +343,7 @@ OTHER_EXPERTS = {
 @pytest.mark.parametrize("path", OTHER_EXPERTS)
 def test_experts_implementation_supports_other_activations(path, library_calls):
     mmfused.register_experts()
-    module, inputs = experts(path, **OTHER_EXPERTS[path]), choices()
+    module, inputs = experts(path, **OTHER_EXPERTS[path]), expert_inputs()
     want = run_experts(module, *inputs)
     module.config._experts_implementation = "mmfused"
     assert_same(run_experts(module, *inputs), want)
@@ -356,7 +356,7 @@ def test_experts_implementation_accepts_float32_tokens_for_bfloat16_experts(toke
     mmfused.register_experts()
     module = experts("mixtral.modeling_mixtral.MixtralExperts", torch.bfloat16, hidden_act="silu")
     module.config._experts_implementation = "mmfused"
-    x, index, weights = choices(tokens=tokens, dtype=torch.float32)
+    x, index, weights = expert_inputs(tokens=tokens, dtype=torch.float32)
     out = module(x, index, weights)
     assert out.dtype == torch.float32 and torch.equal(
         out, module(x.bfloat16(), index, weights).float()
@@ -371,7 +371,7 @@ def test_experts_implementation_rejects_unsupported_experts():
         ValueError,
         match="'mmfused' cannot run GptOssExperts: is_transposed is True: the kernels take",
     ):
-        gpt_oss(*choices())
+        gpt_oss(*expert_inputs())
 
 
 @pytest.mark.parametrize("backend", ["composed", "reference", "fused"])
@@ -382,7 +382,7 @@ def test_experts_implementation_ignores_experts_of_other_ranks(act, backend):
     module = experts("mixtral.modeling_mixtral.MixtralExperts", torch.float32, hidden_act=act)
     module._is_expert_parallel = True
     # Nearly half of the indices are at least E.
-    x, index, weights = choices(3, dtype=torch.float32, experts=E + 4)
+    x, index, weights = expert_inputs(3, dtype=torch.float32, experts=E + 4)
     assert (index >= E).any(1).any() and (index < E).any()
     index = index.clamp(max=E)
     weights = weights.masked_fill(index == E, 0.0)
