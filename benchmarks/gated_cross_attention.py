@@ -335,7 +335,8 @@ def work(case: Case, itemsize: int) -> dict[str, list[dict[str, Any]]]:
           reads x, dy and the weights, writes dx and the gradients of the weights
 
     In a post-norm layer there is no stage "gate", and "output" writes y. Samples that lack a
-    modality are only copied (stage "unchanged"). Exponentials, biases, norms and flags are not counted.
+    modality are only copied (stage "unchanged"). Exponentials, biases, norms and flags are not
+    counted.
     """
     B, N, M, D = case.B, case.N, case.M, case.D
     if case.missing:
