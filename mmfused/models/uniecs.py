@@ -316,7 +316,7 @@ class UniECS(RetrievalModel):
         candidate: dict[str, Tensor],
         negative: dict[str, Tensor] | None = None,
     ) -> RetrievalOutput:
-        """Return the loss over the rows of all ranks, and its terms, identical on every rank."""
+        """Return the loss over the rows of all ranks, and its terms; every rank has all values."""
         if negative is not None:
             error = ValueError("negative: got hard negatives, expected None")
             raise reported("UniECS", error, query["both"])
