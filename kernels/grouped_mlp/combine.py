@@ -162,7 +162,7 @@ def _routing_gradient(
     BN: tl.constexpr,
     BE: tl.constexpr,
 ):
-    """Compute dS: the partial sums of hidden_kernel in order, plus dO . b, b the expert's bias.
+    """Compute dS: the sum of hidden_kernel's parts, in order, plus dO . b with the expert's bias b.
 
     dS is 0 for masked tokens.
     """

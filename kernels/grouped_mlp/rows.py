@@ -1,8 +1,8 @@
 """Rows sorted by expert and their tiles, for the kernels of forward and backward.
 
 A tile never spans two experts, so its product is an ordinary matrix product. The last tile of an
-expert may have fewer rows. Only the device knows the number of tiles: a grid has enough programs
-for the largest possible number, and programs without a tile return at once.
+expert may have fewer rows. Only the device knows the number of tiles. A grid has enough programs
+for the largest possible number, and programs without a tile compute no product.
 """
 
 from __future__ import annotations

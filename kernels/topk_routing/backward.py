@@ -1,8 +1,8 @@
 """Backward of top-k routing: the gradient of the logits.
 
-Probabilities are recomputed from the logits. The choice, the weights and the derivatives of the
-balance loss, one for each segment and expert, are saved by the forward. router_gradients.py
-computes the gradients of x and of the router's weight.
+Probabilities are recomputed from the logits. The forward saves the choice, the weights and the
+coefficients (see Statistics in order.py). router_gradients.py computes the gradients of x and of
+the router's weight.
 """
 
 from __future__ import annotations
@@ -113,8 +113,8 @@ def logits_kernel(
 ):
     """Compute d_logits from the gradients of weights, balance, z and entropy (None: no gradient).
 
-    grid (T / BR,). The gradient through a softmax sums to 0 over the experts. Rounding errors make
-    the computed sum nonzero, most of all if a P is near 1, so P times the sum is subtracted.
+    grid (T / BR,). The gradient through a softmax sums to 0 over the experts. P times the computed
+    sum is subtracted, because rounding errors make this sum nonzero, most of all if a P is near 1.
     """
     n = tl.program_id(0) * BR + tl.arange(0, BR)
     experts = tl.arange(0, BE)

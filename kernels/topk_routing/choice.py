@@ -142,8 +142,10 @@ def store_statistics(
         if S > 1:
             tl.store(ints_ptr + SEGMENTS_AT + s * E + experts, count, mask=exists)
         if BALANCE == "gshard":
-            led = tl.sum((here[:, None] & (experts[None, :] == first[:, None])).to(tl.int32), 0)
-            tl.store(ints_ptr + FIRST_AT + s * E + experts, led, mask=exists)
+            first_choices = tl.sum(
+                (here[:, None] & (experts[None, :] == first[:, None])).to(tl.int32), 0
+            )
+            tl.store(ints_ptr + FIRST_AT + s * E + experts, first_choices, mask=exists)
         masses = tl.sum(tl.where(here[:, None], mass, 0.0), 0)
         tl.store(floats_ptr + s * E + experts, masses, mask=exists)
     tl.store(ints_ptr + experts, total, mask=exists)

@@ -138,8 +138,8 @@ def dx_kernel(
     power = tl.zeros([BN], tl.float32)
     if SCALE:
         for e in range(0, E, BE):
-            some = load_tokens(g_ptr, n, e + tl.arange(0, BE), keep, E, E)
-            power = tl.maximum(power, tl.max(tl.abs(some), 1))
+            g_chunk = load_tokens(g_ptr, n, e + tl.arange(0, BE), keep, E, E)
+            power = tl.maximum(power, tl.max(tl.abs(g_chunk), 1))
         power = _power_below(power)
     if E <= BE:
         g = _load_parts(g_ptr, n, tl.arange(0, BE), keep, power, dtype, E, PARTS, SCALE)
@@ -181,7 +181,7 @@ def dw_kernel(
     BD: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Compute a tile of dw^T = x^T g, summed over ``span`` tokens, a multiple of BN.
+    """Compute a tile of dw^T = x^T g, summed over ``span`` tokens; ``span`` is a multiple of BN.
 
     grid (D / BD, splits of T, E / BE). dw is computed transposed, because matrix instructions of
     sm_90 need 64 rows in their first operand, and there may be fewer experts. In float16, the power

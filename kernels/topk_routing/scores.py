@@ -127,7 +127,7 @@ def jitter_factor(
 ):
     """Return random factors from 1 - jitter to 1 + jitter.
 
-    They are computed from the numbers of mmfused.random.uniform, so they do not depend on the tile.
+    The factors are computed from mmfused.random.uniform, so they do not depend on the tile.
     """
     zero = tl.zeros([n.shape[0], experts.shape[0]], tl.uint32)
     word, _, _, _ = tl.philox(
