@@ -228,7 +228,7 @@ def _d_attend(
         **call.given,
         **tile_options(gradients.d_attended_kernel, tile),
     )
-    lines = call.directions * call.batch * call.heads
+    programs_per_tile = call.directions * call.batch * call.heads
     options = dict(
         H=call.heads,
         DH=call.head_dim,
@@ -242,7 +242,7 @@ def _d_attend(
         **call.given,
     )
 
-    def rest(tiles):
+    def last_arguments(tiles):
         return (
             *call.mask_bytes,
             call.seed,
@@ -255,21 +255,21 @@ def _d_attend(
 
     common = (*both(lse), *both(delta), *d_projected)
     tiles = triton.cdiv(max(call.lengths[: call.directions]), call.plan.d_query.BM)
-    attend_backward.d_query_kernel[(lines * tiles,)](
+    attend_backward.d_query_kernel[(programs_per_tile * tiles,)](
         *projected,
         *both(attended),
         *both(d_attended),
         *common,
-        *rest(tiles),
+        *last_arguments(tiles),
         **options,
         **tile_options(attend_backward.d_query_kernel, call.plan.d_query),
     )
     tiles = triton.cdiv(max(call.lengths[-call.directions :]), call.plan.d_key.BN)
-    attend_backward.d_key_kernel[(lines * tiles,)](
+    attend_backward.d_key_kernel[(programs_per_tile * tiles,)](
         *projected,
         *both(d_attended),
         *common,
-        *rest(tiles),
+        *last_arguments(tiles),
         **options,
         **tile_options(attend_backward.d_key_kernel, call.plan.d_key),
     )
@@ -315,8 +315,8 @@ def _d_side(
     # Without masks every token is changed, so the gate read x itself.
     plain = x.is_contiguous() and not (call.given["IGNORE"] or call.given["ABSENT"])
     gated = is_query_side and call.gate != "none"
-    cleans = gated and not plain
-    normed, clean = x.new_empty(rows, width), x.new_empty((rows, width) if cleans else (0,))
+    writes_clean = gated and not plain
+    normed, clean = x.new_empty(rows, width), x.new_empty((rows, width) if writes_clean else (0,))
     partials = call.partials(rows)
     sums = x.new_empty((2, partials, width) if call.pre_norm else (0,), dtype=torch.float32)
     gradients.d_tokens_kernel[(partials,)](
@@ -334,7 +334,7 @@ def _d_side(
         x.stride(0),
         x.stride(1),
         **sizes,
-        CLEAN=cleans,
+        CLEAN=writes_clean,
         NORM=call.pre_norm,
         COLLAPSE=call.collapse,
         D=width,
@@ -353,4 +353,4 @@ def _d_side(
             d_bias,
             bias_matters=field != W_K,
         )
-    return clean if cleans else x.reshape(rows, width) if gated else None
+    return clean if writes_clean else x.reshape(rows, width) if gated else None

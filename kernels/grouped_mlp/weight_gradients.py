@@ -110,23 +110,25 @@ def weights_kernel(
     of Y2. With ``routing_ptr``, the rows summed in db are multiplied by their routing weights.
     """
     PARTS: tl.constexpr = 1 if dw2_ptr is None else 2
-    high: tl.constexpr = (N + BM - 1) // BM
-    wide: tl.constexpr = (K + BN - 1) // BN
+    y_blocks: tl.constexpr = (N + BM - 1) // BM
+    x_blocks: tl.constexpr = (K + BN - 1) // BN
     pid = tl.program_id(0)
-    expert = (pid // (PARTS * high * wide)).to(tl.int64)
-    pid = pid % (PARTS * high * wide)
-    block_y, block_x = tl.swizzle2d(pid // wide, pid % wide, PARTS * high, wide, GROUP)
-    part = block_y // high
+    expert = (pid // (PARTS * y_blocks * x_blocks)).to(tl.int64)
+    pid = pid % (PARTS * y_blocks * x_blocks)
+    block_y, block_x = tl.swizzle2d(
+        pid // x_blocks, pid % x_blocks, PARTS * y_blocks, x_blocks, GROUP
+    )
+    part = block_y // y_blocks
     y_column = part * N
     if dw2_ptr is not None:
         dw_ptr = tl.where(part == 1, dw2_ptr, dw_ptr)
     dw_ptr += expert * stride_e
-    ys = (block_y % high) * BM + tl.arange(0, BM)
+    ys = (block_y % y_blocks) * BM + tl.arange(0, BM)
     xs = block_x * BN + tl.arange(0, BN)
-    sums_too = False
+    has_db = False
     if db_ptr is not None:
-        sums_too = (block_x == 0) & (part == PARTS - 1)
-    if sums_too:  # a separate loop, because most programs do not compute db
+        has_db = (block_x == 0) & (part == PARTS - 1)
+    if has_db:  # a separate loop, because most programs do not compute db
         _outer_products(
             y_ptr,
             x_ptr,

@@ -138,12 +138,14 @@ def _large_plan(
     narrow = crowded if hopper else dim % 64 != 0 and dim > 64
     narrow = narrow or (everything and dim > 64)
     height = 64 if crowded and not hopper else 128
-    most = 256 if hopper else 128
+    max_width = 256 if hopper else 128
     return Plan(
         sweep=sweep,
         backward=backward,
         pairs=Tile(128, 128 if hopper and not small else 64, 64, num_warps=8, num_stages=3),
-        apply_ds=Tile(128, 128, 64, num_warps=8, num_stages=3, BD=min(most, max(64, _power(dim)))),
+        apply_ds=Tile(
+            128, 128, 64, num_warps=8, num_stages=3, BD=min(max_width, max(64, _power(dim)))
+        ),
         owner=Tile(height, 32 if narrow else 64, 0, num_warps=8, num_stages=3, BD=_power(dim)),
     )
 
@@ -184,11 +186,16 @@ def sweep_grid(
     together write at most ``partial_bytes``, unless a single group writes more.
     """
     blocks, tiles = -(-rows // tile.BM), -(-columns // tile.BN)
-    most = max(1, partial_bytes // (4 * stats * columns)) if stats else blocks
-    each = -(-blocks // min(blocks, most))
-    groups = -(-blocks // each)
-    length = min(tiles, 64, max(1, tiles * groups // (4 * PROGRAMS)))
-    return Grid(splits=-(-tiles // length), tiles=length, groups=groups, blocks=each)
+    max_groups = max(1, partial_bytes // (4 * stats * columns)) if stats else blocks
+    blocks_per_group = -(-blocks // min(blocks, max_groups))
+    groups = -(-blocks // blocks_per_group)
+    tiles_per_split = min(tiles, 64, max(1, tiles * groups // (4 * PROGRAMS)))
+    return Grid(
+        splits=-(-tiles // tiles_per_split),
+        tiles=tiles_per_split,
+        groups=groups,
+        blocks=blocks_per_group,
+    )
 
 
 def chunk(
@@ -203,10 +210,10 @@ def chunk(
     Each chunk reads and writes the float32 gradients of its rows and columns once, so nearly square
     chunks keep traffic low.
     """
-    most = max(chunk_bytes // itemsize, tile.BM * tile.BN)
-    side = int(most**0.5)
-    high = _even(rows, max(side, most // _padded(columns, tile.BN)), tile.BM)
-    return high, _even(columns, most // high, tile.BN)
+    max_elements = max(chunk_bytes // itemsize, tile.BM * tile.BN)
+    side = int(max_elements**0.5)
+    height = _even(rows, max(side, max_elements // _padded(columns, tile.BN)), tile.BM)
+    return height, _even(columns, max_elements // height, tile.BN)
 
 
 def _padded(length: int, unit: int) -> int:

@@ -80,9 +80,9 @@ def choose_experts(
         if given_ptr is None:
             key = tl.where(here, float("-inf"), key)
         times += here.to(tl.int32)
-        mine = slots[None, :] == j
-        choice = tl.where(mine, at[:, None], choice)
-        chosen = tl.where(mine, tl.sum(tl.where(here, value, 0.0), 1)[:, None], chosen)
+        in_slot = slots[None, :] == j
+        choice = tl.where(in_slot, at[:, None], choice)
+        chosen = tl.where(in_slot, tl.sum(tl.where(here, value, 0.0), 1)[:, None], chosen)
     if given_ptr is None:
         at = n[:, None].to(tl.int64) * K + slots[None, :]
         inside = (n[:, None] < T) & (slots[None, :] < K)
@@ -103,9 +103,9 @@ def by_expert(
     """Return the weights as (tokens, experts) instead of (tokens, slots)."""
     dense = tl.zeros([BR, BE], tl.float32)
     for j in range(K):
-        mine = slots[None, :] == j
-        at = tl.sum(tl.where(mine, choice, 0), 1)
-        weight = tl.sum(tl.where(mine, weights, 0.0), 1)
+        in_slot = slots[None, :] == j
+        at = tl.sum(tl.where(in_slot, choice, 0), 1)
+        weight = tl.sum(tl.where(in_slot, weights, 0.0), 1)
         dense += tl.where(experts[None, :] == at[:, None], weight[:, None], 0.0)
     return dense
 

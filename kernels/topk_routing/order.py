@@ -341,10 +341,10 @@ def _place(
     for j in range(K):
         at, _ = load_choice(indices_ptr, n, j, keep, E, K)
         here = experts[None, :] == at[:, None]
-        mine = tl.where(keep, tl.sum(tl.where(here, row, 0), 1), masked_row + j)
+        sorted_row = tl.where(keep, tl.sum(tl.where(here, row, 0), 1), masked_row + j)
         row += here.to(tl.int32)  # a given choice may hold an expert twice
-        tl.store(position_ptr + n * K + j, mine, mask=n < T)
-        tl.store(order_ptr + mine, n * K + j, mask=n < T)
+        tl.store(position_ptr + n * K + j, sorted_row, mask=n < T)
+        tl.store(order_ptr + sorted_row, n * K + j, mask=n < T)
 
 
 @triton.jit
@@ -371,31 +371,37 @@ def _losses(
     tokens = 0
     segments = 0
     for s in range(S):
-        number = tl.load(totals_ptr + E + 1 + s)
-        tokens += number
-        segments += (number > 0).to(tl.int32)
+        segment_tokens = tl.load(totals_ptr + E + 1 + s)
+        tokens += segment_tokens
+        segments += (segment_tokens > 0).to(tl.int32)
     balance = tl.full((), 0.0, tl.float64)
     for s in range(S):
-        number = tl.load(totals_ptr + E + 1 + s)
+        segment_tokens = tl.load(totals_ptr + E + 1 + s)
         nonempty = tl.maximum(segments, 1).to(tl.float64)
-        share = 1.0 / (tl.maximum(number, 1).to(tl.float64) * nonempty)
+        share = 1.0 / (tl.maximum(segment_tokens, 1).to(tl.float64) * nonempty)
         times = tl.load(totals_ptr + SEGMENTS_AT + s * E + experts, mask=exists, other=0)
         tl.store(counts_ptr + s * E + experts, times.to(tl.int64), mask=exists)
         usable = exists
         if available_ptr is not None:
             usable = tl.load(available_ptr + s * E + experts, mask=exists, other=0) != 0
-        size = tl.sum(usable.to(tl.int32), 0).to(tl.float64)
+        num_available = tl.sum(usable.to(tl.int32), 0).to(tl.float64)
         mean = tl.load(sums_ptr + s * E + experts, mask=exists, other=0.0)
-        mean = mean / tl.maximum(number, 1).to(tl.float64)
+        mean = mean / tl.maximum(segment_tokens, 1).to(tl.float64)
         if BALANCE == "mse":
-            target = tl.where(usable & (number > 0), 1.0 / tl.maximum(size, 1.0), 0.0)
-            off = mean - target  # the mean of an unavailable expert is 0, or NaN
-            slope = 2.0 * off
-            loss = tl.sum(off * off, 0)
+            target = tl.where(
+                usable & (segment_tokens > 0), 1.0 / tl.maximum(num_available, 1.0), 0.0
+            )
+            difference = mean - target  # the mean of an unavailable expert is 0, or NaN
+            slope = 2.0 * difference
+            loss = tl.sum(difference * difference, 0)
         else:
             if BALANCE == "gshard":
                 times = tl.load(totals_ptr + FIRST_AT + s * E + experts, mask=exists, other=0) * K
-            slope = size * times.to(tl.float64) / (K * tl.maximum(number, 1).to(tl.float64))
+            slope = (
+                num_available
+                * times.to(tl.float64)
+                / (K * tl.maximum(segment_tokens, 1).to(tl.float64))
+            )
             loss = tl.sum(slope * mean, 0)
         balance += loss
         tl.store(coefficients_ptr + s * E + experts, (slope * share).to(tl.float32), mask=exists)
