@@ -184,7 +184,7 @@ def compile_flags() -> dict[str, list[str]]:
 
 @contextlib.contextmanager
 def toolchain(arch_list: str) -> Iterator[ModuleType]:
-    """Configure ``torch.utils.cpp_extension`` for the toolkit and ``arch_list``, and restore it."""
+    """Configure torch's ``cpp_extension`` for the toolkit and ``arch_list``, then restore it."""
     home = _cuda_home()
     ninja = _tool("ninja")
     folders = (os.environ.get("PATH"), ninja and str(Path(ninja).parent))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# For each extra, the packages to install by the names of their modules.
+# For each extra: name of a module -> package to install.
 PACKAGES: dict[str, dict[str, str]] = {
     "models": {
         "PIL": "pillow",

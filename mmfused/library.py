@@ -381,11 +381,11 @@ def wide_unless(dtype: torch.dtype, *values: Any) -> list[Any]:
 
     Under autocast this is for parameters that are rounded to ``dtype`` later.
     """
-    keep = (dtype, torch.float32, torch.float64)
+    kept_dtypes = (dtype, torch.float32, torch.float64)
 
     def widened(x):
         is_float = isinstance(x, torch.Tensor) and x.is_floating_point()
-        return x.float() if is_float and x.dtype not in keep else x
+        return x.float() if is_float and x.dtype not in kept_dtypes else x
 
     return [widened(x) for x in values]
 

@@ -98,8 +98,8 @@ def product_hinge(
 
     Two losses of UniECS (arXiv 2508.13843) are means of this hinge. PPM is the mean over its three
     pairs of embeddings. PDC is the mean of two hinges with ``diagonal=True`` and S of the product
-    embeddings: in one, ``positive`` is S_ii of the image embeddings, in the other of the text
-    embeddings.
+    embeddings. In the first hinge, ``positive`` is S_ii of the image embeddings, in the second S_ii
+    of the text embeddings.
 
     Args:
         query: (B, D).
@@ -254,12 +254,12 @@ def dual_alignment(
     """Return the weights omega of M objectives in MOON2.0 (arXiv 2511.12449), and a sparsity loss.
 
         p_zm = softmax over m of alignment_zm
-        omega_m = mean over b in B_m of sum_z p_zm G_bz
+        omega_m = mean over b in S_m of sum_z p_zm G_bz
         sparsity = mean over z of -sum_m p_zm log p_zm
 
-    z is one of Z experts, and m one of the M objectives. B_m are the samples of objective m, and G
-    are the routing weights in ``shares``. An objective has a large weight if its samples use the
-    experts that are aligned with the objective.
+    z is one of Z experts, m one of the M objectives, and b one of B samples. S_m is the set of the
+    samples of objective m, and G is the matrix ``shares``. An objective has a large weight if its
+    samples use the experts that are aligned with the objective.
 
     Args:
         alignment: (Z, M) learned matrix. Initialise it near zero, so that all objectives have the
@@ -375,7 +375,11 @@ def _described(tensor: Tensor) -> str:
 # ---- blocks of rows ------------------------------------------------------------------------------
 
 
-def _by_rows(block: Callable[[Tensor, Tensor], Tensor], rows: Tensor, width: int) -> Tensor:
+def _by_rows(
+    block: Callable[[Tensor, Tensor], Tensor],
+    rows: Tensor,
+    pairs_per_row: int,
+) -> Tensor:
     """Return the sum of ``block(rows, indices of the rows)`` over blocks of rows.
 
     If there are several blocks, they are recomputed in backward. An exported graph has one block,
@@ -385,11 +389,11 @@ def _by_rows(block: Callable[[Tensor, Tensor], Tensor], rows: Tensor, width: int
     Args:
         block: returns the sum of the loss over the given rows.
         rows: the rows.
-        width: number of pairs per row.
+        pairs_per_row: number of pairs that ``block`` stores for each row.
     """
     indices = torch.arange(rows.shape[0], device=rows.device)
     one_block = bool(graph_made()) or torch._C._are_functorch_transforms_active()
-    step = rows.shape[0] if one_block else max(1, BLOCK_PAIRS // width)
+    step = rows.shape[0] if one_block else max(1, BLOCK_PAIRS // pairs_per_row)
     with no_autocast(rows.device.type):
         if one_block or step >= rows.shape[0]:
             return block(rows, indices)

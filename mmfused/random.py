@@ -52,8 +52,8 @@ def keep_mask(
     # exported graph would be valid for one width only, or for multiples of 4.
     at = torch.arange(rows * counters, device=seed.device)
     words = torch.stack(_philox(seed, at // counters, at % counters, stream), -1).flatten()
-    first = torch.arange(rows, device=seed.device) * (4 * counters)
-    index = first[:, None] + torch.arange(columns, device=seed.device)
+    row_start = torch.arange(rows, device=seed.device) * (4 * counters)
+    index = row_start[:, None] + torch.arange(columns, device=seed.device)
     return (_unit(words) >= p)[index].view(shape)
 
 

@@ -101,19 +101,19 @@ def saved_bytes(fn: Callable[[], Tensor], ignore: tuple[Tensor, ...] = ()) -> in
     Each storage counts once. The storages of the tensors in ``ignore``, such as inputs and
     parameters, do not count.
     """
-    known = {t.untyped_storage().data_ptr() for t in ignore}
-    kept: dict[int, int] = {}
+    ignored = {t.untyped_storage().data_ptr() for t in ignore}
+    saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if storage.data_ptr() not in ignored:
+            saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         out = fn()
     del out
-    return sum(kept.values())
+    return sum(saved.values())
 
 
 def interleaved_seconds(

@@ -62,9 +62,9 @@ def _flags(sides: list[Side], directions: int, options: CrossAttentionOptions) -
 class CrossAttention(torch.autograd.Function):
     """Compute the outputs of one or two directions with the kernels.
 
-    Saves the inputs, the projections, the moments of the LayerNorms, the logsumexp of each row of
-    attention logits (lse), and the attention output before W_o (attended) and after W_o (attn_out).
-    The backward pass recomputes the probabilities and the gates.
+    Saves the inputs, the projections, mean and 1 / standard deviation for the LayerNorms (moments),
+    the logsumexp of each row of logits divided by the scale (lse), and the attention output before
+    W_o (attended) and after W_o (attn_out). Backward recomputes the probabilities and the gates.
     """
 
     @staticmethod

@@ -66,7 +66,7 @@ def check_options(
 ) -> None:
     """Check the options that are not tensors.
 
-    ``dropout``: the dropout rate, under the name that the caller's argument has.
+    ``dropout``: the dropout rate, by the name of the caller's argument.
     """
     for option, value, choices in (
         ("gate", gate, GATES),
@@ -192,20 +192,23 @@ def _check_weights(
     options: CrossAttentionOptions,
 ) -> None:
     dim, context_dim = (side.tokens.shape[-1] for side in given)
-    gate: tuple[int, int] | None = None
+    gate_shape: tuple[int, int] | None = None
     if options.gate != "none":
-        gate = (dim if options.gate == "channel" else 1, 2 * dim + (1 if options.indicator else 0))
+        gate_shape = (
+            dim if options.gate == "channel" else 1,
+            2 * dim + (1 if options.indicator else 0),
+        )
     expected = dict(
         w_q=(dim, dim),
         w_k=(dim, context_dim),
         w_v=(dim, context_dim),
         w_o=(dim, dim),
-        w_g=gate,
+        w_g=gate_shape,
         b_q=(dim,),
         b_k=(dim,),
         b_v=(dim,),
         b_o=(dim,),
-        b_g=None if gate is None else gate[:1],
+        b_g=None if gate_shape is None else gate_shape[:1],
     )
     for field, shape in expected.items():
         tensor = getattr(w, field)

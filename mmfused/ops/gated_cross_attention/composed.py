@@ -35,7 +35,7 @@ def attend_composed(
 ) -> Tensor:
     """Compute :func:`.reference.attend_reference`, faster.
 
-    Keys and values are one product, and the inputs of the gate are not concatenated. Without
+    One product computes keys and values, and the inputs of the gate are not concatenated. Without
     dropout, torch's attention is used. ``normed``: see :func:`shared_norms`.
     """
     dropout_p, seed = options.dropout_p, options.dropout_seed
@@ -61,7 +61,7 @@ def attend_composed(
             out = layer_norm(out, x.norm, options.norm_eps)
     else:
         g = _gate_logits(tokens, attn_out, context, w, options).sigmoid()
-        # lerp saves no tensor for backward that other operations do not save too.
+        # lerp saves for backward only tensors that other operations save too.
         out = torch.lerp(tokens, attn_out, g)
     return out if unchanged is None else torch.where(unchanged[:, :, None], x.tokens, out)
 
@@ -71,16 +71,16 @@ def shared_norms(options: CrossAttentionOptions) -> Normed:
 
     Without ``pre_norm`` the function returns the tokens unchanged.
     """
-    known: list[tuple[Tensor, Side, Tensor]] = []
+    cache: list[tuple[Tensor, Side, Tensor]] = []
 
     def normed(tokens, side):
         if not options.pre_norm:
             return tokens
-        for known_tokens, known_side, out in known:
-            if known_tokens is tokens and known_side is side:
+        for cached_tokens, cached_side, out in cache:
+            if cached_tokens is tokens and cached_side is side:
                 return out
         out = side.norm_tokens(tokens, options.norm_eps)
-        known.append((tokens, side, out))
+        cache.append((tokens, side, out))
         return out
 
     return normed

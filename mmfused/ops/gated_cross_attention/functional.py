@@ -67,8 +67,8 @@ def gated_cross_attention(
             columns.
         missing: what to do if the context of a sample is absent or fully masked. "skip": return x
             unchanged; the context may be NaN. "zero": apply the gate with A = 0. "attend": attend
-            to the unmasked tokens. "constant": the same result as "attend", provided that all
-            tokens of an absent context are equal; without dropout, only the first unmasked token is
+            to the unmasked tokens. "constant": like "attend", for absent contexts whose tokens are
+            all equal; without dropout, only the first unmasked token of an absent context is
             attended to.
         pre_norm: whether to normalise x and the context before the projections.
         norm_eps: epsilon of the LayerNorms.
@@ -244,12 +244,12 @@ def _attend_in_pytorch(call: _Call) -> list[Tensor]:
         return _each(attend_reference, sides, directions, options)
     attend = functools.partial(attend_composed, normed=shared_norms(options))
     must_call = any(isinstance(part, Called) for part in _parts(call.problem))
-    keep = None if must_call else samples_to_compute(sides, options)
-    if keep is None:
+    indices = None if must_call else samples_to_compute(sides, options)
+    if indices is None:
         return _each(attend, sides, directions, options)
-    outs = _each(attend, [_samples(side, keep) for side in sides], directions, options)
+    outs = _each(attend, [_samples(side, indices) for side in sides], directions, options)
     pairs = zip(sides, outs, strict=False)
-    return [side.tokens.index_copy(0, keep, out) for side, out in pairs]
+    return [side.tokens.index_copy(0, indices, out) for side, out in pairs]
 
 
 def _each(
@@ -266,9 +266,9 @@ def _each(
     ]
 
 
-def _samples(side: Side, keep: Tensor) -> Side:
-    ignore = None if side.ignore is None else side.ignore[keep]
-    return Side(side.tokens[keep], side.norm, ignore, None)
+def _samples(side: Side, indices: Tensor) -> Side:
+    ignore = None if side.ignore is None else side.ignore[indices]
+    return Side(side.tokens[indices], side.norm, ignore, None)
 
 
 def _call_norms(
@@ -277,7 +277,7 @@ def _call_norms(
     directions: int,
     options: CrossAttentionOptions,
 ) -> list[Side]:
-    """Call each norm that must be called, once, on the tokens as they were before autocast."""
+    """Call the norms that must be called, on the tokens before autocast."""
     # With "zero" and two directions, the tokens of an absent side are still queries.
     hide_absent = options.missing == "skip" or (options.missing == "zero" and directions == 1)
     out = []
@@ -303,7 +303,7 @@ def _autocast(side: SideInput) -> SideInput:
 
 
 def _autocast_parts(parts: Any) -> Any:
-    """Cast a norm or the weights of a direction. Other objects, which the checks reject, stay."""
+    """Cast a norm or the weights of a direction; return other objects unchanged."""
     if not isinstance(parts, tuple | list):
         return parts
     cast = to_autocast(*parts)

@@ -20,8 +20,8 @@ W_ga and w_e the columns of W_g for x, A and e,
     [x ; A ; e] W_g^T = x W_gx^T + A W_ga^T + e w_e^T
 
 FLOPs per sample for both directions, with N_a and N_b tokens of width D and a gate per channel:
-12 (N_a + N_b) D^2 + 8 N_a N_b D forward. Backward needs twice as many, plus those to recompute the
-logits of attention and gate.
+12 (N_a + N_b) D^2 + 8 N_a N_b D forward. Backward needs twice as many FLOPs, plus the FLOPs to
+recompute the logits of attention and gate.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Side(NamedTuple):
     tokens: Tensor  # (B, N, D)
     norm: Norm | Called | None
     ignore: Tensor | None  # (B, N) bool: masked tokens
-    absent: Tensor | None  # (B,) bool: samples that are not present or fully masked
+    absent: Tensor | None  # (B,) bool: samples without this modality, or fully masked
     normed: Tensor | None = None  # (B, N, D): normalised tokens, if ``norm`` must be called
 
     def norm_tokens(self, tokens: Tensor, eps: float) -> Tensor:
@@ -309,10 +309,10 @@ def read_context(
     missing: Missing,
     collapse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the context's tokens, and a mask (B, M) of the tokens not attended to, or None.
+    """Return the context's tokens, and a mask (B, M), True for tokens not attended to, or None.
 
-    Tokens not attended to may be NaN and are set to 0. ``collapse``: whether, with "constant", only
-    one token of an absent context is attended to.
+    Tokens that are not attended to may be NaN and are set to 0. ``collapse``: whether, with
+    "constant", only one token of an absent context is attended to.
     """
     batch, length = context.tokens.shape[:2]
     ignore = context.ignore

@@ -12,7 +12,7 @@ Each choice of an expert by a token is a row, so T tokens have T k rows. A Routi
 expert. The rows of one expert form a matrix, of which only the last tile is padded. The forward
 pass launches three kernels. The first gathers x in its loads and applies bias and activation in its
 epilogue. The second multiplies by W_down. The third sums the k rows of each token, without a
-scatter or atomics. x and the pre-activations are saved for backward.
+scatter or atomics. Of the intermediate results, only the pre-activations are saved for backward.
 
 For the backward pass of one expert, let X, H and A be the matrices whose rows are x, h and a. The
 rows of the matrix dO are the gradients of out, and the elements of the vector w are the routing

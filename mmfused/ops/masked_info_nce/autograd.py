@@ -197,7 +197,7 @@ class InfoNCE(torch.autograd.Function):
         ctx.everything = options.label_smoothing > 0 or positives
         bias, nan = None, _nan_rows(query)
         if candidate_key is not None or candidate_id is not None:
-            # Otherwise a NaN candidate would reach all rows, since 0 * NaN is NaN.
+            # 0 * NaN is NaN: a NaN candidate would reach rows for which it does not count.
             candidate, bias = _without_nan(candidate)
         else:
             nan = nan | _nan_rows(candidate).any()
@@ -291,7 +291,6 @@ def _statistics(
     if inputs.bias is not None:
         dots = dots + inputs.bias[inputs.target].to(dots.dtype)
     dots = dots.masked_fill(broken, float("nan"))
-    # In float64 a logsumexp keeps its digits.
     row = _unsort(row.double(), inputs.query_order)
     if not options.symmetric:
         return row, None, dots
@@ -331,9 +330,10 @@ def _nan_rows(x: Tensor) -> Tensor:
 
 
 def _without_nan(candidate: Tensor) -> tuple[Tensor, Tensor]:
-    """Set candidates that are not finite to 0; also return a bias (C,), NaN for these candidates.
+    """Return the candidates (C, D), with 0 for candidates that are not finite, and a bias (C,).
 
-    With the bias added to the logits, a row becomes NaN only if such a candidate counts for it.
+    The bias is NaN for candidates that are not finite, and 0 for the others. If it is added to the
+    logits, a row becomes NaN only if a candidate that is not finite counts for the row.
     """
     broken = _nan_rows(candidate)
     bias = torch.zeros(candidate.shape[0], device=candidate.device)

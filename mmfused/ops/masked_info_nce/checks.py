@@ -115,12 +115,12 @@ def _check_candidates(
 
 
 def _check_options(options: Options) -> None:
-    for name, value, known in (
+    for name, value, choices in (
         ("same_id", options.same_id, SAME_ID),
         ("reduction", options.reduction, REDUCTIONS),
     ):
-        if value not in known:
-            raise ValueError(f"{OP}: {name}: got {value!r}, expected one of {', '.join(known)}")
+        if value not in choices:
+            raise ValueError(f"{OP}: {name}: got {value!r}, expected one of {', '.join(choices)}")
     check_fractions(OP, label_smoothing=options.label_smoothing)
     check_numbers(OP, positive_weight=options.positive_weight)
     if not options.positive_weight >= 0:

@@ -123,7 +123,7 @@ def sweep_blocks_backward(
             ds.sub_(sum(side[3] for side in sides))
             if block.same is not None:
                 ds.sub_(block.same * sum(side[2] for side in sides))
-        ds = block.fill(ds, 0.0)  # the last step, since broken rows of ds are NaN until here
+        ds = block.fill(ds, 0.0)  # the last step: in broken rows, excluded pairs are NaN until here
         if need_dq or need_scale:
             dq[block.rows].addmm_(ds, c[block.columns])
         if need_dc:

@@ -173,11 +173,11 @@ def _check_options(
         raise ValueError(
             "MaskedInfoNCE: symmetric: got True with gather='local', expected gather='global'"
         )
-    known = OptionArguments.__annotations__
-    unknown = sorted(set(options) - set(known))
+    names = OptionArguments.__annotations__
+    unknown = sorted(set(options) - set(names))
     if unknown:
         raise TypeError(
-            f"MaskedInfoNCE: {unknown[0]}: got an unknown option, expected {', '.join(known)} "
+            f"MaskedInfoNCE: {unknown[0]}: got an unknown option, expected {', '.join(names)} "
             "or reduction"
         )
 
@@ -200,10 +200,10 @@ def _without_fixed_scale(
     log_scale = state_dict.pop(prefix + "log_scale", None)
     if log_scale is None or log_scale.is_meta:
         return
-    stored, own = math.exp(-log_scale.item()), module.temperature
-    if abs(stored / own - 1) > 0.01:  # 16-bit state dicts hold a rounded temperature
+    stored, fixed = math.exp(-log_scale.item()), module.temperature
+    if abs(stored / fixed - 1) > 0.01:  # 16-bit state dicts hold a rounded temperature
         warnings.warn(
             f"MaskedInfoNCE: the temperature in the state dict is {stored:.4g}; "
-            f"the module keeps its own, {own}",
+            f"the module keeps its own, {fixed}",
             stacklevel=2,
         )

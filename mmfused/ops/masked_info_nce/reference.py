@@ -15,8 +15,8 @@ over the rows k that have t_i in P_k.
 
 The fused and composed paths leave the target out of the sum. Let n_i be the logarithm of the sum of
 exp(S_ij) over P_i without the target. Then nce_i = softplus(n_i - S_i,t_i), and its derivative with
-respect to S_i,t_i is -sigmoid(n_i - S_i,t_i). Both expressions keep their digits when the
-probability of the target is close to 1. A row without negatives has n_i = -inf and a loss of 0.
+respect to S_i,t_i is -sigmoid(n_i - S_i,t_i). Both expressions are accurate even if the probability
+of the target is close to 1. A row without negatives has n_i = -inf and a loss of 0.
 
 A sweep visits all pairs without storing a B x C matrix. The forward sweep computes n for rows and
 columns from the same logits. Let dS be the gradient of the loss with respect to S. The backward
@@ -124,7 +124,7 @@ def _pairs(
     labels: Labels,
     options: Options,
 ) -> tuple[Tensor, Tensor]:
-    """Return bool masks (B, C) of the pairs that count and of the positives, without the margin."""
+    """Return bool masks (B, C) of the pairs that count and of the positives, before the margin."""
     allowed, positive = torch.ones_like(is_target), is_target
     if labels.candidate_key is not None and rows.query_key is not None:
         same_key = rows.query_key[:, None] == labels.candidate_key

@@ -13,7 +13,8 @@ from ...library import graph_made, launching, once_differentiable, operator
 class Pool(torch.autograd.Function):
     """Compute :func:`.composed.pool_composed` with the kernels.
 
-    Saves x, q, z, the masks, and a few numbers for each row of q and each token of x.
+    Saves the inputs, z, two softmax statistics of each row (sums), the mean and 1 / standard
+    deviation of each token (mean, rstd), and ksum.
     """
 
     @staticmethod

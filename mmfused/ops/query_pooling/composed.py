@@ -134,8 +134,8 @@ def _folded_norm(
 def _centred(w: Tensor) -> Tensor:
     """Subtract from each row of w its mean.
 
-    Normalised tokens sum to zero, so their projections do not change. The gradients of normalised
-    tokens then sum to zero too, which the kernels rely on.
+    A normalised token sums to zero, so its projection does not change. The gradient of a normalised
+    token then sums to zero too, which the kernels assume.
     """
     return w - w.mean(1, keepdim=True)
 
@@ -198,7 +198,10 @@ def pool_composed(
 
 
 def empty_samples(x: Tensor, mask: Tensor | None, lengths: Tensor | None) -> Tensor | None:
-    """Return a bool (B,), True for samples without tokens; None if N > 0 without padding."""
+    """Return a bool (B,), True for samples without tokens, or None if N > 0 and there is no mask.
+
+    Masked tokens do not count.
+    """
     if not x.shape[1]:
         return x.new_ones(x.shape[0], dtype=torch.bool)
     if mask is not None:

@@ -67,8 +67,8 @@ def query_pooling(
             gradient is exactly zero.
         num_heads: number of heads, a divisor of Dk and Dv.
         scale: factor of the logits, default ``(Dk / num_heads) ** -0.5``.
-        key_padding_mask: (B, N) bool, True = ignore. Ignored tokens may be NaN. A sample without
-            tokens gives output 0 (not the value bias) and gradient 0.
+        key_padding_mask: (B, N) bool, True = ignore. Ignored tokens may be NaN. A sample in which
+            all tokens are ignored gives output 0 (not the value bias) and gradient 0.
         lengths: (B,) int; only the first ``lengths[b]`` tokens of sample b count. An alternative to
             the mask.
         norm_weight, norm_bias, norm_eps: weight (D,), bias (D,) and epsilon of a LayerNorm over
@@ -147,7 +147,7 @@ def _autocast(
 def _why_no_kernel(x: Tensor, options: PoolingOptions, form: str) -> list[str]:
     reasons = ["form='projected' has no kernel"] if form == "projected" else []
     if options.norm_weight is not None and x.shape[-1] == 2:
-        # Two normalised features are always 1 and -1, so dx would be nothing but rounding error.
+        # Two normalised features are close to 1 and -1, so dx would be mostly rounding error.
         reasons.append("a LayerNorm of two features has no kernel")
     return reasons
 

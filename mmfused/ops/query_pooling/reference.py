@@ -26,10 +26,10 @@ multiplies the queries by W_K, and the pooled tokens Z by W_V:
 
 Q', S and Z have R = num_heads * L rows: the L rows of head 0, then those of head 1, and so on.
 
-The two forms are mathematically equivalent. b_K adds one number to all logits of a row, which does
-not change the softmax, so the gradient of b_K is exactly zero. The rows of softmax(S) sum to one,
-so b_V is added once. If the samples share the queries, the gradient of W_K takes one small product
-for the whole batch.
+The two forms are mathematically equivalent. b_K adds the same number to all logits of a row. This
+does not change the softmax, so the gradient of b_K is exactly zero. The rows of softmax(S) sum to
+one, so b_V is added once. If the samples share the queries, the gradient of W_K takes one small
+product for the whole batch.
 
 In the absorbed form, a LayerNorm of the tokens is folded into the projections: the norm's weight
 into W_K and W_V, the norm's bias into b_V. Only (x - mean) / sqrt(variance + eps) is left to

@@ -48,7 +48,9 @@ class _Outputs(NamedTuple):
     position: Tensor  # (T*k,) int32
     offsets: Tensor  # (E+1,) int32
     tiles: Tensor  # (T*k // 16 + E, 2) int32
-    coefficients: Tensor  # (S*E + 1,): derivatives of the balance loss, then 1 / unmasked tokens
+    coefficients: (
+        Tensor  # (S*E + 1,): derivatives of the balance loss; 1 / number of unmasked tokens
+    )
 
 
 class _Backward(NamedTuple):
@@ -194,8 +196,9 @@ define("topk_routing_cuda_bwd", _BACKWARD, _backward_shape, no_products)
 class RoutingFused(torch.autograd.Function):
     """Compute the fields of a Routing with the kernels, from logits or from x and a router_weight.
 
-    If ``indices`` are given, the returned indices have shape (0,). Saves the logits for backward,
-    but not the probabilities.
+    If ``indices`` are given, the returned indices have shape (0,). Saves all inputs except
+    the two biases, and the logits, indices, weights and coefficients. The probabilities are not
+    saved.
     """
 
     @staticmethod

@@ -61,7 +61,7 @@ def _scored(
     broken: Tensor | None,
     score: Score,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return l, u and log s, each (T, E); l is ``logits`` times the jitter ``factor``, masked."""
+    """Return l, u and log s, each (T, E); l is ``logits`` with the jitter and the masks applied."""
     logits = logits if factor is None else logits * factor
     logits = logits if mask is None else logits.masked_fill(mask[:, None], 0.0)
     logits = logits if usable is None else logits.masked_fill(~usable, float("-inf"))
@@ -149,7 +149,7 @@ class _WeightsAndLosses(torch.autograd.Function):
         du = torch.zeros_like(probs)
         if options.renormalizes:
             centred = g_w - (g_w * weights).sum(-1, keepdim=True)
-            # Again, since the first subtraction leaves a rounding error.
+            # Subtract the weighted mean again, since the first subtraction leaves a rounding error.
             centred = centred - (centred * weights).sum(-1, keepdim=True)
             du = du.scatter_add(1, indices, weights * centred)
         elif options.score == "softmax":

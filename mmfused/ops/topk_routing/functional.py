@@ -82,8 +82,9 @@ def topk_routing(
     Raises:
         TypeError: bad input.
         ValueError: bad input; raised before any kernel is launched. Values in tensors are checked
-            on a CPU only. On CUDA a token with an invalid segment, an invalid index, or fewer than
-            k available experts gets NaN weights and gradients, and makes all losses NaN.
+            only on a CPU in eager mode. Elsewhere a token with an invalid segment, an invalid
+            index, or fewer than k available experts gets NaN weights and gradients, and makes all
+            losses NaN.
         RuntimeError: ``backend("fused")`` cannot run.
 
     Source: Switch Transformer (arXiv 2101.03961), GShard (2006.16668), ST-MoE (2202.08906),
@@ -120,7 +121,8 @@ def topk_routing_from_input(
     """Compute :func:`topk_routing` of the logits ``x router_weight^T + router_bias``.
 
     The logits are float64 if x is float64, and float32 otherwise. If x has 16 bits, router_weight
-    and router_bias may be float32 and are not rounded. Autocast rounds x, but not the router.
+    and router_bias may be float32 and are not rounded. Under autocast, x is rounded to the autocast
+    dtype, and the router is not.
 
     Args:
         x: (T, D).

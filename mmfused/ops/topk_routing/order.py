@@ -120,8 +120,8 @@ def routing_from_indices(
 
     Raises:
         TypeError: bad input.
-        ValueError: bad input. An index out of range raises on a CPU only. On CUDA the weight of
-            such an index becomes NaN.
+        ValueError: bad input. An index out of range raises only on a CPU in eager mode. Elsewhere
+            the weight of such an index becomes NaN.
         RuntimeError: ``backend("fused")`` cannot run.
     """
     op = "routing_from_indices"
