@@ -427,7 +427,7 @@ def used(
     ABSENT: tl.constexpr,
     MISSING: tl.constexpr,
 ):
-    """Return which rows of a side were projected, as queries or as keys and values."""
+    """Return which rows of a side were projected: to queries, or with READ to keys and values."""
     ok = valid_keys(side, r, ok, masks, IGNORE)
     if IS_QUERY_SIDE and READ:
         return attends(side, r // N, ok, masks, ABSENT, MISSING) | attends(

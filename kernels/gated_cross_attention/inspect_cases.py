@@ -24,7 +24,7 @@ class Case:
     masks: bool = True
     pre_norm: bool = True
     dropout: float = 0.0
-    form: str | None = None  # None: the default form, followed by a backward
+    form: str | None = None  # None: the default form, and the backward
 
 
 CASES = {

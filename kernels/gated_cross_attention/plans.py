@@ -1,8 +1,8 @@
 """Tile sizes of gated cross-attention, chosen by widths, dtype and architecture.
 
 There is no autotuning. ``make compile-matrix`` checks the tiles for register spills, on every
-supported Triton and architecture. The tiles were chosen by estimates; ``make gpu`` compares the
-speed of each tile with that of variants.
+supported Triton and architecture. The tiles were chosen by estimates; ``make gpu`` times each tile
+and its variants.
 
 After the projections, the forward pass has two forms, whose results agree up to rounding.
 "epilogue" computes the attention of each head in one launch, then output projection, gate and blend

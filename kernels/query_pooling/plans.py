@@ -1,8 +1,8 @@
 """Kernels and tile sizes of query pooling, chosen by shape, dtype and architecture.
 
 There is no autotuning. ``make compile-matrix`` checks the tiles for register spills, on every
-supported Triton and architecture. The tiles were chosen by estimates; ``make gpu`` compares the
-speed of each tile with that of variants.
+supported Triton and architecture. The tiles were chosen by estimates; ``make gpu`` times each tile
+and its variants.
 """
 
 from __future__ import annotations

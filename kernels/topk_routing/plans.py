@@ -1,8 +1,7 @@
 """Tile sizes of top-k routing, chosen by shape, dtype and architecture, without autotuning.
 
 ``make compile-matrix`` checks the tiles for register spills, on every supported Triton and
-architecture. The tiles were chosen by estimates; ``make gpu`` compares the speed of each tile with
-that of variants.
+architecture. The tiles were chosen by estimates; ``make gpu`` times each tile and its variants.
 """
 
 from __future__ import annotations
