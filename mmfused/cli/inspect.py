@@ -5,9 +5,9 @@ compiled launches are therefore those that would run on a GPU of the requested a
 command exits with 1 if a kernel spills registers, needs more shared memory than the GPU has, has a
 race (:mod:`.races`), or lacks a matrix instruction that it should have.
 
-Results are cached by kernel source, arguments, options and Triton version, so only changed launches
-are compiled again. ``MMFUSED_INSPECT_CACHE`` sets the folder of this cache (default
-``~/.cache/mmfused/inspect``). Triton's own cache is not used.
+Results are cached by :func:`source_key`, so only changed launches are compiled again.
+``MMFUSED_INSPECT_CACHE`` sets the folder of this cache (default ``~/.cache/mmfused/inspect``).
+Triton's own cache is not used.
 """
 
 from __future__ import annotations

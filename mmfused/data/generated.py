@@ -79,7 +79,7 @@ class GeneratedProducts(Dataset[dict[str, Any]]):
         missing_text: fraction of the products without a text.
         missing_image: fraction of the products without an image.
         contradicting: fraction of the products whose title contradicts the picture. The products
-            of the three fractions do not overlap, and their numbers are rounded, not random.
+            of the three fractions do not overlap.
     """
 
     class_names: list[str] = [f"{shape} {material}" for shape in SHAPES for material in MATERIALS]

@@ -113,22 +113,22 @@ def _read_file(path: str | os.PathLike[str], limit: int) -> bytes:
         # The file may have been replaced by a pipe, so do not block, and check again.
         flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
         with os.fdopen(os.open(path, flags), "rb") as file:
-            found = os.fstat(file.fileno())
-            _check_regular(found)
-            data = b"" if found.st_size > limit else file.read(limit + 1)
+            status = os.fstat(file.fileno())
+            _check_regular(status)
+            data = b"" if status.st_size > limit else file.read(limit + 1)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise BrokenPicture("the file does not exist") from error
     except BrokenPicture:
         raise
     except (OSError, ValueError) as error:
         raise BrokenPicture(getattr(error, "strerror", None) or _sentence(error)) from error
-    if found.st_size > limit or len(data) > limit:
+    if status.st_size > limit or len(data) > limit:
         raise BrokenPicture(f"it has more than {limit} bytes")
     return data
 
 
-def _check_regular(found: os.stat_result) -> None:
-    if not stat.S_ISREG(found.st_mode):
+def _check_regular(status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
         raise BrokenPicture("it is not a regular file")
 
 
@@ -211,9 +211,9 @@ def load_rgb(image: Any, size: int | None) -> torch.Tensor:
         width, height = _draft(image, size)
     elif image.format == "TIFF":
         # Allocated here, because Pillow's own allocation depends on a global limit.
-        stored = getattr(image, "_tile_size", image.size)
-        _check_pixels(*stored)
-        image.im = Image.new(image.mode, stored).im
+        stored_size = getattr(image, "_tile_size", image.size)
+        _check_pixels(*stored_size)
+        image.im = Image.new(image.mode, stored_size).im
     else:
         _check_pixels(*image.size)
     is_large = image.size[0] * image.size[1] > LARGE
@@ -294,14 +294,18 @@ def _orientation_of(image: Any) -> int:
 
 def _transparency_of(image: Any) -> bytes | int | tuple | None:
     """Return the transparent colour, scaled like the values of the decoded picture."""
-    found = image.info.get("transparency")
-    if found is None or image.format != "PNG" or not image.tile:
-        return found
+    transparency = image.info.get("transparency")
+    if transparency is None or image.format != "PNG" or not image.tile:
+        return transparency
     rawmode = image.tile[0][3]
     if rawmode == "RGB;16B":
-        return tuple(value >> 8 for value in found)
+        return tuple(value >> 8 for value in transparency)
     factor = {"1": 255, "L;2": 85, "L;4": 17}.get(rawmode, 1)
-    return min(found * factor, 255) if isinstance(found, int) and factor > 1 else found
+    return (
+        min(transparency * factor, 255)
+        if isinstance(transparency, int) and factor > 1
+        else transparency
+    )
 
 
 def _to_rgb(image: Any, transparency: bytes | int | tuple | None) -> Image.Image:

@@ -3,7 +3,7 @@
 The folder of a run contains a marker file, `.mmfused-run`. A folder without the marker counts as
 the folder of a run only if the settings in it name a version of mmfused. In any other folder, files
 with the names of a run's files are foreign files, made by another program. Foreign files are not
-read, replaced or removed.
+replaced or removed.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ def foreign_files(folder: Path, names: Collection[str]) -> list[str]:
 
 
 def foreign_paths(path: Path) -> Iterator[Path]:
-    """Yield ``path`` if no run can have made it; otherwise yield the foreign files inside it."""
+    """Yield ``path`` if it is foreign; otherwise yield the foreign files in the folder ``path``."""
     if not os.path.lexists(path):
         return
     name = _final_name(path)

@@ -25,7 +25,7 @@ def rank_of_first(
     candidate: Tensor,
     relevant: Callable[[int, int], Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Return for each query the rank of its first relevant candidate, and its nearest candidate.
+    """Return, for each query, the rank of its first relevant candidate and its nearest candidate.
 
     Candidates are ranked by dot product. Ranks count from 1. Irrelevant candidates rank before
     relevant candidates of equal dot product.

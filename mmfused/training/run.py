@@ -69,7 +69,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
         FileNotFoundError: a data folder is missing.
         FileExistsError: ``config.out`` holds files that no run made; another process writes to it;
             or it holds a run, and neither ``overwrite`` nor ``resume`` is set.
-        RuntimeError: the loss is not finite, or files that the run wrote are missing at the end.
+        RuntimeError: a loss, weight or embedding is not finite, or files that the run wrote are
+            missing at the end.
         Stopped: SIGTERM or SIGINT stopped training, and a checkpoint was saved. Signals are
             handled only if `train` is called in the main thread.
     """

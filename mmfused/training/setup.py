@@ -95,7 +95,10 @@ def load_or_train_tokenizer(config: TrainConfig, train_set: Any, products: Any =
 
 
 def batch_size_of(config: TrainConfig, rows: int, world: int = 1) -> int:
-    """Return ``config.batch_size``, or the largest smaller multiple of ``world`` up to ``rows``."""
+    """Return the batch size of training.
+
+    It is ``config.batch_size``, but at most the largest multiple of ``world`` up to ``rows``.
+    """
     size = min(config.batch_size, rows // world * world)
     if size < config.batch_size:
         logger.warning(
@@ -218,14 +221,16 @@ def load_pretrained(config: TrainConfig) -> Pretrained:
     fields: dict[str, Any] = {}
     modules: dict[str, torch.nn.Module] = {}
     if config.image_encoder and config.modalities != "text":
-        found, modules["image_encoder"] = pretrained_vit(config.image_encoder, config.image_size)
-        fields |= found
+        part_fields, modules["image_encoder"] = pretrained_vit(
+            config.image_encoder, config.image_size
+        )
+        fields |= part_fields
     if config.text_encoder and config.modalities != "image":
-        found, modules["text_encoder"] = pretrained_text(config.text_encoder)
-        fields = {**found, **fields}
+        part_fields, modules["text_encoder"] = pretrained_text(config.text_encoder)
+        fields = {**part_fields, **fields}
     if config.host:
-        found, modules["host"] = pretrained_qwen2_vl(config.host)
-        fields = {**found, **fields}
+        part_fields, modules["host"] = pretrained_qwen2_vl(config.host)
+        fields = {**part_fields, **fields}
     return Pretrained(fields, modules)
 
 
