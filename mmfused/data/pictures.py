@@ -294,18 +294,14 @@ def _orientation_of(image: Any) -> int:
 
 def _transparency_of(image: Any) -> bytes | int | tuple | None:
     """Return the transparent colour, scaled like the values of the decoded picture."""
-    transparency = image.info.get("transparency")
-    if transparency is None or image.format != "PNG" or not image.tile:
-        return transparency
+    colour = image.info.get("transparency")
+    if colour is None or image.format != "PNG" or not image.tile:
+        return colour
     rawmode = image.tile[0][3]
     if rawmode == "RGB;16B":
-        return tuple(value >> 8 for value in transparency)
+        return tuple(value >> 8 for value in colour)
     factor = {"1": 255, "L;2": 85, "L;4": 17}.get(rawmode, 1)
-    return (
-        min(transparency * factor, 255)
-        if isinstance(transparency, int) and factor > 1
-        else transparency
-    )
+    return min(colour * factor, 255) if isinstance(colour, int) and factor > 1 else colour
 
 
 def _to_rgb(image: Any, transparency: bytes | int | tuple | None) -> Image.Image:
