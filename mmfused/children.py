@@ -280,5 +280,6 @@ def _holds_shards(module: nn.Module) -> bool:
     """
     if any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__) or is_parametrized(module):
         return False
-    own = any(type(parameter).__name__ == "DTensor" for parameter in module._parameters.values())
-    return own or any(_holds_shards(child) for child in module.children())
+    if any(type(parameter).__name__ == "DTensor" for parameter in module._parameters.values()):
+        return True
+    return any(_holds_shards(child) for child in module.children())

@@ -27,7 +27,7 @@ def in_group() -> bool:
 
 
 def report_error(op: str, error: Exception, near: object) -> None:
-    """Send ``error`` to the other ranks, whose next exchange raises an error that quotes it.
+    """Send ``error`` to the other ranks, whose next exchange raises an error with its text.
 
     The caller must raise ``error`` on this rank.
 

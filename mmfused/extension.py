@@ -70,8 +70,7 @@ def _load() -> ModuleType:
                     f"{'; '.join(reasons)}"
                 )
             _build(folder)
-        # Loaded from its path, but with the name of the installed module, so that the operators are
-        # never registered twice.
+        # With the name of the installed module, the operators are never registered twice.
         loader = importlib.machinery.ExtensionFileLoader("mmfused._C", str(_library(folder)))
         spec = importlib.util.spec_from_loader("mmfused._C", loader)
         assert spec is not None

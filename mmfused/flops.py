@@ -1,8 +1,8 @@
 """FLOPs of the operators, for ``torch.utils.flop_counter.FlopCounterMode``.
 
 As in torch, an (m, k) by (k, n) matrix product counts as 2 m n k, and all other operations count as
-0. The formulas use shapes only, so they include excluded pairs, skipped samples and masked tokens,
-which depend on values. Recomputation in the backward pass is included, as in torch's attention.
+0. The formulas use shapes only, so excluded pairs, skipped samples and masked tokens count too.
+Recomputation in the backward pass is included, as in torch's attention.
 
 This module does not import the flop counter, which would import Triton. It registers the formulas
 when other code imports the counter.

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-MAX_CONFIG_BYTES = 4 << 20  # about a hundred times the size of the largest published configs
+MAX_CONFIG_BYTES = 4 << 20
 
 
 def read_object(path: Path, most: int = MAX_CONFIG_BYTES) -> dict[str, Any]:

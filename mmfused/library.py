@@ -305,7 +305,7 @@ def check_tensors(op: str, **tensors: torch.Tensor | None) -> None:
 
 
 def check_numbers(op: str, **numbers: float | None) -> None:
-    """Check that the arguments are numbers; a tensor would lose its gradient."""
+    """Check that the arguments are numbers or None. Tensors are rejected."""
     for name, number in numbers.items():
         if number is not None and not isinstance(number, int | float):
             raise TypeError(f"{op}: {name}: got a {type(number).__name__}, expected a number")

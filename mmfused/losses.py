@@ -75,9 +75,9 @@ def hard_negative_margin(
 
     def block(rows: Tensor, at: Tensor) -> Tensor:
         logits = rows @ candidate.T / temperature
-        own = logits.gather(1, at[:, None])
+        positive = logits.gather(1, at[:, None])
         others = logits.scatter(1, at[:, None], float("-inf"))
-        return F.relu(margin + others.topk(hardest).values - own).sum()
+        return F.relu(margin + others.topk(hardest).values - positive).sum()
 
     return _by_rows(block, query, candidate.shape[0]) / (query.shape[0] * hardest)
 
@@ -124,10 +124,10 @@ def product_hinge(
         raise ValueError(
             f"{op}: positive: got {_described(positive)}, expected floats ({query.shape[0]},)"
         )
-    own = positive
+    p = positive
 
     def block(rows: Tensor, at: Tensor) -> Tensor:
-        hinge = rows @ candidate.T * scale - own[at, None]
+        hinge = rows @ candidate.T * scale - p[at, None]
         margins = torch.ones_like(hinge) * margin  # a product, because margin may have a gradient
         margins = margins if diagonal else margins.scatter(1, at[:, None], 0.0)
         return F.relu(hinge + margins).sum()
@@ -211,8 +211,8 @@ def sigmoid_contrastive(
 
     def block(rows: Tensor, at: Tensor) -> Tensor:
         logits = rows @ candidate.T / temperature + bias
-        own = logits.gather(1, at[:, None])
-        return -F.logsigmoid((-logits).scatter(1, at[:, None], own)).sum()
+        positive = logits.gather(1, at[:, None])
+        return -F.logsigmoid((-logits).scatter(1, at[:, None], positive)).sum()
 
     return _by_rows(block, query, candidate.shape[0]) / query.shape[0]
 

@@ -96,7 +96,7 @@ def unit_rows(x: Tensor, may_be_ignored: bool = False) -> Tensor:
     """Scale each row to length 1 in float32 or float64; a row of zeros stays zero.
 
     With ``may_be_ignored``, a row that is not finite becomes NaN and passes its upstream gradient
-    on unchanged. If the loss ignores such a row, its gradient is 0.
+    on unchanged. If the loss ignores such a row, the gradient of the row is 0.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     if not may_be_ignored:

@@ -56,7 +56,7 @@ def gated_cross_attention(
         x, context: tokens; both have one dtype.
         weights: a :class:`CrossAttentionWeights`.
         num_heads: number of heads, a divisor of D.
-        norm_x, norm_context: weight and bias of a LayerNorm over x, and of one over the context.
+        norm_x, norm_context: weight and bias of the LayerNorm of x, and of that of the context.
             ``pre_norm=True`` needs both. ``pre_norm=False`` accepts only norm_x, for the output
             ``norm_x(x + A)``.
         gate: "channel": one gate per channel, w_g (D, 2D + 1). "token": one gate per token, w_g

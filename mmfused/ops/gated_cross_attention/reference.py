@@ -13,7 +13,7 @@ context: x' = LN_x(x + A).
 
 In the bidirectional form, a attends to b, and b attends to a, not to the output for a. The kernels
 compute both directions in the same launches. The projection kernels normalise the tokens that they
-load. One product computes all queries, keys and values of a modality. The last kernel computes
+load. One launch computes all queries, keys and values of a modality. The last kernel computes
 output projection, dropout, gate and blend. No kernel concatenates x, A and e. Instead, with W_gx,
 W_ga and w_e the columns of W_g for x, A and e,
 

@@ -63,7 +63,7 @@ class _MLPBackward(NamedTuple):
 
     d_out: Any  # (T, Dout)
     x: Any
-    hidden: Any  # (1 or 2, T*k, I), the pre-activations
+    hidden: Any  # (1 or 2, T*k, I), the pre-activations, the gate's first
     w_up: Any
     w_gate: Any
     w_down: Any

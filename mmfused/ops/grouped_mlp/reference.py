@@ -62,10 +62,10 @@ def grouped_linear_reference(
     out = rows.new_zeros(rows.shape[0], weight.shape[1])
     for e in range(len(weight)):
         # Rows of other experts may be NaN. In the gradient of the product, 0 * NaN would be NaN.
-        own = (valid & (expert == e))[:, None]
-        own_rows = rows.masked_fill(~own, 0.0)
-        result = F.linear(own_rows, weight[e], None if bias is None else bias[e])
-        out = torch.where(own, result, out)
+        of_expert = (valid & (expert == e))[:, None]
+        expert_rows = rows.masked_fill(~of_expert, 0.0)
+        result = F.linear(expert_rows, weight[e], None if bias is None else bias[e])
+        out = torch.where(of_expert, result, out)
     if not combine:
         return out
     chosen = out.index_select(0, routing.position).unflatten(0, (tokens, k))

@@ -253,14 +253,14 @@ def _key_and_id_masks(
 
 def _ranges(first: Tensor, last: Tensor, c_key: Tensor) -> list[list[_Columns]]:
     """Return the ranges of candidates for blocks of rows with keys from ``first`` to ``last``."""
-    shared = int(torch.searchsorted(c_key, 0))
+    num_shared = int(torch.searchsorted(c_key, 0))  # candidates with key -1
     # Rows with key -1 need only the shared range.
-    low = torch.searchsorted(c_key, first).clamp_(min=shared).tolist()
+    low = torch.searchsorted(c_key, first).clamp_(min=num_shared).tolist()
     high = torch.searchsorted(c_key, last, right=True).tolist()
     several = (first != last).tolist()
     ranges = [
-        (_Columns(0, shared, shared=True), _Columns(*own))
-        for own in zip(low, high, several, strict=True)
+        (_Columns(0, num_shared, shared=True), _Columns(*part))
+        for part in zip(low, high, several, strict=True)
     ]
     return [[part for part in parts if part.high > part.low] for parts in ranges]
 

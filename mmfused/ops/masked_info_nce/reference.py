@@ -108,8 +108,8 @@ def whole_matrix_loss(
         allowed, positive = allowed & ~above, positive & ~above
     loss = _cross_entropy(logits, allowed, positive, options)
     if options.symmetric:
-        own = slice(0, query.shape[0])  # the target of row i is column i
-        logits, allowed, positive = logits[:, own].T, allowed[:, own].T, positive[:, own].T
+        targets = slice(0, query.shape[0])  # the target of row i is column i
+        logits, allowed, positive = (x[:, targets].T for x in (logits, allowed, positive))
         loss = (loss + _cross_entropy(logits, allowed, positive, options)) / 2
     similarity = (query * candidate[rows.target]).sum(-1)
     loss = loss + options.positive_weight * (1 - similarity)

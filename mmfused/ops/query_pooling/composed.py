@@ -198,7 +198,7 @@ def pool_composed(
 
 
 def empty_samples(x: Tensor, mask: Tensor | None, lengths: Tensor | None) -> Tensor | None:
-    """Return a bool (B,), True for samples without tokens, or None if N > 0 and there is no mask.
+    """Return a bool (B,), True for samples without tokens, or None if no sample can be empty.
 
     Masked tokens do not count.
     """
