@@ -20,7 +20,7 @@ def read_object(path: Path, most: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
 
 
 def read_text(path: Path, most: int = MAX_CONFIG_BYTES) -> str:
-    """Return the text of a UTF-8 file; raise like `read_object`."""
+    """Return the text of a UTF-8 file of at most ``most`` bytes."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
     with open(path, "rb") as file:

@@ -253,8 +253,9 @@ def _tensors(args: Iterable[Any]) -> Iterator[torch.Tensor]:
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Make second derivatives raise, even where torch's decorator of the same name does not.
 
-    torch's decorator raises only if the upstream gradient requires grad. The upstream gradient of a
-    bare loss does not require grad, so second derivatives would silently be missing.
+    torch's decorator raises only if the upstream gradient requires grad. If backward starts at the
+    output itself, the upstream gradient does not require grad, and second derivatives would
+    silently be missing.
     """
     once = torch.autograd.function.once_differentiable(backward)
 

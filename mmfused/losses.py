@@ -336,7 +336,7 @@ def _floats(op: str, **tensors: Tensor) -> list[Tensor]:
     """Return embeddings (rows, dim) in a common dtype, float32 or float64.
 
     Raises:
-        ValueError: an embedding has another dim than the first, or fewer rows.
+        ValueError: an embedding has another dim or fewer rows than the first embedding.
     """
     check_tensors(op, **tensors)
     (first_name, first), *others = tensors.items()

@@ -7,9 +7,9 @@ The backend and the router are such settings. The current value must be correct 
   inside a compiled function are therefore kept in ``Switch.traced``. A choice made outside is read
   as an attribute of this module. The compiler guards on the value of the attribute, and does not
   trace ``__getattr__``.
-* Non-reentrant ``torch.utils.checkpoint`` recomputes in the backward pass, after the user's
-  ``with`` block has ended. The forward pass therefore stores its choice in the frame object of the
-  checkpoint, which both passes find through the checkpoint's hooks on saved tensors.
+* Non-reentrant ``torch.utils.checkpoint`` recomputes in the backward pass, when the user's
+  ``with`` block may have ended. The forward pass therefore stores its choice in the frame object
+  of the checkpoint. Both passes find this object through the checkpoint's hooks on saved tensors.
 
 After a graph break, Dynamo compiles each called function that uses the global name ``torch``. The
 functions of this module must stay uncompiled there, so they do not use that name.

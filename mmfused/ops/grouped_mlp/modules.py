@@ -119,7 +119,7 @@ class TopKMoE(nn.Module):
     def reset_parameters(self) -> None:
         """Reset the buffers, and draw the parameters as nn.Linear does.
 
-        nn.Linear draws uniformly from [-b, b] with b = 1 / sqrt(number of inputs).
+        nn.Linear draws uniformly from [-bound, bound], where bound is 1 / sqrt(number of inputs).
         """
         self.router.reset_parameters()
         for weight, bias in (
@@ -221,8 +221,8 @@ class TopKMoE(nn.Module):
         """Apply :func:`mmfused.update_selection_bias` to this layer.
 
         Call ``moe.update_selection_bias(routing.counts)`` on every rank, once after each optimizer
-        step. ``counts`` is that of this rank; the counts are summed over the ranks of ``group``
-        (default all ranks). With gradient accumulation, pass the sum over the micro-batches. Under
+        step. The counts of this rank are added to those of the other ranks of ``group`` (default
+        all ranks). With gradient accumulation, pass the sum over the micro-batches. Under
         DDP, call the method of ``ddp.module``.
         """
         if self.selection_bias is None:

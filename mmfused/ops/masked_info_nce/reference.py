@@ -10,8 +10,8 @@ row i:
 Without keys, all candidates count. With keys, P_i contains the candidates with the key of row i
 (such as the modality of its target: UNITE's MAMCL), the candidates with key -1, and the target. The
 options same_id and false_negative_margin can remove candidates from P_i. If symmetric, the loss of
-row i is the mean of nce_i and the same expression for column t_i. The sum in this expression runs
-over the rows k that have t_i in P_k.
+row i is the mean of nce_i and the corresponding term of column t_i. The sum in this term runs over
+the rows k that have t_i in P_k.
 
 The fused and composed paths leave the target out of the sum. Let n_i be the logarithm of the sum of
 exp(S_ij) over P_i without the target. Then nce_i = softplus(n_i - S_i,t_i), and its derivative with

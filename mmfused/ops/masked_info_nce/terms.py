@@ -30,9 +30,9 @@ def target_term(
     everything: bool,
 ) -> Tensor:
     """Return the losses (B,), including label smoothing and further positives."""
-    others = statistics[0]
+    lse_of_others = statistics[0]
     if not everything:
-        return -F.logsigmoid(logit - others)
+        return -F.logsigmoid(logit - lse_of_others)
     positives, pairs = statistics[1] + 1, statistics[3] + 1
     sum_of_positives, sum_of_pairs = statistics[2] + logit, statistics[4] + logit
     summed = options.same_id == "sum"
@@ -42,7 +42,7 @@ def target_term(
     smoothing = options.label_smoothing
     wanted = (1 - smoothing) * hard + smoothing * label_sum * sum_of_pairs / pairs
     # With one positive and no smoothing, the difference in parentheses is exactly 0.
-    loss = (label_sum * logit - wanted) - label_sum * F.logsigmoid(logit - others)
+    loss = (label_sum * logit - wanted) - label_sum * F.logsigmoid(logit - lse_of_others)
     return torch.where(pairs == 1, 0 * logit, loss)  # 0 * logit: a NaN logit stays NaN
 
 
@@ -59,14 +59,16 @@ def gradient_coefficients(
     :func:`.composed.sweep_blocks_backward`. They have the dtype of ``logit``. The weight corrects
     for the rounding of lse.
     """
-    others = statistics[0]
-    lse = torch.logaddexp(others, logit)
+    lse_of_others = statistics[0]
+    lse = torch.logaddexp(lse_of_others, logit)
     rounded = lse.to(logit.dtype)
     correction = (rounded - lse).exp()
     if not everything:
         zero = torch.zeros_like(upstream)
         weight = (upstream * correction).to(logit.dtype)
-        return torch.stack((rounded, weight, zero, zero)), -upstream * torch.sigmoid(others - logit)
+        return torch.stack((rounded, weight, zero, zero)), -upstream * torch.sigmoid(
+            lse_of_others - logit
+        )
     positives, pairs = statistics[1] + 1, statistics[3] + 1
     upstream = upstream.masked_fill(pairs == 1, 0.0)
     summed = options.same_id == "sum"
@@ -74,5 +76,5 @@ def gradient_coefficients(
     positive = (1 - options.label_smoothing) * (upstream if summed else upstream / positives)
     uniform = options.label_smoothing * total / pairs
     coefficients = torch.stack((rounded, total * correction, positive, uniform))
-    d_logit = (total - positive - uniform) - total * torch.sigmoid(others - logit)
+    d_logit = (total - positive - uniform) - total * torch.sigmoid(lse_of_others - logit)
     return coefficients.to(logit.dtype), d_logit

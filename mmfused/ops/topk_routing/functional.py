@@ -43,8 +43,8 @@ def topk_routing(
 ) -> Routing:
     """Route each of T tokens to k of E experts.
 
-    The result includes the order of the tokens by expert, in which :func:`grouped_linear` and
-    :func:`grouped_mlp` work.
+    The result includes the order of the tokens by expert, which :func:`grouped_linear` and
+    :func:`grouped_mlp` need.
 
     Args:
         logits: (T, E), float32 (recommended), float16, bfloat16 or float64. If a token has a NaN
