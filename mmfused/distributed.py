@@ -170,7 +170,7 @@ class Ranks:
         self.first_candidate: int = sum(self.candidates[: self.rank])
 
     def gather(self, x: Tensor) -> Tensor:
-        """Return the tensors ``x`` of all ranks, concatenated; x has a row for each candidate."""
+        """Return the tensors ``x`` (candidates of the rank, ...) of all ranks, concatenated."""
         largest = max(self.candidates)
         if not largest:
             return x.clone()

@@ -382,9 +382,9 @@ def _by_rows(
 ) -> Tensor:
     """Return the sum of ``block(rows, indices of the rows)`` over blocks of rows.
 
-    If there are several blocks, they are recomputed in backward. An exported graph has one block,
-    because it must be valid for any number of rows. Under torch.func, which does not support
-    checkpoints, there is one block too.
+    If there are several blocks, they are recomputed in backward. An exported graph must be valid
+    for any number of rows, so it has one block. torch.func does not support checkpoints, so there
+    is one block under torch.func too.
 
     Args:
         block: returns the sum of the loss over the given rows.

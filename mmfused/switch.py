@@ -153,7 +153,7 @@ class Choice(Generic[Name]):
             _trace(self.switch, self.switch.traced[:-1])
             return
         entered = self.switch.entered.get()
-        for i in reversed(range(len(entered))):  # not always the last: generators may exit later
+        for i in reversed(range(len(entered))):  # generators may exit their blocks out of order
             if entered[i][0] is self:
                 self.switch.entered.set(entered[:i] + entered[i + 1 :])
                 return
