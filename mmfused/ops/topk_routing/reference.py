@@ -25,11 +25,11 @@ over these experts.
 
 For the gradients let u = l with "softmax" and u = log sigmoid(l) with "sigmoid". For both scores
 P = softmax(u), and the renormalised weights are softmax(u) over C_t. The shares f_e are not
-differentiated. A balance loss depends on P (with "mse": on w) only through the mean over the tokens
-of a segment, so its derivative with respect to P_te (w_te) is the same for all tokens t of the
-segment. Let g_P, g_w and g_z be the gradients with respect to P, w and z, where g_P comes from the
-balance loss and the entropy. Let n be the number of tokens that are not masked, lse = log sum_e exp
-l_te, and <a, b> the sum over experts of a b. Then, with renormalised weights,
+differentiated. A balance loss depends on P (with "mse": on w) only through the mean over the
+unmasked tokens of a segment, so its derivative with respect to P_te (w_te) is the same for all
+these tokens t. Let g_P, g_w and g_z be the gradients with respect to P, w and z, where g_P comes
+from the balance loss and the entropy. Let n be the number of tokens that are not masked,
+lse = log sum_e exp l_te, and <a, b> the sum over experts of a b. Then, with renormalised weights,
 
     du = P (g_P - <g_P, P>) + w (g_w - <g_w, w>)                 the second term on C_t only
     dl = du + (2 g_z lse / n) softmax(l)                         with "softmax"
