@@ -186,27 +186,27 @@ def _balance(
     """
     num_segments, experts = counts.shape
     if available is None:
-        sizes = valid.new_full((num_segments,), experts)
+        num_available = valid.new_full((num_segments,), experts)
     else:
-        sizes = available.sum(1).to(valid.dtype)
+        num_available = available.sum(1).to(valid.dtype)
     if segments is None:
         member = valid[:, None]
     else:  # (T, S)
         member = segments[:, None] == torch.arange(num_segments, device=valid.device)
         member = member * valid[:, None]
-    number = member.sum(0)
-    clamped, nonempty = number.clamp(min=1)[:, None], (number > 0).sum().clamp(min=1)
+    num_tokens = member.sum(0)
+    divisor, nonempty = num_tokens.clamp(min=1)[:, None], (num_tokens > 0).sum().clamp(min=1)
     if options.balance == "mse":
         dense = torch.zeros_like(probs).scatter_add(1, indices, weights)
-        target = (number > 0)[:, None] / sizes.clamp(min=1)[:, None]
+        target = (num_tokens > 0)[:, None] / num_available.clamp(min=1)[:, None]
         target = target if available is None else target * available
-        difference = _sums(member, dense) / clamped - target
-        return difference.square().sum() / nonempty, 2 * difference / clamped / nonempty
-    share = counts.to(valid.dtype) / (options.k * clamped)
+        difference = _sums(member, dense) / divisor - target
+        return difference.square().sum() / nonempty, 2 * difference / divisor / nonempty
+    share = counts.to(valid.dtype) / (options.k * divisor)
     if options.balance == "gshard":
         first = torch.zeros_like(probs).scatter(1, indices[:, :1], 1.0)
-        share = (member.mT @ first) / clamped
-    slope = sizes[:, None] * share / clamped / nonempty
+        share = (member.mT @ first) / divisor
+    slope = num_available[:, None] * share / divisor / nonempty
     return (slope * _sums(member, probs)).sum(), slope
 
 

@@ -180,26 +180,26 @@ def _balance(
     def by_expert(choice: Tensor, value: Tensor) -> Tensor:  # (T, n) -> (T, E)
         return value.new_zeros(tokens, experts).scatter_add(1, choice, value)
 
-    dense, times = by_expert(indices, weights), by_expert(indices, torch.ones_like(indices))
+    dense, assigned = by_expert(indices, weights), by_expert(indices, torch.ones_like(indices))
     first = by_expert(indices[:, :1], torch.ones_like(indices[:, :1]))
     counts, losses = [], []
     for segment in range(options.num_segments):
         member = (valid & (segments == segment))[:, None]
-        counts.append((times * member).sum(0))
-        number = member.sum().clamp(min=1).to(probs.dtype)
-        size = available[segment].sum().clamp(min=1).to(probs.dtype)
+        counts.append((assigned * member).sum(0))
+        num_tokens = member.sum().clamp(min=1).to(probs.dtype)
+        num_available = available[segment].sum().clamp(min=1).to(probs.dtype)
 
         # The mean over the tokens of the segment. masked_fill keeps out NaN of other segments.
-        def mean(values: Tensor, member: Tensor = member, number: Tensor = number) -> Tensor:
-            return values.masked_fill(~member, 0.0).sum(0) / number
+        def mean(values: Tensor, member: Tensor = member, count: Tensor = num_tokens) -> Tensor:
+            return values.masked_fill(~member, 0.0).sum(0) / count
 
         if options.balance == "mse":
-            loss = (mean(dense) - available[segment] / size).square().sum()
+            loss = (mean(dense) - available[segment] / num_available).square().sum()
         else:
-            share = counts[segment] / (options.k * number)
+            share = counts[segment] / (options.k * num_tokens)
             if options.balance == "gshard":
                 share = mean(first)
-            loss = size * (share * mean(probs)).sum()
+            loss = num_available * (share * mean(probs)).sum()
         losses.append(torch.where(member.any(), loss, 0.0))
     nonempty = (torch.stack(counts).sum(1) > 0).sum().clamp(min=1)
     return torch.stack(counts), torch.stack(losses).sum() / nonempty
