@@ -120,7 +120,7 @@ def why_not_fused(device: torch.device | str, dtype: torch.dtype) -> list[str]:
     return reasons
 
 
-def graph_made() -> Literal["export", "onnx"] | None:
+def active_exporter() -> Literal["export", "onnx"] | None:
     """Return the exporter that is tracing this call: "export" (torch.export), "onnx", or None."""
     # Not is_exporting(), which in torch 2.11 is true under torch.compile too.
     if not torch.compiler._is_exporting_flag:
@@ -150,7 +150,7 @@ def choose(
 
     Raises ``RuntimeError`` if "fused" was requested and cannot run.
     """
-    asked, graph = current_backend(), graph_made()
+    asked, graph = current_backend(), active_exporter()
     transformed = torch._C._are_functorch_transforms_active()
     plain = "reference" if transformed or graph in opaque else "composed"
     if asked in ("reference", "composed"):

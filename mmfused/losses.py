@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .library import check_tensors, graph_made, no_autocast
+from .library import active_exporter, check_tensors, no_autocast
 from .ops._common import check_temperature, valid_or_nan
 from .ops._common import unit_rows as unit_rows
 from .ops.topk_routing import Routing
@@ -392,7 +392,7 @@ def _by_rows(
         pairs_per_row: number of pairs that ``block`` stores for each row.
     """
     indices = torch.arange(rows.shape[0], device=rows.device)
-    one_block = bool(graph_made()) or torch._C._are_functorch_transforms_active()
+    one_block = bool(active_exporter()) or torch._C._are_functorch_transforms_active()
     step = rows.shape[0] if one_block else max(1, BLOCK_PAIRS // pairs_per_row)
     with no_autocast(rows.device.type):
         if one_block or step >= rows.shape[0]:

@@ -12,7 +12,7 @@ from torch.export import Dim, export
 
 import mmfused
 from mmfused import losses
-from mmfused.library import graph_made
+from mmfused.library import active_exporter
 
 
 class Flat(nn.Module):
@@ -259,7 +259,7 @@ def test_onnx_export_of_a_kernel_raises(monkeypatch):
 
 def test_graph_made_distinguishes_compile_from_export():
     def graph(x):
-        return x + {None: 0, "export": 1, "onnx": 2}[graph_made()]
+        return x + {None: 0, "export": 1, "onnx": 2}[active_exporter()]
 
     class Module(torch.nn.Module):
         def forward(self, x):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...library import graph_made, launching, once_differentiable, operator
+from ...library import active_exporter, launching, once_differentiable, operator
 
 
 class Pool(torch.autograd.Function):
@@ -71,7 +71,7 @@ def with_zero_gradient(out: Tensor, b: Tensor) -> Tensor:
 
     DDP and FSDP need a gradient for every parameter.
     """
-    if graph_made():  # exporters drop the backward of an autograd function
+    if active_exporter():  # exporters drop the backward of an autograd function
         return out + (b * 0.0).sum().to(out.dtype)
     return _ZeroGradient.apply(out, b)
 

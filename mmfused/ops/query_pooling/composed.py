@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...library import graph_made
+from ...library import active_exporter
 from ...random import keep_mask
 from .._common import masked_softmax
 from .._sdpa import attention
@@ -56,7 +56,7 @@ def cheaper_form(
 ) -> Form:
     """Return the form that form="auto" picks for these shapes."""
     batch, length, dim = x.shape
-    if graph_made():  # an exported graph serves any size, so assume large sizes
+    if active_exporter():  # an exported graph serves any size, so assume large sizes
         batch, length = 2**20, 2**20
     shared = queries.dim() == 2
     sizes = (queries.shape[-2], w_k.shape[0], w_v.shape[0], num_heads)
@@ -95,7 +95,7 @@ def project_values(
     queries = z.shape[1] // num_heads
     w_v = w_v.to(x.dtype).unflatten(0, (num_heads, -1))  # (h, dv, D)
     z = z.unflatten(1, (num_heads, queries))  # (B, h, L, D)
-    if graph_made() == "onnx":
+    if active_exporter() == "onnx":
         # If B = num_heads, ONNX's optimizer confuses these two sizes in the other branch.
         out = merge_heads(z @ w_v.transpose(1, 2))
     else:

@@ -16,7 +16,7 @@ from ...children import (
     why_called,
     why_no_weights,
 )
-from ...library import check_fractions, current_backend, graph_made, no_autocast
+from ...library import active_exporter, check_fractions, current_backend, no_autocast
 from .._common import padding_mask
 from .checks import check_tokens
 from .composed import empty_samples
@@ -180,7 +180,7 @@ class QueryPooling(nn.Module):
         Folding needs a single head. It pays off above about ``dim`` pooled rows. Dropout prevents
         folding, because it scales the value bias but not the output bias.
         """
-        if graph_made():  # an exported graph serves any number of rows
+        if active_exporter():  # an exported graph serves any number of rows
             return False
         plain = self.out_proj is not None and why_called(self.out_proj) is None
         foldable = self.num_heads == 1 and plain and not dropout_p

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...flops import no_products
-from ...library import check_tensors, choose, graph_made, launching, operator
+from ...library import active_exporter, check_tensors, choose, launching, operator
 from .checks import check_indices, check_mask
 
 
@@ -58,7 +58,7 @@ def sort_by_expert(
         expert = expert.masked_fill(mask.repeat_interleave(indices.shape[1]), num_experts)
     rows = torch.arange(expert.shape[0], device=expert.device)
     experts = torch.arange(num_experts + 1, device=expert.device)
-    if graph_made() == "onnx":  # ONNX has no stable sort and no searchsorted
+    if active_exporter() == "onnx":  # ONNX has no stable sort and no searchsorted
         order = (expert * rows.shape[0] + rows).argsort()
         offsets = (expert < experts[:, None]).sum(1, dtype=torch.int32)
     else:
