@@ -116,7 +116,7 @@ def make(case: Case, device: torch.device, dtype: torch.dtype) -> Problem:
 
 
 def parts(name: str, parameter: Tensor) -> tuple[str, ...]:
-    """Return the names of the problem's parameters that a module's parameter concatenates."""
+    """Return the names of the problem's parameters of which ``parameter`` consists."""
     owner, _, kind = name.rpartition(".")
     above, _, last = owner.rpartition(".")
     if kind == "w_gate_up":
@@ -169,9 +169,9 @@ PROVIDERS = {BASELINE: torch_modules, "composed": composed, "fused": fused}
 
 
 def exact(case: Case, problem: Problem) -> dict[str, Tensor]:
-    """Return the float64 results of the composed path, which tests compare with the reference.
+    """Return the results of the composed path in float64.
 
-    The reference itself would need far more memory.
+    The reference would need far more memory. Tests check that both agree.
     """
     wide = in_dtype(problem, torch.float64)
     return composed(case, problem.device, torch.float64).load(wide.parameters).results(wide)
@@ -196,8 +196,8 @@ def comparable(results: dict[str, Tensor]) -> dict[str, Tensor]:
     * all experts of a layer;
     * all learnable scalars, because the error of a single number may be 0 by chance;
     * the projections q, k and v of attention over one token, where the gradients of q and k are 0;
-    * FLUID's gate, whose gradient is a small difference of two large sums, and a norm of the tokens
-      that the gate blends;
+    * FLUID's gate and the LayerNorm of the tokens that it blends, because the gate's gradient is a
+      small difference of two large sums;
     * a norm before UniECS's cross-attention, and the value projection after this norm.
     The loss is rounded to the dtype of the inputs, or to float16 if the inputs are float32.
     """
@@ -226,8 +226,8 @@ def work(case: Case, itemsize: int) -> dict[str, list[dict[str, Any]]]:
     """Count the FLOPs of the baseline's matrix products, and the bytes that it must move.
 
     Each pass reads the parameters and the inputs once, and the backward writes their gradients;
-    activations are not counted. The resulting floor is not a lower bound, because the library's
-    algorithms may need fewer FLOPs: pooling does not project tokens, and masked pairs are skipped.
+    activations are not counted. The library may need fewer FLOPs: pooling does not project tokens,
+    and masked pairs are skipped.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = {2: torch.bfloat16, 4: torch.float32}[itemsize]

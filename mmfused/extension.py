@@ -2,7 +2,8 @@
 
 An installation with ``MMFUSED_CUDA=1`` contains the module ``mmfused._C``. Otherwise :func:`load`
 compiles the module at first use, with ninja and nvcc, in torch's folder for extensions, where later
-processes find it. :mod:`mmfused.library` decides which router runs.
+processes find it. The kernels compute :func:`mmfused.topk_routing` if the router
+(:class:`mmfused.library.router`) is "cuda".
 
 setup.py runs this file without the package, so it must not import mmfused at module level.
 """
@@ -38,7 +39,7 @@ def load() -> ModuleType:
     If the module is neither installed nor built yet, it is built now, which takes half a minute.
 
     Raises:
-        RuntimeError: the module can be neither found nor built; the message gives every reason.
+        RuntimeError: the module can be neither found nor built, or the installed one does not load.
     """
     global _module
     if _module is None:
@@ -70,7 +71,8 @@ def _load() -> ModuleType:
                     f"{'; '.join(reasons)}"
                 )
             _build(folder)
-        # With the name of the installed module, the operators are never registered twice.
+        # The name is that of the installed module, so that importing it later does not register
+        # the operators again.
         loader = importlib.machinery.ExtensionFileLoader("mmfused._C", str(_library(folder)))
         spec = importlib.util.spec_from_loader("mmfused._C", loader)
         assert spec is not None
@@ -89,7 +91,7 @@ def built() -> bool:
 
 
 def why_not() -> list[str]:
-    """Return every reason why the C++ kernels cannot run on this machine; do not build them."""
+    """Return every reason why the C++ kernels cannot run on this machine. Nothing is built."""
     reasons = [] if built() else why_not_build()
     if torch.version.cuda is not None and not torch.cuda.is_available():
         reasons.append("no CUDA GPU is visible")
@@ -121,7 +123,7 @@ def why_not_build() -> list[str]:
 
 
 def source_folder() -> Path:
-    """Return the folder csrc/: inside an installed package, next to the package in a checkout."""
+    """Return the folder csrc/, which is in an installed package, or next to it in a checkout."""
     package = Path(__file__).resolve().parent
     return package / "csrc" if (package / "csrc").is_dir() else package.parent / "csrc"
 
@@ -193,7 +195,7 @@ def toolchain(arch_list: str) -> Iterator[ModuleType]:
     os.environ.update(settings)
     from torch.utils import cpp_extension
 
-    home_before = cpp_extension.CUDA_HOME  # set when torch was imported
+    home_before = cpp_extension.CUDA_HOME  # set when cpp_extension was imported
     cpp_extension.CUDA_HOME = home and str(home)
     try:
         yield cpp_extension
@@ -261,7 +263,7 @@ def _build_lock(folder: Path) -> Iterator[None]:
 
 
 def _tool(name: str) -> str | None:
-    """Return the path of a program on PATH, or in the folder of this Python (an inactive venv)."""
+    """Return the path of a program on PATH, or else in the folder of the running Python."""
     return shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
 
 

@@ -202,7 +202,7 @@ def test_an_invalid_temperature_gives_nan(temperature, backend, unchecked):
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_non_finite_embedding_makes_every_row_that_uses_it_nan(backend, value, where, symmetric):
-    """The loss is NaN even if an infinite logit is -inf, which a softmax would ignore."""
+    """The loss is NaN also where the logit is -inf, to which a softmax gives probability 0."""
     query, candidate = torch.ones(4, 8, device=DEVICE), torch.randn(5, 8, device=DEVICE)
     query[2] = -1
     if where != "candidate":
@@ -321,9 +321,9 @@ def test_strided_and_expanded_arguments_give_the_same_bits(backend, masked):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_transposed_embeddings_give_the_same_bits(backend):
-    """Forward and backward must compute the same logits.
+    """Strides do not change the order of summation.
 
-    At logits of 10^2, another order of summation changes a probability by 10^-5.
+    At logits of 10^2, another order in the backward would change a probability by 10^-5.
     """
     dense = torch.randn(5, 8, device=DEVICE), torch.randn(37, 8, device=DEVICE)
     turned = [x.T.contiguous().T for x in dense]

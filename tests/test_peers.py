@@ -74,7 +74,7 @@ def checkouts(tmp_path):
     return tmp_path
 
 
-def test_a_broken_test_is_reported_unless_it_is_an_exception(peers, checkouts, monkeypatch, capsys):
+def test_a_broken_test_is_a_fault_unless_exceptions_list_it(peers, checkouts, monkeypatch, capsys):
     suites = [
         peers.Suite("small", "checkout", ("tests",)),
         peers.Suite("other", "lost", ("tests",)),
@@ -86,7 +86,8 @@ def test_a_broken_test_is_reported_unless_it_is_an_exception(peers, checkouts, m
     out = capsys.readouterr().out
     assert f"{checkouts / 'lost'} is missing" in out
     row = next(line for line in out.splitlines() if line.startswith("small, fuse  "))
-    # Tests: passed plain, passed with mmfused, ran an op, broken, broken including exceptions.
+    # Columns: tests that passed without mmfused, passed with it, ran an op, are broken, and are
+    # broken if the listed exceptions are counted too.
     assert row.split()[2:] == ["3", "1", "2", "1", "2"], out
     faults = [line for line in out.splitlines() if line.startswith("FAULT")]
     assert len(faults) == 1 and "::test_class_inside_a_called_model: AssertionError" in faults[0]

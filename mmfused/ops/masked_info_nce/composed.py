@@ -26,7 +26,7 @@ class SweepInputs(NamedTuple):
 
     q: Tensor  # (B, D)
     c: Tensor  # (C, D)
-    bias: Tensor | None  # (C,), added to the logits of a column
+    bias: Tensor | None  # (C,), added to the logits of a column: 0, or NaN for broken candidates
     scale: Tensor  # ()
     target: Tensor  # (B,), indices into the sorted candidates
     q_key: Tensor | None  # (B,)
@@ -97,13 +97,15 @@ def sweep_blocks_backward(
     dots: Tensor,
     margin: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dS c (dq / scale), dS^T q (dc / scale) and the gradient of the scale.
+    """Return dq / scale = dS c, dc / scale = dS^T q, and the gradient of the scale.
 
     ``row`` (4, B) and ``column`` (4, C) hold four coefficients for each row and each column: lse
-    (the logsumexp with the target), weight, positive and uniform. dS_ij is a term with the
-    coefficients of row i plus, unless ``column`` is None, a term with the coefficients of column j:
+    (the logsumexp with the target), weight, positive and uniform. They define a term of each pair:
 
         weight * exp(S_ij - lse) - uniform - (positive if the pair is a further positive)
+
+    dS_ij is the term with the coefficients of row i. If ``column`` is given, the term with the
+    coefficients of column j is added.
 
     Without ``everything``, uniform and positive are not read. ``dots`` (B,) holds the dot products
     of the targets. The gradient of the scale is a float64 scalar, the sum of dS_ij q_i . c_j. A
@@ -123,7 +125,7 @@ def sweep_blocks_backward(
             ds.sub_(sum(side[3] for side in sides))
             if block.same is not None:
                 ds.sub_(block.same * sum(side[2] for side in sides))
-        ds = block.fill(ds, 0.0)  # the last step: in broken rows, excluded pairs are NaN until here
+        ds = block.fill(ds, 0.0)  # last: where a row's lse is NaN, excluded pairs are NaN too
         if need_dq or need_scale:
             dq[block.rows].addmm_(ds, c[block.columns])
         if need_dc:
@@ -285,7 +287,7 @@ def _safe_shift(
 
     Returns None if the exponentials could underflow or overflow with this shift.
     """
-    if len(q) == 0 or (bias is not None and bias.any()):  # a bias other than 0 is NaN
+    if len(q) == 0 or (bias is not None and bias.any()):  # some biases are NaN
         return None
     longest = torch.linalg.vector_norm(q, dim=1).max() * torch.linalg.vector_norm(c, dim=1).max()
     bound = float(longest * scale.abs())

@@ -39,7 +39,7 @@ def check(
     _check_heads(options.num_heads, queries.shape[-1], weights.w_v.shape[0])
     if options.norm_bias is not None and options.norm_weight is None:
         raise ValueError(
-            f"{OP}: norm_bias: got a tensor without norm_weight, expected both or neither"
+            f"{OP}: norm_bias: got a tensor without norm_weight, expected norm_weight too"
         )
     if form not in FORMS:
         raise ValueError(f"{OP}: form: got {form!r}, expected one of {', '.join(FORMS)}")
@@ -49,7 +49,7 @@ def check(
 
 
 def check_tokens(x: Tensor, key_padding_mask: Tensor | None, lengths: Tensor | None) -> None:
-    """Check the tokens and their padding, for modules that project the tokens first."""
+    """Check the tokens and their padding. Modules call this before they use the tokens."""
     check_tensors(OP, x=x, key_padding_mask=key_padding_mask, lengths=lengths)
     _check_x(x)
     check_padding(OP, x.shape[0], x.shape[1], key_padding_mask, lengths)

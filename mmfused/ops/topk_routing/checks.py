@@ -114,7 +114,9 @@ def _check_selection_bias(op: str, experts: int, bias: Tensor | None) -> None:
             f"{op}: selection_bias: got shape {tuple(bias.shape)}, expected ({experts},)"
         )
     if bias.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"{op}: selection_bias: got dtype {bias.dtype}, expected torch.float32")
+        raise TypeError(
+            f"{op}: selection_bias: got dtype {bias.dtype}, expected torch.float32 or torch.float64"
+        )
 
 
 def _check_segments(
