@@ -121,7 +121,7 @@ def test_quiet_suppresses_only_the_warnings_of_pillow():
     with pictures.quiet():
         thread.start()
         inside.wait(10)
-    # The first context ends before the second; the filters are restored after both have ended.
+    # This thread's context has ended and the other thread's is still open.
     with warnings.catch_warnings(record=True) as caught:
         warnings.warn_explicit("pillow's", UserWarning, "x.py", 1, module="PIL.TiffImagePlugin")
         warnings.warn_explicit("another's", UserWarning, "x.py", 1, module="program")

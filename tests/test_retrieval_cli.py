@@ -1,4 +1,4 @@
-"""Train, evaluate, embed with and ablate a retrieval model from the command line."""
+"""Train, evaluate and ablate a retrieval model, and embed with it, from the command line."""
 
 import csv
 import json
@@ -398,7 +398,7 @@ def test_two_ranks_give_the_same_losses_as_one_process(folders, tmp_path):
     assert read_json(tmp_path / "two" / "summary.json")["recall_at_1"] > 0
 
 
-def test_ablate_trains_once_without_each_part(folders, tmp_path, capsys):
+def test_ablate_trains_the_model_without_each_named_part(folders, tmp_path, capsys):
     command = ["ablate", *arguments({**folders, "val": folders["data"]}, tmp_path)[1:]]
     assert main([*command, "--only", "clal,fusion"]) == 0
     assert "without clal" in capsys.readouterr().out
@@ -548,7 +548,7 @@ def test_settings_without_effect_are_refused(changes, message):
         TrainConfig(out="x", **changes)
 
 
-def test_data_that_cannot_be_evaluated_is_refused_before_training(folders, tmp_path, capsys):
+def test_unusable_data_and_data_settings_are_refused_before_training(folders, tmp_path, capsys):
     stranger = write(tmp_path / "stranger", [(9, "an unknown thing")])
     assert main(arguments({**folders, "val": stranger}, tmp_path / "run")) == 2
     assert (

@@ -1,10 +1,11 @@
 """Device functions that the kernels of gated cross-attention share: masks, spans and products.
 
-In direction i, 0 or 1, side i attends to the other side. ``masks`` is a tuple of pointers to bytes:
-ignore of side 0 and 1, (B, N_i) each, then absent of side 0 and 1, (B,) each. In IGNORE and ABSENT,
-bit i is set if the mask of side i is given. Rows are the tokens of all samples, r = b N + n. A
-token is *valid* if its mask does not ignore it. A sample *attends* if MISSING and its absent flags
-allow it. A token is *changed* unless the operator returns it as it is.
+In direction i, 0 or 1, side i attends to the other side. ``masks`` holds four pointers to bytes: the
+ignore masks of sides 0 and 1, (B, N_i) each, and the absent flags of sides 0 and 1, (B,) each. In
+IGNORE and ABSENT, bit i is set if the mask or flags of side i are given. Rows are the tokens of all
+samples, r = b N + n. A token is *valid* if its mask does not ignore it. A sample *attends* if the
+mode MISSING allows it for the sample's absent flags. A token is *changed* unless the operator
+returns it as it is.
 """
 
 from __future__ import annotations
@@ -160,8 +161,8 @@ def add_product(
 ):
     """Return acc + a w, summed over K, for the columns ``cols`` of w (K, COLS).
 
-    Rows of a begin at ``a_at`` and are read if ``a_ok``; w[k, c] is at k SK + c SC. ``limit`` is K,
-    or 0 if the product is not needed.
+    The rows of ``a`` begin at the offsets ``a_at`` and are read if ``a_ok``. w[k, c] is at
+    k SK + c SC. ``limit`` is K, or 0 if the product is not needed.
     """
     for start in range(0, limit, BK):
         k = start + tl.arange(0, BK)

@@ -1,8 +1,8 @@
 """Device functions that load logits and masks and compute scores, for forward and backward.
 
 A tile has BR tokens and BE experts. BE is a power of two, and columns from E on are padding. A
-token is ``broken`` if its segment or a given expert is out of range, or if fewer than K experts are
-available to it. The weights of a broken token are NaN, unless the token is masked.
+token is ``broken`` if its segment or an expert index from the caller is out of range, or if fewer
+than K experts are available to it. The weights of a broken token are NaN, unless the token is masked.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def jitter_factor(
 ):
     """Return random factors from 1 - jitter to 1 + jitter.
 
-    The factors are computed from mmfused.random.uniform, so they do not depend on the tile.
+    The random numbers equal those of mmfused.random.uniform, whatever the tile is.
     """
     zero = tl.zeros([n.shape[0], experts.shape[0]], tl.uint32)
     word, _, _, _ = tl.philox(

@@ -1,4 +1,4 @@
-"""``mmfused demo``: compare training and query pooling with and without this library."""
+"""``mmfused demo``: compare two backends in training, and query pooling with torch's attention."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import mmfused
 from mmfused.library import Backend, choose
 from mmfused.models.fields import check_field
 
-HELP = "train FLUID with and without this library's ops, time query pooling, and compare"
+HELP = "train FLUID with the reference and the default backend, time query pooling, and compare"
 STEPS = 300
 # Largest accepted mean difference of the loss curves. The backends round differently, and training
 # amplifies the differences.

@@ -31,7 +31,7 @@ SPECIAL = {
     "mask_token": "[MASK]",
 }
 
-# Largest size of tokenizer.json, which has about 30 MB for 256,000 tokens.
+# Largest accepted size of a tokenizer's files. For 256,000 tokens, tokenizer.json has about 30 MB.
 MAX_BYTES = 256 << 20
 TOKENS = ("bos_token", "eos_token", *SPECIAL)
 # The settings in tokenizer_config.json that are used besides special tokens, and their types.
@@ -131,7 +131,7 @@ def load_tokenizer(
     """Load a tokenizer from a local folder, or by its name on the Hugging Face hub.
 
     If a folder has a tokenizer.json, the tokenizer consists of that file, and of the `SETTINGS` and
-    special tokens in tokenizer_config.json. Code that the files name is never loaded.
+    special tokens in tokenizer_config.json. Code to which the files refer is never loaded.
 
     Args:
         folder_or_hub_name: a folder, or a name on the hub.
@@ -172,8 +172,8 @@ def _read_folder(folder: Path) -> Any:
 
     tokenizer = Tokenizer.from_str(read_text(folder / "tokenizer.json", MAX_BYTES))
     written = _read_settings(folder, "tokenizer_config.json")
-    # Like transformers, read special_tokens_map.json, which earlier versions wrote, if
-    # tokenizer_config.json lists no added tokens.
+    # If tokenizer_config.json lists no added tokens, an earlier version of transformers wrote the
+    # folder, with the special tokens in special_tokens_map.json.
     older: dict[str, Any] = {}
     if "added_tokens_decoder" not in written:
         older = _read_settings(folder, "special_tokens_map.json")
@@ -308,7 +308,7 @@ def _could_be_hub_name(name: str) -> bool:
 
 
 def _check_vocabulary_folder(folder: Path) -> None:
-    """Raise ValueError if the settings in a folder without tokenizer.json name code or files."""
+    """Raise ValueError if the settings of a folder refer to code or to other files."""
     for name in (
         "tokenizer_config.json",
         "special_tokens_map.json",

@@ -41,9 +41,9 @@ def attend(
     dropout_p: float,
     norm: Norm,
 ) -> Tensor:
-    """Compute :func:`mmfused.query_pooling`, with torch's attention for the projected form.
+    """Compute :func:`mmfused.query_pooling`.
 
-    Under the backends "reference" and "fused", query_pooling also runs for the projected form.
+    With the backends "auto" and "composed", torch's attention computes the projected form.
     """
     absorbed = cheaper_form(x, queries, w_k, w_v, num_heads) == "absorbed"
     if absorbed or current_backend() in ("reference", "fused"):

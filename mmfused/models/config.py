@@ -40,7 +40,7 @@ class ModelConfig:
     """
 
     PRESETS: ClassVar[Presets]
-    # Placeholders, in `picture_size_of`, for required fields that depend on the data.
+    # Values that `picture_size_of` gives to required fields that depend on the data.
     UNKNOWN: ClassVar[dict[str, Any]] = {}
 
     if TYPE_CHECKING:
@@ -178,7 +178,7 @@ class ModelConfig:
 
 
 def check_sizes(**sizes: object) -> None:
-    """Require that each size is None or within the bounds of its name."""
+    """Require that each size is None or within the bounds of the field of that name."""
     for name, size in sizes.items():
         check_field(name, size, int | None)
 
