@@ -20,7 +20,7 @@ help: ## print this list
 	@echo "fuzz: MINUTES, SEED, JOBS; peers: CHECKOUTS, SUITES; gpu: BUDGET=seconds after which it stops,"
 	@echo "SLICES='bench-* test-card' to run (listed in tools/gpu.py), DRY=1 for small sizes on a CPU."
 
-demo: $(READY) ## train FLUID with and without mmfused's ops and draw the curves (OUT, default: demo_out)
+demo: $(READY) ## train FLUID with two backends, time query pooling and draw the curves (OUT, default: demo_out)
 	$(PY) -m mmfused demo --out $(or $(OUT),demo_out)
 
 test: $(READY) ## run the test suite

@@ -1,6 +1,6 @@
 """Device functions that the kernels of gated cross-attention share: masks, spans and products.
 
-In direction i, 0 or 1, side i attends to the other side. ``masks`` holds four pointers to bytes: the
+In direction i, 0 or 1, side i attends to the other side. ``masks`` has four pointers to bytes: the
 ignore masks of sides 0 and 1, (B, N_i) each, and the absent flags of sides 0 and 1, (B,) each. In
 IGNORE and ABSENT, bit i is set if the mask or flags of side i are given. Rows are the tokens of all
 samples, r = b N + n. A token is *valid* if its mask does not ignore it. A sample *attends* if the

@@ -2,7 +2,7 @@
 
 A tile has BR tokens and BE experts. BE is a power of two, and columns from E on are padding. A
 token is ``broken`` if its segment or an expert index from the caller is out of range, or if fewer
-than K experts are available to it. The weights of a broken token are NaN, unless the token is masked.
+than K experts are available to it. The weights of a broken token are NaN, unless it is masked.
 """
 
 from __future__ import annotations
