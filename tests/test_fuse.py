@@ -178,7 +178,7 @@ def test_expanded_queries_are_passed_unexpanded(library_calls):
 def test_report_lists_swapped_and_left_modules():
     model, *_ = build("open_clip, a tower")
     report = fuse(model)
-    assert report.swapped["attn_pool"].startswith("pools with ln_k folded")
+    assert report.swapped["attn_pool"].startswith("pools; ln_k is folded")
     assert report.left == {
         "transformer.resblocks.0.attn": "Self-attention: its tokens are its queries."
     }
