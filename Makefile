@@ -12,7 +12,7 @@ endif
 
 # If pytest-xdist is installed, run the test files in parallel, each file in one worker.
 WORKERS = $$($(PY) -c 'import importlib.util as u; print("-n auto --dist loadfile" if u.find_spec("xdist") else "")')
-.PHONY: help demo test bench readme lint gpu compile-matrix newest fuzz peers
+.PHONY: help demo test docs bench readme lint gpu compile-matrix newest fuzz peers
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
@@ -25,6 +25,10 @@ demo: $(READY) ## train FLUID with two backends, time query pooling and draw the
 
 test: $(READY) ## run the test suite
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q $(WORKERS)
+
+docs: $(READY) ## build the site in docs/_build/html and run the examples of its pages and docstrings
+	$(PY) -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	$(PY) -m sphinx -W --keep-going -q -b doctest docs docs/_build/doctest
 
 bench: $(READY) ## check and time every op on this machine
 	set -e; for op in $$($(PY) -c 'from mmfused.ops import OPS; print(*OPS)'); do $(PY) benchmarks/run.py $$op $(if $(OUT),--out $(OUT)); done

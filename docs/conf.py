@@ -1,0 +1,33 @@
+"""Sphinx configuration: `make docs` builds the site and runs the examples of the docstrings."""
+
+import mmfused
+
+project = "mmfused"
+author = "the mmfused authors"
+copyright = "the mmfused authors, MIT licence"
+version = release = mmfused.__version__
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.doctest",
+    "sphinx.ext.mathjax",
+    "sphinx-mathjax-offline",  # MathJax with the site, so that formulas need no other server
+    "sphinx_copybutton",
+]
+exclude_patterns = ["_build"]
+
+html_theme = "furo"
+html_title = f"mmfused {release}"
+
+# Markdown: formulas between dollar signs, definitions, and links to headings.
+myst_enable_extensions = ["dollarmath", "amsmath", "deflist", "colon_fence"]
+myst_heading_anchors = 3
+
+# Docstrings: Google style, types from the annotations, members in the order of the source.
+napoleon_numpy_docstring = False
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
+autodoc_member_order = "bysource"
+autodoc_class_signature = "separated"
