@@ -12,7 +12,7 @@ endif
 
 # If pytest-xdist is installed, run the test files in parallel, each file in one worker.
 WORKERS = $$($(PY) -c 'import importlib.util as u; print("-n auto --dist loadfile" if u.find_spec("xdist") else "")')
-.PHONY: help demo test docs bench readme lint gpu compile-matrix newest fuzz peers
+.PHONY: help demo test docs bench results lint gpu compile-matrix newest fuzz peers
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
@@ -33,8 +33,8 @@ docs: $(READY) ## build the site in docs/_build/html and run the examples of its
 bench: $(READY) ## check and time every op on this machine
 	set -e; for op in $$($(PY) -c 'from mmfused.ops import OPS; print(*OPS)'); do $(PY) benchmarks/run.py $$op $(if $(OUT),--out $(OUT)); done
 
-readme: $(READY) ## update README's numbers and pictures from benchmarks/results
-	$(PY) tools/readme.py
+results: $(READY) ## update the numbers and pictures of README and docs from benchmarks/results
+	$(PY) tools/results_pages.py
 
 lint: $(READY) ## check style, formatting and types
 	$(PY) -m ruff check .

@@ -1,4 +1,4 @@
-"""Compare the library with the best accurate baseline of each case; draw README's pictures."""
+"""Compare the library with the best accurate baseline of each case and draw the pictures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Format README's tables of models trained on grocery photos, from benchmarks/results/grocery."""
+"""Format the tables of models trained on grocery photos, from benchmarks/results/grocery."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ PARTS = ("contrastive", "q_transform", "gate", "bottleneck", "moe")
 
 
 def blocks(folder: Path) -> dict[str, str]:
-    """Return the text of each block of README that comes from the results in ``folder``."""
+    """Return the tables and remarks that come from the results in ``folder``, by block."""
     runs = {name: _load(folder, name) for name in RETRIEVAL}
     fluid = _load(folder, "fluid")
-    found = {
+    return {
         "retrieval": "\n\n".join(
             (retrieval(runs, "whole"), retrieval(runs, "without fusion", FUSION_PAIRS))
         ),
@@ -30,10 +30,15 @@ def blocks(folder: Path) -> dict[str, str]:
         "classification": classification(fluid["runs"]),
         "ablation": ablation(fluid["runs"]),
         "fluid-runs": f"{origin(fluid)}; {run_minutes(fluid['runs'].values())}.",
-        "fluid": f"accuracy {_mean(fluid['runs'], 'full', 'accuracy')}, photo and noisy text",
     }
-    for name, model in runs.items():
-        scores = model["runs"]["whole"]["pairs"]["image->both"]
+
+
+def headlines(folder: Path) -> dict[str, str]:
+    """Return one result of each model."""
+    fluid = _mean(_load(folder, "fluid")["runs"], "full", "accuracy")
+    found = {"fluid": f"accuracy {fluid}, photo and noisy text"}
+    for name in RETRIEVAL:
+        scores = _load(folder, name)["runs"]["whole"]["pairs"]["image->both"]
         recall, chance = (100 * each["recall_at_1"] for each in (scores, scores["chance"]))
         found[name] = f"photo → product: Recall@1 {recall:.0f} % (chance {chance:.0f} %)"
     return found

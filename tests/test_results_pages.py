@@ -1,4 +1,4 @@
-"""README shows the numbers of the results files, and targets are judged by their rules.
+"""README and docs show the numbers of the results files; targets are judged by their rules.
 
 The GPU records are synthetic.
 """
@@ -16,9 +16,10 @@ from pathlib import Path
 import pytest
 
 from mmfused.benchmarks import run
-from mmfused.tools import comparison, conditions, grocery, readme, targets
+from mmfused.tools import comparison, conditions, grocery, results_pages, targets
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGES = ("README.md", "docs/benchmarks.md", "docs/models.md", "docs/trained-models.md")
 MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
 HAS_MODELS = importlib.util.find_spec("mmfused.benchmarks.models") is not None
 
@@ -291,23 +292,23 @@ def test_models_are_judged_by_the_training_step_if_it_was_timed():
     assert judged(stepped(1.0, 2.0), stepped(3.0, 4.0)) == 2.0
 
 
-# ---- README --------------------------------------------------------------------------------------
+# ---- pages ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def committed(tmp_path, monkeypatch):
-    """Return a folder with copies of README and its committed results."""
+    """Return a folder with copies of the pages and of the committed results."""
     listed = subprocess.run(
         ["git", "ls-files", "benchmarks/results"], cwd=ROOT, capture_output=True, text=True
     ).stdout.split()
     files = [ROOT / name for name in listed] or [
         path for path in (ROOT / "benchmarks/results").rglob("*") if path.is_file()
     ]
-    for path in [ROOT / "README.md", *files]:
+    for path in [*(ROOT / page for page in PAGES), *files]:
         copy = tmp_path / path.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, copy)
-    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    monkeypatch.setattr(results_pages, "ROOT", tmp_path)
     return tmp_path
 
 
@@ -317,13 +318,13 @@ def checkout(committed, capsys):
     for folder in conditions.folders(committed / "benchmarks" / "results"):
         if any(conditions.device_type(record) == "cuda" for record in conditions.read(folder)):
             shutil.rmtree(folder)
-    assert readme.main([]) == 0
+    assert results_pages.main([]) == 0
     capsys.readouterr()
     return committed
 
 
-def test_readme_is_up_to_date_with_the_results(committed, capsys):
-    assert readme.main(["--check"]) == 0, capsys.readouterr().out
+def test_pages_are_up_to_date_with_the_results(committed, capsys):
+    assert results_pages.main(["--check"]) == 0, capsys.readouterr().out
 
 
 def write_record(checkout: Path, record: dict) -> Path:
@@ -334,15 +335,15 @@ def write_record(checkout: Path, record: dict) -> Path:
     return path
 
 
-def block(checkout: Path, name: str) -> str:
-    text = (checkout / "README.md").read_text()
+def block(checkout: Path, name: str, page: str = "docs/benchmarks.md") -> str:
+    text = (checkout / page).read_text()
     return text.partition(f"<!-- results: begin {name} -->")[2].partition(
         f"<!-- results: end {name} -->"
     )[0]
 
 
 def test_results_of_a_gpu_add_a_table_a_picture_and_rooflines(checkout, capsys):
-    assert readme.NOTHING_ON_A_GPU in block(checkout, "gpu")
+    assert results_pages.NOTHING_ON_A_GPU in block(checkout, "gpu")
     fast = {
         "eager": timed(eager=9.0),
         "Inf-CL, compiled": timed(eager=3.0),
@@ -355,9 +356,9 @@ def test_results_of_a_gpu_add_a_table_a_picture_and_rooflines(checkout, capsys):
             "query_pooling", "fluid", {"nn.MultiheadAttention": timed(eager=1.0)}, quick=True
         ),
     )
-    assert readme.main(["--check"]) == 1
-    assert "README's block gpu differs from the files" in capsys.readouterr().out
-    assert readme.main([]) == 0
+    assert results_pages.main(["--check"]) == 1
+    assert "docs/benchmarks.md: block gpu differs from the files" in capsys.readouterr().out
+    assert results_pages.main([]) == 0
     made = block(checkout, "gpu")
     row = (
         "| clip-65536: B=65536 D=768 K=1 | Inf-CL, compiled | 3000 ms | fused | 1000 ms | 3.00 "
@@ -371,17 +372,20 @@ def test_results_of_a_gpu_add_a_table_a_picture_and_rooflines(checkout, capsys):
     assert (
         "query_pooling" not in made
         and "targets met" in made
-        and "benchmarks/results/made-up/speedup.png" in made
+        and "](../benchmarks/results/made-up/speedup.png)" in made
+        and "](../benchmarks/results/made-up/masked_info_nce-roofline.png)" in made
     )
+    shown = block(checkout, "picture", "README.md")  # a GPU's picture instead of the CPU's
+    assert "main/benchmarks/results/made-up/speedup.png)" in shown and "Made-up GPU, bf" in shown
     if MATPLOTLIB:
         for name in ("speedup.png", "masked_info_nce-roofline.png"):
             assert (path.parent / name).read_bytes().startswith(b"\x89PNG")
-        assert readme.main(["--check"]) == 0
+        assert results_pages.main(["--check"]) == 0
     capsys.readouterr()
     write_record(
         checkout, gpu_record("masked_info_nce", "clip-65536", fast | {"fused": timed(eager=1.5)})
     )
-    assert readme.main(["--check"]) == 1
+    assert results_pages.main(["--check"]) == 1
     output = capsys.readouterr().out
     assert (
         "block gpu" in output
@@ -400,7 +404,7 @@ def test_results_of_older_sources_are_shown_with_their_commit(checkout):
         record = gpu_record("masked_info_nce", case, providers)
         record["environment"] |= {"commit": commit, "dirty": dirty, "source": "of another hash"}
         write_record(checkout, record)
-    assert readme.main([]) == 0
+    assert results_pages.main([]) == 0
     assert "commit 0123456 / abcdef0 with changes" in block(checkout, "gpu")
 
 
@@ -438,18 +442,18 @@ def test_a_row_that_is_slower_needs_an_explanation(checkout, capsys, monkeypatch
         ),
     )
     for arguments in ([], ["--check"]):
-        assert readme.main(arguments) == 2
+        assert results_pages.main(arguments) == 2
         output = capsys.readouterr().err
         assert (
-            "SLOWER in tools/readme.py: got no explanation of cuda/masked_info_nce/clip-65536"
-            in output
+            "SLOWER in tools/results_pages.py: got no explanation of "
+            "cuda/masked_info_nce/clip-65536" in output
         )
         assert output.count("\n") == 1
-    assert readme.NOTHING_ON_A_GPU in block(checkout, "gpu")
+    assert results_pages.NOTHING_ON_A_GPU in block(checkout, "gpu")
     monkeypatch.setitem(
-        readme.SLOWER, "cuda/masked_info_nce/clip-65536", "the reason; do not use it then."
+        results_pages.SLOWER, "cuda/masked_info_nce/clip-65536", "the reason; do not use it then."
     )
-    assert readme.main([]) == 0
+    assert results_pages.main([]) == 0
     assert "`clip-65536` (eager is 2.00 times as fast): the reason; do not use it then." in block(
         checkout, "gpu"
     )
@@ -458,16 +462,18 @@ def test_a_row_that_is_slower_needs_an_explanation(checkout, capsys, monkeypatch
 def test_every_explanation_belongs_to_a_slower_row(committed):
     folders = conditions.folders(committed / "benchmarks" / "results")
     rows = [row for folder in folders for row in comparison.comparisons(conditions.read(folder))]
-    assert set(readme.SLOWER) == {row.key for row in rows if row.faster is not None}
+    assert set(results_pages.SLOWER) == {row.key for row in rows if row.faster is not None}
 
 
 def test_fill_requires_each_marked_block_once():
     marked = "a <!-- results: begin x -->old<!-- results: end x --> b"
-    assert readme.fill(marked, {"x": "new"}) == marked.replace("old", "new")
-    assert readme.fill(marked, {"x": "two\nlines"}) == marked.replace("old", "\ntwo\nlines\n")
+    assert results_pages.fill("page", marked, {"x": "new"}) == marked.replace("old", "new")
+    assert results_pages.fill("page", marked, {"x": "two\nlines"}) == marked.replace(
+        "old", "\ntwo\nlines\n"
+    )
     for text, made in ((marked, {}), (marked, {"x": "", "y": ""}), (marked * 2, {"x": ""})):
         with pytest.raises(ValueError, match="expected each block once"):
-            readme.fill(text, made)
+            results_pages.fill("page", text, made)
 
 
 def test_tables_of_fluid_require_the_same_seeds_in_all_runs():

@@ -1,10 +1,10 @@
-"""Write README's numbers and pictures from the results files in benchmarks/results.
+"""Write the measured numbers of README and docs from the files in benchmarks/results.
 
-    python tools/readme.py [--check]
+    python tools/results_pages.py [--check]
 
 The text between ``<!-- results: begin NAME -->`` and ``<!-- results: end NAME -->`` is replaced.
 Pictures are saved next to the results. With ``--check`` nothing is written, and the exit status is
-1 if README or a picture is out of date.
+1 if a page or a picture is out of date.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from mmfused.tools.conditions import device_type, folders, ours_of, read, with_c
 
 ROOT = Path(__file__).resolve().parents[1]
 MARKED = re.compile(r"(<!-- results: begin ([\w-]+) -->)(.*?)(<!-- results: end \2 -->)", re.DOTALL)
-NOTHING_ON_A_GPU = (
-    "Nothing has been timed on a GPU yet: the numbers below are a CPU's. "
-    "`make gpu` times every op on a CUDA card."
-)
-NOT_ON_A_CPU = "Not timed on a CPU."  # README may omit a block with this content
+NOTHING_ON_A_GPU = "Nothing has been timed on a GPU yet. `make gpu` times every op on a CUDA card."
+NOT_ON_A_CPU = "Not timed on a CPU."  # a page may omit a block with this content
+# README is also shown by package indexes, which resolve no relative links.
+RAW = "https://raw.githubusercontent.com/mmfused/mmfused/main"
+BENCHMARKS_PAGE = "https://mmfused.github.io/mmfused/benchmarks.html"
 
 _EXPERTS_ON_A_CPU = (
     "on a CPU both compute one product per expert, so there is nothing to gain. If a model on a "
@@ -76,20 +76,23 @@ def how_measured(records: list[dict]) -> str:
     Commits may differ, because results of older sources stay valid.
     """
     facts = [record["environment"] for record in records]
-    threads = (
-        ""
-        if device_type(records[0]) == "cuda"
-        else comparison.distinct(f", {fact['threads']} threads" for fact in facts)
-    )
     samples = comparison.distinct(sample_count(record) for record in records)
     source = comparison.distinct(
         str(fact["commit"])[:7] + (" with changes" if fact["dirty"] else "") for fact in facts
     )
-    machine = comparison.distinct(fact["device"] for fact in facts) + threads
     dtypes = comparison.distinct(record["dtype"] for record in records)
     made_with = comparison.distinct(map(comparison.versions, records))
     timed = f"{dtypes}, {comparison.passes(records[0])}, medians of {samples} interleaved samples"
-    return f"{machine}; {timed}; {made_with}; commit {source}"
+    return f"{machine(records)}; {timed}; {made_with}; commit {source}"
+
+
+def machine(records: list[dict]) -> str:
+    """Return the devices of the records; of CPUs, with the number of threads."""
+    devices = comparison.distinct(record["environment"]["device"] for record in records)
+    if device_type(records[0]) == "cuda":
+        return devices
+    threads = (f", {record['environment']['threads']} threads" for record in records)
+    return devices + comparison.distinct(threads)
 
 
 def sample_count(record: dict) -> int:
@@ -108,7 +111,7 @@ def reasons(rows: list[Comparison]) -> str:
     unexplained = [row.key for row in slower if row.key not in SLOWER]
     if unexplained:
         raise ValueError(
-            f"SLOWER in tools/readme.py: got no explanation of {', '.join(unexplained)}, "
+            f"SLOWER in tools/results_pages.py: got no explanation of {', '.join(unexplained)}, "
             "expected one for each case in which another provider is faster"
         )
     lines: dict[str, list[str]] = {}
@@ -138,12 +141,14 @@ def gpu_block(results: Path) -> str:
             verdicts = [
                 verdict for verdict in targets.judge(records) if verdict.row.device == "cuda"
             ]
-            met = f"{targets.count(verdicts)}; `python tools/targets.py` lists them."
-            judged = f"{met} {rooflines(folder, records)}"
-            measured = f"{how_measured([row.record for row in rows])}."
             found.append(
                 paragraphs(
-                    picture(folder, "speedup"), measured, gpu_table(rows), reasons(rows), judged
+                    picture(folder),
+                    f"{how_measured([row.record for row in rows])}.",
+                    gpu_table(rows),
+                    reasons(rows),
+                    f"{targets.count(verdicts)}; `python tools/targets.py` lists them.",
+                    rooflines(folder, records),
                 )
             )
     return "\n\n".join(found) or NOTHING_ON_A_GPU
@@ -187,20 +192,20 @@ def gpu_table(rows: list[Comparison]) -> str:
     return tables.markdown(head, lines)
 
 
-def picture(folder: Path, name: str) -> str:
-    text = f"{name} of each case over its best baseline, {folder.name}"
-    return f"![{text}]({path_in_readme(folder / f'{name}.png')})"
+def picture(folder: Path) -> str:
+    text = f"Speed-up of each case over its best baseline, {folder.name}"
+    return f"![{text}](../{in_checkout(folder / 'speedup.png')})"
 
 
 def rooflines(folder: Path, records: list[dict]) -> str:
     drawn = [path for path in comparison.pictures(records, folder) if path.name != "speedup.png"]
-    links = ", ".join(
-        f"[{path.name.removesuffix('-roofline.png')}]({path_in_readme(path)})" for path in drawn
+    return "\n\n".join(
+        f"![Roofline of {path.name.removesuffix('-roofline.png')}](../{in_checkout(path)})"
+        for path in drawn
     )
-    return links and f"Rooflines: {links}."
 
 
-def path_in_readme(path: Path) -> str:
+def in_checkout(path: Path) -> str:
     return f"benchmarks/results/{path.parent.name}/{path.name}"
 
 
@@ -212,11 +217,11 @@ def cpu_records(folder: Path) -> list[dict]:
 
 
 def cpu_block(results: Path) -> str:
-    shown = [(folder, records) for folder in folders(results) if (records := cpu_records(folder))]
-    return "\n\n".join(
-        paragraphs(picture(folder, "speedup"), rooflines(folder, records))
-        for folder, records in shown
-    )
+    return paragraphs(*(picture(folder) for folder in folders(results) if cpu_records(folder)))
+
+
+def cpu_rooflines_block(results: Path) -> str:
+    return paragraphs(*(rooflines(folder, cpu_records(folder)) for folder in folders(results)))
 
 
 def cpu_op_block(op: str, results: Path) -> str:
@@ -269,13 +274,46 @@ def cpu_cell(provider: dict, which: str) -> str:
 # ---- README --------------------------------------------------------------------------------------
 
 
-def blocks(results: Path) -> dict[str, str]:
-    found = {"gpu": gpu_block(results), "cpu": cpu_block(results)}
-    found |= {f"cpu-{op}": cpu_op_block(op, results) for op in comparison.OPS if op != "models"}
-    return found | grocery.blocks(results / "grocery")
+def picture_block(results: Path) -> str:
+    """Return the speed-ups on the first GPU, or else the first CPU, with a caption."""
+    found = {
+        folder: [row.record for row in comparisons(read(folder)) if row.best is not None]
+        for folder in folders(results)
+    }
+    shown = [folder for folder, records in found.items() if records]
+    folder = max(shown, key=lambda folder: device_type(found[folder][0]) == "cuda")
+    records = found[folder]
+    where = "above the inputs" if device_type(records[0]) == "cuda" else "kept for the backward"
+    dtypes = comparison.distinct(record["dtype"] for record in records)
+    caption = (
+        f"{machine(records)}, {dtypes}: speed-up of {comparison.passes(records[0])} over the "
+        f"fastest accurate baseline, which is named at the bar, and memory {where}. "
+        f"[All results]({BENCHMARKS_PAGE})."
+    )
+    address = f"{RAW}/{in_checkout(folder / 'speedup.png')}"
+    return paragraphs(f"![Speed-up of each case over its best baseline]({address})", caption)
 
 
-def fill(text: str, contents: dict[str, str]) -> str:
+# ---- pages ---------------------------------------------------------------------------------------
+
+
+def pages(results: Path) -> dict[str, dict[str, str]]:
+    """Return the content of each block of each page."""
+    ops = {
+        "gpu": gpu_block(results),
+        "cpu": cpu_block(results),
+        "cpu-rooflines": cpu_rooflines_block(results),
+    }
+    ops |= {f"cpu-{op}": cpu_op_block(op, results) for op in comparison.OPS if op != "models"}
+    return {
+        "README.md": {"picture": picture_block(results)},
+        "docs/benchmarks.md": ops,
+        "docs/models.md": grocery.headlines(results / "grocery"),
+        "docs/trained-models.md": grocery.blocks(results / "grocery"),
+    }
+
+
+def fill(page: str, text: str, contents: dict[str, str]) -> str:
     """Replace the text between the markers of each block by ``contents[name]``.
 
     Content of one line stays on the line of the markers if the old content was there.
@@ -287,7 +325,7 @@ def fill(text: str, contents: dict[str, str]) -> str:
             {name for name in [*marked, *needed] if marked.count(name) != 1 or name not in contents}
         )
         raise ValueError(
-            f"README: blocks: got {', '.join(wrong)} missing, repeated or unknown, "
+            f"{page}: blocks: got {', '.join(wrong)} missing, repeated or unknown, "
             "expected each block once"
         )
 
@@ -321,49 +359,47 @@ def draw_all(drawings: dict[Path, tuple[str, comparison.Fill]]) -> None:
 
 
 def run(check: bool) -> int:
-    """Update README and the pictures, or only check both; return 1 if the check fails, else 0."""
-    readme, results = ROOT / "README.md", ROOT / "benchmarks" / "results"
-    before, drawings = readme.read_text(encoding="utf-8"), all_pictures(results)
+    """Update the pages and pictures, or only check them; return 1 if the check fails, else 0."""
+    results = ROOT / "benchmarks" / "results"
+    drawings = all_pictures(results)
     if not check:  # draw before fill() can raise
         draw_all(drawings)
-    after = fill(before, blocks(results))
+    stale, filled = [], {}
+    for page, contents in pages(results).items():
+        before = (ROOT / page).read_text(encoding="utf-8")
+        filled[page] = fill(page, before, contents)
+        stale += [f"{page}: block {name}" for name in differing(before, filled[page])]
     if check:
-        stale = [
-            path
+        stale += [
+            in_checkout(path)
             for path, (numbers, _) in drawings.items()
             if not comparison.is_current(path, numbers)
         ]
-        faults = [
-            f"README's block {name} differs from the files under benchmarks/results"
-            for name in differing(before, after)
-        ]
-        faults += [f"{path_in_readme(path)} differs from the files in its folder" for path in stale]
-        print(
-            *(f"{fault}; `make readme` updates it." for fault in faults),
-            sep="\n",
-            end="\n" if faults else "",
-        )
-        return 1 if faults else 0
-    if after != before:
-        report.write(readme, lambda path: path.write_text(after, encoding="utf-8"))
-    changed = differing(before, after)
-    print(f"{readme.name}: {'updated ' + ', '.join(changed) if changed else 'already up to date'}.")
+        for name in stale:
+            print(
+                f"{name} differs from the files in benchmarks/results; `make results` updates it."
+            )
+        return 1 if stale else 0
+    for page, text in filled.items():
+        if any(name.startswith(f"{page}:") for name in stale):
+            report.write(ROOT / page, lambda path, text=text: path.write_text(text, "utf-8"))
+    print("\n".join(f"{name} updated" for name in stale) or "All pages are up to date.")
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    about = "Write README's numbers and pictures from the results files in benchmarks/results."
-    parser = argparse.ArgumentParser(prog="tools/readme.py", description=about)
+    about = "Write the measured numbers of README and docs from the files in benchmarks/results."
+    parser = argparse.ArgumentParser(prog="tools/results_pages.py", description=about)
     parser.add_argument(
         "--check",
         action="store_true",
-        help="write nothing; exit status 1 if README or a picture is out of date",
+        help="write nothing; exit status 1 if a page or a picture is out of date",
     )
     args = parser.parse_args(argv)
     try:
         return run(args.check)
     except (ValueError, OSError) as error:
-        print(f"tools/readme.py: error: {error}", file=sys.stderr)
+        print(f"tools/results_pages.py: error: {error}", file=sys.stderr)
         return 2
 
 
