@@ -1,7 +1,11 @@
+import argparse
 import builtins
+import dataclasses
 import functools
+import importlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,6 +18,7 @@ import torch
 
 import mmfused
 from mmfused.cli import main
+from mmfused.training.config import TrainConfig
 
 ROOT = Path(mmfused.__file__).parent.parent
 
@@ -82,6 +87,62 @@ def test_env_prints_versions_and_ops(capsys):
     with mmfused.backend("reference"):
         assert main(["env"]) == 0
     assert "query_pooling: reference on" in capsys.readouterr().out
+
+
+def test_env_shows_variables_that_change_what_runs_and_no_others(capsys, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/somewhere")
+    monkeypatch.setenv("ACCESS_TOKEN", "secret")
+    assert main(["env"]) == 0
+    output = capsys.readouterr().out
+    assert "TRITON_CACHE_DIR" in output and "/somewhere" in output and "secret" not in output
+
+
+def test_a_reader_that_stops_is_no_error():
+    command = f"{sys.executable} -m mmfused env | head -1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.returncode in (0, 141) and done.stdout.count("\n") == 1 and not done.stderr
+
+
+def option_groups(command: str) -> dict[str, list[argparse.Action]]:
+    parser = argparse.ArgumentParser()
+    importlib.import_module(f"mmfused.cli.{command}").add_arguments(parser)
+    return {group.title: group._group_actions for group in parser._action_groups}
+
+
+def test_each_group_of_training_options_fits_a_screen(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    groups = capsys.readouterr().out.split("\n\n")
+    assert len(groups) == 10  # usage, description, --help, six groups, epilog
+    assert max(group.count("\n") for group in groups) < 24
+
+
+def test_the_help_of_training_states_the_defaults_of_the_config():
+    """Names of options are those of TrainConfig's fields, except for two."""
+    config = {entry.name: entry.default for entry in dataclasses.fields(TrainConfig)}
+    config |= {"modalities": "image,text", "without": None, "option": None}
+    actions = [action for group in option_groups("train").values() for action in group]
+    for action in actions:
+        if action.dest == "help":
+            continue
+        default = config[action.dest]
+        stated = re.search(r"\(default: ([^()]*)\)$", action.help)
+        if isinstance(default, bool):
+            assert not stated
+        elif isinstance(default, int | float):
+            assert stated and float(stated[1]) == default, action.dest
+        elif default is not None and default not in (dataclasses.MISSING, "auto", "generated"):
+            assert stated and stated[1] == default, action.dest
+        if default is dataclasses.MISSING or action.required:
+            assert action.help.endswith("(required)")
+
+
+def test_completion_is_printed_if_shtab_is_installed(capsys):
+    pytest.importorskip("shtab")
+    with pytest.raises(SystemExit) as stop:
+        main(["--print-completion", "bash"])
+    assert stop.value.code == 0 and "--grad-cache" in capsys.readouterr().out
 
 
 def folder(path, rows):

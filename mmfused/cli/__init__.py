@@ -8,7 +8,9 @@ modules of the other subcommands are not imported.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import os
 import sys
 
 import mmfused
@@ -33,6 +35,11 @@ def main(argv: list[str] | None = None) -> int:
     except ImportError as error:
         print(f"mmfused: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:
+        # The reader of the output has stopped, as in `mmfused env | head`. Python would complain
+        # when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13  # as if stopped by SIGPIPE
     except (ValueError, OSError, RuntimeError) as error:
         print(f"mmfused: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -56,6 +63,10 @@ def _make_parser(argv: list[str]) -> argparse.ArgumentParser:
         prog="mmfused",
         description="Fused kernels for multimodal retrieval and classification models.",
     )
+    with contextlib.suppress(ImportError):
+        import shtab
+
+        shtab.add_argument_to(parser, "--print-completion", help="print the shell's completion")
     parser.add_argument("--version", action="version", version=f"mmfused {mmfused.__version__}")
     commands = parser.add_subparsers(
         dest="command", required=True, metavar="{" + ",".join(COMMANDS) + "}"

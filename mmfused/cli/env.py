@@ -1,18 +1,22 @@
-"""``mmfused env``: versions, devices, and the backend that each op would use here."""
+"""``mmfused env``: what a bug report needs, and the backend that each op would use here."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 from importlib import metadata
+from pathlib import Path
 
 import torch
+from torch.utils import collect_env
 
 import mmfused
 from mmfused import extension
+from mmfused.benchmarks import report  # pyright: ignore[reportMissingImports]
 from mmfused.ops import OPS
 
-HELP = "show versions, devices, the backend that each op would use here, and why it is not fused"
+HELP = "show what a bug report needs, the backend that each op would use here, and why not fused"
 PACKAGES = (
     "torch",
     "triton",
@@ -21,6 +25,24 @@ PACKAGES = (
     "tokenizers",
     "safetensors",
     "numpy",
+    "open_clip_torch",
+    "sentence-transformers",
+    "peft",
+    "accelerate",
+    "lightning",
+)
+# Variables that change what runs. Others are not printed, because they may hold secrets.
+VARIABLES = (
+    "MMFUSED_",
+    "TRITON_",
+    "TORCH_",
+    "TORCHINDUCTOR_",
+    "PYTORCH_",
+    "CUDA_",
+    "CUBLAS_",
+    "NCCL_",
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
 )
 
 
@@ -36,21 +58,52 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the information and return the exit code."""
-    print(f"mmfused       {mmfused.__version__}")
-    print(f"python        {platform.python_version()} on {platform.platform()}")
-    for name in PACKAGES:
-        print(f"{name:<13} {_installed(name)}")
-    print(f"CUDA          {torch.version.cuda or 'not in this build of torch'}")
-    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-    print(f"CPU           {torch.get_num_threads()} threads")
-    for device in devices:
-        print(_describe(device))
-    print(f"backend       {mmfused.library.current_backend()}")
-    print(f"router        {mmfused.library.current_router()}; C++: {_extension_state()}")
+    rows = _software() | _hardware() | _settings()
+    width = max(map(len, rows))
+    for name, value in rows.items():
+        print(f"{name:<{width}}  {value}")
+    print()
     for op in OPS:
-        for device in devices or [torch.device("cpu")]:
+        for device in _devices() or [torch.device("cpu")]:
             print(_backend_of(op, device, getattr(torch, args.dtype)))
     return 0
+
+
+def _software() -> dict[str, str]:
+    folder = Path(mmfused.__file__).parent
+    commit = report.source_facts()["commit"]
+    at_commit = f", commit {commit[:7]}" if commit else ""
+    return {
+        "mmfused": f"{mmfused.__version__} in {folder}{at_commit}",
+        "python": f"{platform.python_version()} on {platform.platform()}",
+        **{name: _installed(name) for name in PACKAGES},
+        "CUDA of torch": torch.version.cuda or "not in this build of torch",
+        "nvcc": collect_env.get_running_cuda_version(collect_env.run) or "not found",
+        "gcc": collect_env.get_gcc_version(collect_env.run) or "not found",
+    }
+
+
+def _hardware() -> dict[str, str]:
+    cpu = report.device_name(torch.device("cpu"))
+    driver = collect_env.get_nvidia_driver_version(collect_env.run)
+    return {
+        "NVIDIA driver": driver or "not found",
+        **{str(device): _describe(device) for device in _devices()},
+        "CPU": f"{cpu.removeprefix('CPU ')}, {torch.get_num_threads()} threads",
+    }
+
+
+def _settings() -> dict[str, str]:
+    names = sorted(name for name in os.environ if name.startswith(VARIABLES))
+    return {
+        "backend": mmfused.library.current_backend(),
+        "router": f"{mmfused.library.current_router()}; C++: {_extension_state()}",
+        **{name: os.environ[name] for name in names},
+    }
+
+
+def _devices() -> list[torch.device]:
+    return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
 
 
 def _installed(package: str) -> str:
@@ -72,7 +125,7 @@ def _extension_state() -> str:
 def _describe(device: torch.device) -> str:
     properties = torch.cuda.get_device_properties(device)
     memory = f"{properties.total_memory / 2**30:.0f} GiB"
-    return f"{device!s:<13} {properties.name}, sm_{properties.major}{properties.minor}, {memory}"
+    return f"{properties.name}, sm_{properties.major}{properties.minor}, {memory}"
 
 
 def _backend_of(op: str, device: torch.device, dtype: torch.dtype) -> str:

@@ -7,7 +7,9 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
+
+Group: TypeAlias = argparse._ArgumentGroup  # argparse has no public name for the class
 
 HELP = "train a model on a folder of products, or on the generated product set"
 MODALITIES = {
@@ -20,73 +22,59 @@ MODALITIES = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``mmfused train`` to ``parser``."""
-    _add_model_arguments(parser)
-    _add_data_arguments(parser)
-    _add_run_arguments(parser)
-    _add_step_arguments(parser)
-    _add_device_arguments(parser)
+    """Add the options of ``mmfused train`` to ``parser``, in groups.
+
+    Most options have no default here, so that a recipe can replace TrainConfig's default where the
+    option is not given. The defaults in the help are TrainConfig's.
+    """
+    parser.usage = "%(prog)s --data DIR --val DIR --out DIR [option ...]"
+    parser.epilog = (
+        "With --preset paper or code, --lr, --weight-decay, --epochs, --batch-size and "
+        "--max-length default to the paper's values, if it gives them."
+    )
+    _add_model_arguments(parser.add_argument_group("model"))
+    _add_pretrained_arguments(parser.add_argument_group("pretrained weights"))
+    _add_data_arguments(parser.add_argument_group("data"))
+    _add_step_arguments(parser.add_argument_group("optimization"))
+    _add_run_arguments(parser.add_argument_group("run folder"))
+    _add_device_arguments(parser.add_argument_group("device"))
 
 
-def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+def _add_model_arguments(group: Group) -> None:
+    group.add_argument(
         "--model",
         default="fluid",
-        help="fluid (default), uniecs, unica, moon2 or unite",
+        help="fluid, uniecs, unica, moon2 or unite (default: fluid)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--preset",
         default="tiny",
-        help="tiny (default), paper (the paper's sizes) or code (the public code's sizes)",
+        help="tiny, paper (the paper's sizes) or code (the public code's sizes) (default: tiny)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--without",
         metavar="PART,..",
-        help="components to leave out; COMPONENTS in the model's file lists them",
+        help="components to leave out; COMPONENTS in the model's file lists them (default: none)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--option",
         action="append",
         metavar="NAME=VALUE",
         help="set a field of the model's config, as in stage=1; VALUE is JSON or a plain string",
     )
-    parser.add_argument(
-        "--init",
-        metavar="DIR",
-        help="folder of a run or checkpoint, whose weights and tokenizer training starts with",
-    )
-    parser.add_argument(
-        "--image-encoder",
-        metavar="NAME",
-        help="pretrained image encoder: a folder in timm's format or the name of a timm model",
-    )
-    parser.add_argument(
-        "--text-encoder",
-        metavar="NAME",
-        help="pretrained text encoder: a folder in transformers' format or a hub name",
-    )
-    parser.add_argument(
-        "--host",
-        metavar="NAME",
-        help="moon2 and unite: pretrained Qwen2-VL, a folder or a hub name",
-    )
-    parser.add_argument(
+    group.add_argument(
         "--image-size",
         type=int,
+        metavar="PX",
         help="side of the model's input pictures in pixels (default: as stored)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--patch-size",
         type=int,
+        metavar="PX",
         help="side of a patch in pixels (default: that of the preset; for tiny, 8 or 16)",
     )
-    parser.add_argument(
-        "--tokenizer",
-        metavar="NAME",
-        help="tokenizer folder or hub name (default: that of --init, --text-encoder or --host, or "
-        "a new one trained on the texts)",
-    )
-    parser.add_argument(
+    group.add_argument(
         "--max-length",
         type=int,
         metavar="T",
@@ -94,61 +82,135 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+def _add_pretrained_arguments(group: Group) -> None:
+    group.add_argument(
+        "--init",
+        metavar="DIR",
+        help="folder of a run or checkpoint, whose weights and tokenizer training starts with",
+    )
+    group.add_argument(
+        "--image-encoder",
+        metavar="NAME",
+        help="image encoder: a folder in timm's format or the name of a timm model",
+    )
+    group.add_argument(
+        "--text-encoder",
+        metavar="NAME",
+        help="text encoder: a folder in transformers' format or a hub name",
+    )
+    group.add_argument(
+        "--host",
+        metavar="NAME",
+        help="moon2 and unite: Qwen2-VL, a folder or a hub name",
+    )
+    group.add_argument(
+        "--tokenizer",
+        metavar="NAME",
+        help="tokenizer folder or hub name (default: that of --init, --text-encoder or --host, or "
+        "a new one trained on the texts)",
+    )
+
+
+def _add_data_arguments(group: Group) -> None:
+    group.add_argument(
         "--data",
         required=True,
         metavar="DIR",
-        help="folder with images and metadata.csv, or 'generated'",
+        help="folder with images and metadata.csv, or 'generated' (required)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--val",
         metavar="DIR",
-        help="folder of the validation set, with images and metadata.csv; not with 'generated'",
+        help="folder of the validation set, with images and metadata.csv (required, but not with "
+        "'generated')",
     )
-    parser.add_argument(
+    group.add_argument(
         "--products",
         metavar="DIR",
-        help="retrieval models: folder of the catalogue to search (default: --data and --val)",
+        help="retrieval models: folder of the catalogue to search (default: --data in training, "
+        "--val in validation)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--text-column",
         metavar="NAME",
         help="text column in the metadata.csv of --data and --val (default: text)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--modalities",
         default="image,text",
-        help="image,text (default), image or text",
+        help="fluid: image,text, image or text (default: image,text)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--swap-text",
         type=float,
         metavar="P",
-        help="fraction of the texts that are replaced by a text of another class",
+        help="fraction of the texts that are replaced by a text of another class (default: 0)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--drop-image",
         type=float,
         metavar="P",
-        help="fraction of the training items whose image is hidden",
+        help="fraction of the training items whose image is hidden (default: 0)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--drop-text",
         type=float,
         metavar="P",
-        help="fraction of the training items whose text is hidden",
+        help="fraction of the training items whose text is hidden (default: 0)",
     )
 
 
-def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+def _add_step_arguments(group: Group) -> None:
+    length = group.add_mutually_exclusive_group()
+    length.add_argument(
+        "--steps",
+        type=int,
+        metavar="N",
+        help="number of optimizer steps (default: as many as --epochs takes)",
+    )
+    length.add_argument(
+        "--epochs",
+        type=float,
+        metavar="N",
+        help="number of passes over the data (default: 60)",
+    )
+    group.add_argument(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="number of items per batch, over all ranks (default: 64)",
+    )
+    group.add_argument(
+        "--accumulate",
+        type=int,
+        metavar="N",
+        help="number of batches per optimizer step (default: 1)",
+    )
+    group.add_argument(
+        "--grad-cache",
+        type=int,
+        metavar="N",
+        help="retrieval models: encode N items of the batch at a time, to save memory (default: "
+        "all at once)",
+    )
+    group.add_argument("--lr", type=float, help="peak learning rate (default: 0.001)")
+    group.add_argument(
+        "--weight-decay",
+        type=float,
+        metavar="W",
+        help="weight decay of AdamW (default: 0.05)",
+    )
+    group.add_argument("--seed", type=int, help="seed of all random draws (default: 0)")
+
+
+def _add_run_arguments(group: Group) -> None:
+    group.add_argument(
         "--out",
         required=True,
         metavar="DIR",
-        help="folder for the run",
+        help="folder for the run (required)",
     )
-    existing = parser.add_mutually_exclusive_group()
+    existing = group.add_mutually_exclusive_group()
     existing.add_argument(
         "--overwrite",
         action="store_true",
@@ -159,70 +221,49 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="resume from the newest checkpoint in --out, or start if there is none",
     )
-    parser.add_argument(
-        "--save-every",
-        type=int,
-        metavar="N",
-        help="save a checkpoint every N steps and at the end (default: that of --val-every)",
-    )
-    parser.add_argument(
-        "--keep",
-        type=int,
-        metavar="K",
-        help="keep the K newest checkpoints (default: 2)",
-    )
-    parser.add_argument(
-        "--log-every",
-        type=int,
-        metavar="N",
-        help="write a line to metrics.jsonl every N steps (default: 1)",
-    )
-    parser.add_argument(
+    group.add_argument(
         "--val-every",
         type=int,
         metavar="N",
         help="validate every N steps and at the end (default: a tenth of all steps)",
     )
-
-
-def _add_step_arguments(parser: argparse.ArgumentParser) -> None:
-    length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=int, help="number of optimizer steps")
-    length.add_argument("--epochs", type=float, help="number of passes over the data")
-    parser.add_argument(
-        "--batch-size",
-        type=int,
-        help="number of items per batch, over all ranks (default: 64)",
-    )
-    parser.add_argument(
-        "--accumulate",
+    group.add_argument(
+        "--save-every",
         type=int,
         metavar="N",
-        help="number of batches per optimizer step (default: 1)",
+        help="save a checkpoint every N steps and at the end (default: that of --val-every)",
     )
-    parser.add_argument(
-        "--grad-cache",
+    group.add_argument(
+        "--keep",
+        type=int,
+        metavar="K",
+        help="keep the K newest checkpoints (default: 2)",
+    )
+    group.add_argument(
+        "--log-every",
         type=int,
         metavar="N",
-        help="retrieval models: encode N items of the batch at a time, to save memory",
+        help="write a line to metrics.jsonl every N steps (default: 1)",
     )
-    parser.add_argument("--lr", type=float, help="peak learning rate")
-    parser.add_argument("--weight-decay", type=float, help="weight decay of AdamW")
-    parser.add_argument("--seed", type=int, help="seed of all random draws (default: 0)")
 
 
-def _add_device_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+def _add_device_arguments(group: Group) -> None:
+    group.add_argument("--device", help="cpu, cuda, ... (default: cuda if available)")
+    group.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="number of CPU threads (default: torch's)",
+    )
+    group.add_argument(
         "--backend",
         default="auto",
         help="auto, reference, composed or fused (default: auto)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--amp",
-        help="bfloat16 autocast: auto, bf16 or off (default: auto, which is on for CUDA)",
+        help="bfloat16 autocast: auto, bf16 or off (default: auto, on for GPUs with bfloat16)",
     )
-    parser.add_argument("--threads", type=int, help="number of CPU threads (default: torch's)")
-    parser.add_argument("--device", help="cpu, cuda, ... (default: cuda if available)")
 
 
 def run(args: argparse.Namespace) -> int:
