@@ -53,12 +53,14 @@ def gated_cross_attention(
     equations are in :mod:`mmfused.ops.gated_cross_attention.reference`.
 
     Args:
-        x, context: tokens; both have one dtype.
+        x: (B, N, D), float32, float16, bfloat16 or float64.
+        context: (B, M, Dc), in the dtype of x.
         weights: a :class:`CrossAttentionWeights`.
         num_heads: number of heads, a divisor of D.
-        norm_x, norm_context: weight and bias of the LayerNorm of x, and of that of the context.
-            ``pre_norm=True`` needs both. ``pre_norm=False`` accepts only norm_x, for the output
-            ``norm_x(x + A)``.
+        norm_x: weight (D,) and bias (D,) of the LayerNorm of x. With ``pre_norm=False`` it is the
+            LayerNorm of the output, ``norm_x(x + A)``.
+        norm_context: weight (Dc,) and bias (Dc,) of the LayerNorm of the context; required with
+            ``pre_norm=True``, and None with ``pre_norm=False``.
         gate: "channel": one gate per channel, w_g (D, 2D + 1). "token": one gate per token, w_g
             (1, 2D + 1). "none": no gate, the output is ``x + A``. ``pre_norm=False`` needs "none".
         indicator: True: the gate has an additional input, 1 if the sample has a context, else 0.
@@ -80,13 +82,28 @@ def gated_cross_attention(
             sample b count. An alternative to the mask.
         context_present: (B,) bool, default all True.
 
-    Returns: the output (B, N, D).
+    Returns:
+        The output (B, N, D), in the dtype of x, or in the autocast dtype under autocast.
 
-    Raises: ``TypeError`` or ``ValueError`` on bad input, and ``RuntimeError`` if
-    ``backend("fused")`` cannot run. Errors are raised before any kernel is launched.
+    Raises:
+        TypeError, ValueError: bad input; raised before any kernel is launched.
+        RuntimeError: ``backend("fused")`` cannot run; raised before any kernel is launched.
 
     Source: UniECS (arXiv 2508.13843), its released EnhancedCrossModalAttention; UniCA (arXiv
     2606.28350) with ``pre_norm=False``.
+
+    Examples:
+        >>> import torch, mmfused
+        >>> layer = mmfused.GatedCrossAttention(16, num_heads=2)  # holds weights and norms
+        >>> norm = layer.norm_x.weight, layer.norm_x.bias
+        >>> text, image = torch.randn(2, 5, 16), torch.randn(2, 9, 16)
+        >>> options = dict(num_heads=2, norm_x=norm, norm_context=norm)
+        >>> has_image = torch.tensor([True, False])
+        >>> out = mmfused.gated_cross_attention(
+        ...     text, image, layer.weights(), **options, context_present=has_image
+        ... )
+        >>> torch.equal(out[1], text[1])  # unchanged, as this sample has no image
+        True
     """
     masks = (context_key_padding_mask, context_lengths, context_present)
     options = CrossAttentionOptions(
@@ -145,7 +162,23 @@ def bidirectional_gated_cross_attention(
     directions in the same launches. Masked tokens are returned unchanged. With ``missing="skip"``,
     both sides of a sample are returned unchanged if either side is absent.
 
-    Returns: the outputs for a (B, N, D) and b (B, M, D).
+    Returns:
+        The outputs for a (B, N, D) and b (B, M, D).
+
+    Examples:
+        >>> import torch, mmfused
+        >>> layer = mmfused.BidirectionalGatedCrossAttention(16, num_heads=2)
+        >>> norm = layer.norm_a.weight, layer.norm_a.bias
+        >>> weights = layer.to_a.weights(), layer.to_b.weights()
+        >>> image, text = torch.randn(2, 9, 16), torch.randn(2, 5, 16)
+        >>> new_image, new_text = mmfused.bidirectional_gated_cross_attention(
+        ...     image, text, *weights, num_heads=2, norm_a=norm, norm_b=norm
+        ... )
+        >>> one_way = mmfused.gated_cross_attention(
+        ...     text, image, weights[1], num_heads=2, norm_x=norm, norm_context=norm
+        ... )
+        >>> torch.allclose(new_text, one_way, atol=1e-5)
+        True
     """
     options = CrossAttentionOptions(
         num_heads=num_heads,

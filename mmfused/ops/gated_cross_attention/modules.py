@@ -96,7 +96,19 @@ class GatedCrossAttention(_Direction):
         dropout: dropout rate of the attention probabilities and of A in training, in [0, 1).
         norm_eps: epsilon of the LayerNorms.
 
-    Raises ``ValueError`` or ``TypeError`` on bad arguments.
+    Raises:
+        TypeError, ValueError: bad arguments.
+
+    Examples:
+        >>> import torch, mmfused
+        >>> layer = mmfused.GatedCrossAttention(16, num_heads=2, context_dim=24)
+        >>> text, image = torch.randn(2, 5, 16), torch.randn(2, 9, 24)
+        >>> has_image = torch.tensor([True, False])
+        >>> out = layer(text, image, context_present=has_image)
+        >>> out.shape
+        torch.Size([2, 5, 16])
+        >>> torch.equal(out[1], text[1])  # unchanged, as this sample has no image
+        True
     """
 
     def __init__(
@@ -191,6 +203,20 @@ class BidirectionalGatedCrossAttention(nn.Module):
         share_weights: whether to_a and to_b are one module (LXMERT).
         gate, indicator, missing, pre_norm, bias, dropout, norm_eps: as in
             :class:`GatedCrossAttention`.
+
+    Raises:
+        TypeError, ValueError: bad arguments.
+
+    Examples:
+        >>> import torch, mmfused
+        >>> layer = mmfused.BidirectionalGatedCrossAttention(16, num_heads=2)
+        >>> image, text = torch.randn(2, 9, 16), torch.randn(2, 5, 16)
+        >>> padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])  # True = ignore
+        >>> new_image, new_text = layer(image, text, b_key_padding_mask=padding)
+        >>> new_image.shape, new_text.shape
+        (torch.Size([2, 9, 16]), torch.Size([2, 5, 16]))
+        >>> torch.equal(new_text[padding], text[padding])  # ignored tokens do not change
+        True
     """
 
     def __init__(
@@ -246,8 +272,10 @@ class BidirectionalGatedCrossAttention(nn.Module):
         """Return the outputs for a (B, N, dim) and b (B, M, dim).
 
         Args:
-            a, b: (B, N, dim) and (B, M, dim).
-            a_key_padding_mask, b_key_padding_mask: (B, N) and (B, M) bool, True = ignore.
+            a: (B, N, dim).
+            b: (B, M, dim).
+            a_key_padding_mask: (B, N) bool, True = ignore.
+            b_key_padding_mask: (B, M) bool, True = ignore.
             a_lengths, b_lengths: (B,) int, the number of tokens that count; an alternative to the
                 masks.
             a_present, b_present: (B,) bool, default all True.
@@ -302,6 +330,14 @@ class TokenGate(nn.Module):
         dropout: dropout rate after each hidden layer in training.
 
     Source: FLUID (arXiv 2508.07264), section 4.4.
+
+    Examples:
+        >>> import torch, mmfused
+        >>> gate = mmfused.TokenGate(16)
+        >>> image, text = torch.randn(2, 8, 16), torch.randn(2, 8, 16)
+        >>> s = gate.share(image, text)[..., None]  # between 0 and 1
+        >>> torch.allclose(gate(image, text), s * image + (1 - s) * text)
+        True
     """
 
     def __init__(
@@ -348,10 +384,25 @@ def pack_passes(
     output with ``chunk(len(passes))``.
 
     Args:
-        a, b: (B, N, dim) and (B, M, dim).
+        a: (B, N, dim).
+        b: (B, M, dim).
         passes: the passes to pack, each "both", "a" or "b".
 
-    Returns: a, b, a_present and b_present, each with ``len(passes) * B`` samples.
+    Returns:
+        a, b, a_present and b_present, each with ``len(passes) * B`` samples.
+
+    Raises:
+        ValueError: ``passes`` is empty or has an unknown name.
+
+    Examples:
+        >>> import torch, mmfused
+        >>> layer = mmfused.BidirectionalGatedCrossAttention(16, num_heads=2, missing="constant")
+        >>> image, text = torch.randn(2, 9, 16), torch.randn(2, 5, 16)
+        >>> a, b, a_present, b_present = mmfused.pack_passes(image, text)
+        >>> new_a, new_b = layer(a, b, a_present=a_present, b_present=b_present)
+        >>> of_both, of_image, of_text = new_a.chunk(3)
+        >>> torch.allclose(of_both, layer(image, text)[0], atol=1e-5)
+        True
     """
     unknown = [name for name in passes if name not in ("both", "a", "b")]
     if unknown or not passes:

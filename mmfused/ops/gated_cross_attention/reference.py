@@ -44,19 +44,29 @@ Norm = Sequence[Tensor]  # weight and bias
 
 
 class CrossAttentionWeights(NamedTuple):
-    """Weights and biases of one direction, with the shapes of ``nn.Linear``; biases may be None."""
+    """Weights and biases of one direction, with the shapes of ``nn.Linear``; biases may be None.
 
-    w_q: Tensor | Called  # (D, D), for x
-    w_k: Tensor | Called  # (D, Dc), for the context
-    w_v: Tensor | Called  # (D, Dc)
-    w_o: Tensor | Called  # (D, D)
-    # (D or 1, 2D or 2D + 1): columns for x, A and the indicator; None without a gate
+    Examples:
+        >>> import torch, mmfused
+        >>> layer = mmfused.GatedCrossAttention(16, num_heads=2, context_dim=24)
+        >>> weights = layer.weights()
+        >>> weights.w_k.shape  # from 24 channels of the context to 16
+        torch.Size([16, 24])
+        >>> weights.w_g.shape  # a gate per channel, from x, A and the indicator
+        torch.Size([16, 33])
+    """
+
+    w_q: Tensor | Called  #: (D, D), for x
+    w_k: Tensor | Called  #: (D, Dc), for the context
+    w_v: Tensor | Called  #: (D, Dc), for the context
+    w_o: Tensor | Called  #: (D, D), for the output
+    #: (D or 1, 2D or 2D + 1): columns for x, A and the indicator; None without a gate
     w_g: Tensor | Called | None = None
-    b_q: Tensor | None = None  # (D,)
-    b_k: Tensor | None = None  # (D,)
-    b_v: Tensor | None = None  # (D,)
-    b_o: Tensor | None = None  # (D,)
-    b_g: Tensor | None = None  # (D,) or (1,)
+    b_q: Tensor | None = None  #: (D,)
+    b_k: Tensor | None = None  #: (D,)
+    b_v: Tensor | None = None  #: (D,)
+    b_o: Tensor | None = None  #: (D,)
+    b_g: Tensor | None = None  #: (D,) or (1,)
 
 
 class SideInput(NamedTuple):
@@ -122,6 +132,17 @@ def gated_cross_attention_reference(
     """Compute :func:`gated_cross_attention`.
 
     This is the specification: plain PyTorch for any floating dtype on any device.
+
+    Examples:
+        >>> import torch, mmfused
+        >>> layer = mmfused.GatedCrossAttention(16, num_heads=2)
+        >>> norm = layer.norm_x.weight, layer.norm_x.bias
+        >>> x, context = torch.randn(2, 5, 16), torch.randn(2, 9, 16)
+        >>> exact = mmfused.gated_cross_attention_reference(
+        ...     x, context, layer.weights(), num_heads=2, norm_x=norm, norm_context=norm
+        ... )
+        >>> torch.allclose(layer(x, context), exact, atol=1e-5)
+        True
     """
     options = CrossAttentionOptions(
         num_heads=num_heads,
@@ -163,7 +184,22 @@ def bidirectional_gated_cross_attention_reference(
     b_lengths: Tensor | None = None,
     b_present: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute :func:`bidirectional_gated_cross_attention`, one direction after the other."""
+    """Compute :func:`bidirectional_gated_cross_attention`, one direction after the other.
+
+    This is the specification: plain PyTorch for any floating dtype on any device.
+
+    Examples:
+        >>> import torch, mmfused
+        >>> layer = mmfused.BidirectionalGatedCrossAttention(16, num_heads=2)
+        >>> norm = layer.norm_a.weight, layer.norm_a.bias
+        >>> weights = layer.to_a.weights(), layer.to_b.weights()
+        >>> a, b = torch.randn(2, 9, 16), torch.randn(2, 5, 16)
+        >>> exact_a, exact_b = mmfused.bidirectional_gated_cross_attention_reference(
+        ...     a, b, *weights, num_heads=2, norm_a=norm, norm_b=norm
+        ... )
+        >>> torch.allclose(layer(a, b)[1], exact_b, atol=1e-5)
+        True
+    """
     options = CrossAttentionOptions(
         num_heads=num_heads,
         gate=gate,

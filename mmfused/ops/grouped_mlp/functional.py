@@ -42,6 +42,19 @@ def grouped_linear(
     Raises:
         TypeError, ValueError: bad input; raised before any kernel is launched.
         RuntimeError: ``backend("fused")`` cannot run; raised before any kernel is launched.
+
+    Examples:
+        >>> import torch, mmfused
+        >>> x, up, down = torch.randn(10, 8), torch.randn(4, 16, 8), torch.randn(4, 8, 16)
+        >>> routing = mmfused.topk_routing(torch.randn(10, 4), 2)
+        >>> hidden = mmfused.grouped_linear(x, routing, up).tanh()  # an activation of your own
+        >>> hidden.shape
+        torch.Size([20, 16])
+        >>> out = mmfused.grouped_linear(hidden, routing, down, gather=False, combine=True)
+        >>> every = (x @ up.mT).tanh() @ down.mT  # (experts, tokens, 8), all experts for all tokens
+        >>> chosen = every[routing.indices, torch.arange(10)[:, None]]
+        >>> torch.allclose(out, (routing.weights[..., None] * chosen).sum(1), atol=1e-4)
+        True
     """
     x, weight, bias = to_autocast(x, weight, bias)
     check_linear(x, routing, weight, bias, gather)
@@ -106,6 +119,16 @@ def grouped_mlp(
     Raises:
         TypeError, ValueError: bad input; raised before any kernel is launched.
         RuntimeError: ``backend("fused")`` cannot run; raised before any kernel is launched.
+
+    Examples:
+        >>> import torch, mmfused
+        >>> x, w_up, w_down = torch.randn(10, 8), torch.randn(4, 16, 8), torch.randn(4, 8, 16)
+        >>> routing = mmfused.topk_routing(torch.randn(10, 4), 2)
+        >>> out = mmfused.grouped_mlp(x, routing, w_up, w_down, activation="relu")
+        >>> every = (x @ w_up.mT).relu() @ w_down.mT  # (experts, tokens, 8)
+        >>> chosen = every[routing.indices, torch.arange(10)[:, None]]
+        >>> torch.allclose(out, (routing.weights[..., None] * chosen).sum(1), atol=1e-4)
+        True
     """
     x, *given = to_autocast(x, w_up, w_gate, w_down, b_up, b_down)
     parameters = Parameters(*given)

@@ -37,8 +37,8 @@ class TopKMoE(nn.Module):
         b_up      (E, hidden_dim)
         b_down    (E, out_dim)
 
-    ``forward`` returns the losses in a :class:`Routing`. To balance the experts, add
-    ``coefficient * routing.balance_loss`` to the training loss.
+    ``forward`` returns the output and a :class:`Routing`, which holds the losses. To balance the
+    experts, add ``coefficient * routing.balance_loss`` to the training loss.
 
     Args:
         dim: width of the tokens.
@@ -55,6 +55,19 @@ class TopKMoE(nn.Module):
             buffer.
         score, renormalize, num_segments, balance: as in :func:`topk_routing`.
         jitter: as in :func:`topk_routing`, in training only.
+
+    Raises:
+        ValueError: ``top_k`` or ``activation`` is invalid.
+
+    Examples:
+        >>> import torch, mmfused
+        >>> moe = mmfused.TopKMoE(16, hidden_dim=32, num_experts=4, top_k=2, activation="swiglu")
+        >>> x = torch.randn(3, 10, 16)  # (batch, tokens, dim)
+        >>> out, routing = moe(x)
+        >>> loss = out.square().mean() + 0.01 * routing.balance_loss
+        >>> loss.backward()
+        >>> out.shape, routing.indices.shape
+        (torch.Size([3, 10, 16]), torch.Size([30, 2]))
     """
 
     selection_bias: Tensor | None

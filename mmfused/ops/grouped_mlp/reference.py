@@ -53,6 +53,14 @@ def grouped_linear_reference(
 
     This is the specification. It supports any floating dtype, any device and derivatives of any
     order.
+
+    Examples:
+        >>> import torch, mmfused
+        >>> x, weight = torch.randn(10, 8), torch.randn(4, 16, 8)
+        >>> routing = mmfused.topk_routing(torch.randn(10, 4), 2)
+        >>> exact = mmfused.grouped_linear_reference(x, routing, weight)
+        >>> torch.allclose(mmfused.grouped_linear(x, routing, weight), exact, atol=1e-5)
+        True
     """
     tokens, k = routing.indices.shape
     valid = torch.arange(tokens * k, device=x.device) < routing.offsets[-1]
@@ -86,7 +94,15 @@ def grouped_mlp_reference(
     """Compute :func:`grouped_mlp` with :func:`grouped_linear_reference`.
 
     This is the specification. It supports any floating dtype, any device and derivatives of any
-    order.
+    order. ``w_up`` is not packed; "swiglu" needs ``w_gate``.
+
+    Examples:
+        >>> import torch, mmfused
+        >>> x, w_up, w_down = torch.randn(10, 8), torch.randn(4, 16, 8), torch.randn(4, 8, 16)
+        >>> routing = mmfused.topk_routing(torch.randn(10, 4), 2)
+        >>> exact = mmfused.grouped_mlp_reference(x, routing, w_up, w_down)
+        >>> torch.allclose(mmfused.grouped_mlp(x, routing, w_up, w_down), exact, atol=1e-4)
+        True
     """
     hidden = grouped_linear_reference(x, routing, w_up, b_up)
     gate = None if w_gate is None else grouped_linear_reference(x, routing, w_gate)

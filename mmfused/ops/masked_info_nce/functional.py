@@ -98,6 +98,20 @@ def masked_info_nce(
 
     Source: UNITE (arXiv 2505.19650), UniCA (arXiv 2606.28350), SupCon (arXiv 2004.11362). Masking
     by keys is specific to this library.
+
+    Examples:
+        >>> import torch, mmfused
+        >>> from torch.nn.functional import cross_entropy, normalize
+        >>> query, candidate = (normalize(torch.randn(4, 16), dim=-1) for _ in range(2))
+        >>> loss = mmfused.masked_info_nce(query, candidate, temperature=0.07)
+        >>> torch.allclose(loss, cross_entropy(query @ candidate.T / 0.07, torch.arange(4)))
+        True
+        >>> label = torch.tensor([5, 6, 5, 7])  # rows 0 and 2 show the same product
+        >>> dropped = mmfused.masked_info_nce(
+        ...     query, candidate, temperature=0.07, query_id=label, candidate_id=label
+        ... )
+        >>> bool(dropped < loss)  # it counts as a negative no more
+        True
     """
     labels = Labels(
         target=target,

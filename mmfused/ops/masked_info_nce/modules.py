@@ -51,6 +51,23 @@ class MaskedInfoNCE(nn.Module):
         reduction: as in :func:`masked_info_nce`; must be "mean" with ``gather``.
         options: ``same_id``, ``symmetric``, ``positive_weight``, ``label_smoothing`` and
             ``false_negative_margin`` of :func:`masked_info_nce`.
+
+    Raises:
+        TypeError: an option is unknown.
+        ValueError: ``temperature``, ``max_scale``, ``gather`` or ``reduction`` is invalid, or
+            ``gather="local"`` is combined with ``symmetric``.
+
+    Examples:
+        >>> import torch, mmfused
+        >>> from torch.nn.functional import cross_entropy, normalize
+        >>> clip_loss = mmfused.MaskedInfoNCE(0.07, learnable_temperature=True, symmetric=True)
+        >>> image, text = torch.randn(4, 16), torch.randn(4, 16)
+        >>> loss = clip_loss(image, text)
+        >>> logits = normalize(image, dim=-1) @ normalize(text, dim=-1).T / 0.07
+        >>> target = torch.arange(4)
+        >>> both = cross_entropy(logits, target) + cross_entropy(logits.T, target)
+        >>> torch.allclose(loss, both / 2, atol=1e-5)
+        True
     """
 
     log_scale: Tensor  # a parameter if the temperature is learned
@@ -94,10 +111,16 @@ class MaskedInfoNCE(nn.Module):
         candidate: Tensor,
         **labels: Unpack[LabelArguments],
     ) -> Tensor:
-        """Compute the loss of query (B, D) and candidate (C, D).
+        """Compute the loss.
 
-        ``labels``: target, query_key, candidate_key, query_id, candidate_id and row_weight of
-        :func:`masked_info_nce`.
+        Args:
+            query: (B, D).
+            candidate: (C, D).
+            labels: target, query_key, candidate_key, query_id, candidate_id and row_weight of
+                :func:`masked_info_nce`.
+
+        Returns:
+            A scalar, or (B,) with reduction "none"; float32 or float64.
         """
         temperature = self._temperature()
         if self.normalize:

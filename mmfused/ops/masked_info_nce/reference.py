@@ -59,7 +59,18 @@ def masked_info_nce_reference(
     """Compute :func:`masked_info_nce` in plain PyTorch.
 
     This is the specification. It supports any floating dtype, any device and derivatives of any
-    order.
+    order. It stores the B x C matrix.
+
+    Examples:
+        >>> import torch, mmfused
+        >>> query, candidate = torch.randn(4, 16), torch.randn(6, 16)
+        >>> key = torch.tensor([0, 0, 1, 1, 0, -1])  # -1: a candidate of every row
+        >>> loss = mmfused.masked_info_nce(query, candidate, temperature=1.0, candidate_key=key)
+        >>> exact = mmfused.masked_info_nce_reference(
+        ...     query.double(), candidate.double(), temperature=1.0, candidate_key=key
+        ... )
+        >>> torch.allclose(loss.double(), exact, atol=1e-5)
+        True
     """
     labels = Labels(
         target=target,

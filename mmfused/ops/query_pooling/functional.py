@@ -62,18 +62,21 @@ def query_pooling(
     Args:
         x: tokens (B, N, D); float32, float16, bfloat16 or float64.
         queries: projected queries, (B, L, Dk), or (L, Dk) for all samples.
-        w_k, w_v: (Dk, D) and (Dv, D), as ``nn.Linear.weight``.
-        b_v, b_k: (Dv,) and (Dk,). ``b_k`` has no effect on the output; in the absorbed form its
-            gradient is exactly zero.
+        w_k: (Dk, D), weight of the key projection, as ``nn.Linear.weight``.
+        w_v: (Dv, D), weight of the value projection.
+        b_v: (Dv,), bias of the value projection.
+        b_k: (Dk,), bias of the key projection. It has no effect on the output; in the absorbed form
+            its gradient is exactly zero.
         num_heads: number of heads, a divisor of Dk and Dv.
         scale: factor of the logits, default ``(Dk / num_heads) ** -0.5``.
         key_padding_mask: (B, N) bool, True = ignore. Ignored tokens may be NaN. A sample in which
             all tokens are ignored gives output 0 (not the value bias) and gradient 0.
         lengths: (B,) int; only the first ``lengths[b]`` tokens of sample b count. An alternative to
             the mask.
-        norm_weight, norm_bias, norm_eps: weight (D,), bias (D,) and epsilon of a LayerNorm over
-            ``x`` before both projections; no LayerNorm if ``norm_weight`` is None. The kernels do
-            not support a LayerNorm with D = 2.
+        norm_weight: (D,), weight of a LayerNorm over ``x`` before both projections; None for no
+            LayerNorm. The kernels do not support a LayerNorm with D = 2.
+        norm_bias: (D,), bias of the LayerNorm.
+        norm_eps: epsilon of the LayerNorm.
         dropout_p: dropout rate of the attention probabilities, in [0, 1).
         dropout_seed: int64 scalar tensor, default drawn from the device's generator. A seed gives
             the same dropout mask on every backend (``mmfused.testing.dropout_mask``).
@@ -81,12 +84,25 @@ def query_pooling(
             "auto" compares the FLOPs of both forms; under ``backend("fused")`` it is "absorbed".
             ``backend("reference")`` ignores ``form``.
 
-    Returns: (B, L, Dv) in the dtype of ``x``, or in the autocast dtype under autocast.
+    Returns:
+        (B, L, Dv) in the dtype of ``x``, or in the autocast dtype under autocast.
 
-    Raises: ``TypeError`` or ``ValueError`` on bad input, and ``RuntimeError`` if
-    ``backend("fused")`` cannot run. Errors are raised before any kernel is launched.
+    Raises:
+        TypeError, ValueError: bad input; raised before any kernel is launched.
+        RuntimeError: ``backend("fused")`` cannot run; raised before any kernel is launched.
 
     Source: FLUID (arXiv 2508.07264), equations 3-8. The absorbed form is specific to this library.
+
+    Examples:
+        >>> import torch, mmfused
+        >>> x, queries = torch.randn(4, 50, 32), torch.randn(2, 16)
+        >>> w_k, w_v = torch.randn(16, 32) / 6, torch.randn(24, 32) / 6
+        >>> pooled = mmfused.query_pooling(x, queries, w_k, w_v)
+        >>> pooled.shape
+        torch.Size([4, 2, 24])
+        >>> probabilities = torch.softmax(queries @ (x @ w_k.T).mT / 16**0.5, dim=-1)
+        >>> torch.allclose(pooled, probabilities @ (x @ w_v.T), atol=1e-5)
+        True
     """
     weights = PoolingWeights(w_k, w_v, b_v, b_k)
     options = PoolingOptions(

@@ -40,8 +40,21 @@ class QueryPooling(nn.Module):
         dropout: dropout rate of the attention probabilities in training, in [0, 1).
 
     With ``q_proj``, ``out_proj`` and ``bias`` this is the attention of nn.MultiheadAttention,
-    except that a sample without tokens gives output 0. Raises ``ValueError`` or ``TypeError`` on
-    bad arguments.
+    except that a sample without tokens gives output 0.
+
+    Raises:
+        TypeError, ValueError: bad arguments.
+
+    Examples:
+        >>> import torch, mmfused
+        >>> pool = mmfused.QueryPooling(32, num_queries=2, num_heads=4)
+        >>> tokens = torch.randn(3, 10, 32)
+        >>> lengths = torch.tensor([10, 4, 0])  # the tokens that count in each sample
+        >>> pooled = pool(tokens, lengths=lengths)
+        >>> pooled.shape
+        torch.Size([3, 2, 32])
+        >>> torch.allclose(pooled[1:2], pool(tokens[1:2, :4]), atol=1e-5)
+        True
     """
 
     def __init__(
@@ -101,7 +114,8 @@ class QueryPooling(nn.Module):
             lengths: (B,) int, the number of tokens that count; an alternative to the mask.
             dropout_seed: see :func:`query_pooling`.
 
-        Returns: (B, L, dim).
+        Returns:
+            (B, L, dim).
         """
         queries = self.queries if queries is None else queries
         if queries is None:
@@ -223,6 +237,16 @@ class QTransform(nn.Module):
 
     The attention is that of arXiv 2508.07264, equations 3-6; the block structure and the dropout
     follow FLUID's public code.
+
+    Examples:
+        >>> import torch, mmfused
+        >>> transform = mmfused.QTransform(32, num_queries=8, depth=2, num_heads=4)
+        >>> patches = torch.randn(3, 50, 32)  # for example the tokens of a ViT
+        >>> q = transform(patches)
+        >>> q.shape
+        torch.Size([3, 8, 32])
+        >>> torch.allclose(q.mean(-1), torch.zeros(3, 8), atol=1e-5)  # each block ends in a norm
+        True
     """
 
     def __init__(

@@ -114,6 +114,17 @@ def query_pooling_reference(
     """Compute :func:`query_pooling` in the projected form.
 
     This is the specification: plain PyTorch for any floating dtype on any device.
+
+    Examples:
+        >>> import torch, mmfused
+        >>> x, queries = torch.randn(4, 50, 32), torch.randn(2, 16)
+        >>> weights = torch.randn(16, 32) / 6, torch.randn(24, 32) / 6
+        >>> pooled = mmfused.query_pooling(x, queries, *weights)
+        >>> exact = mmfused.query_pooling_reference(
+        ...     x.double(), queries.double(), *(w.double() for w in weights)
+        ... )
+        >>> torch.allclose(pooled.double(), exact, atol=1e-5)
+        True
     """
     ignore = padding_mask(x, key_padding_mask, lengths)
     if ignore is not None:

@@ -89,6 +89,17 @@ def topk_routing(
 
     Source: Switch Transformer (arXiv 2101.03961), GShard (2006.16668), ST-MoE (2202.08906),
     DeepSeek-V3 (2412.19437) for the bias, FLUID (2508.07264) eq. 9, MOON2.0 (2511.12449).
+
+    Examples:
+        >>> import torch, mmfused
+        >>> logits = torch.tensor([[3.0, 1.0, 0.0], [0.0, 1.0, 3.0]])  # 2 tokens, 3 experts
+        >>> routing = mmfused.topk_routing(logits, 2)
+        >>> routing.indices
+        tensor([[0, 1],
+                [2, 1]])
+        >>> torch.allclose(routing.weights, logits.topk(2).values.softmax(-1))
+        True
+        >>> loss = 0.01 * routing.balance_loss + 0.001 * routing.z_loss  # add it to the task's loss
     """
     op = "topk_routing"
     inputs = Inputs(
@@ -131,7 +142,21 @@ def topk_routing_from_input(
         router_bias: (E,).
         options: keyword arguments of :func:`topk_routing`.
 
-    Raises: the errors of :func:`topk_routing`.
+    Returns:
+        A :class:`Routing`, as :func:`topk_routing`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`topk_routing`.
+
+    Examples:
+        >>> import torch, mmfused
+        >>> tokens, router = torch.randn(10, 16), torch.nn.Linear(16, 4)
+        >>> routing = mmfused.topk_routing_from_input(tokens, router.weight, 2, router.bias)
+        >>> of_logits = mmfused.topk_routing(router(tokens), 2)
+        >>> torch.allclose(routing.weights, of_logits.weights, atol=1e-5)
+        True
+        >>> routing.counts.sum().item()  # each of 10 tokens has 2 experts
+        20
     """
     op = "topk_routing_from_input"
     if isinstance(x, Tensor) and autocast_dtype(x.device.type) is not None:
@@ -228,6 +253,18 @@ def update_selection_bias(
     Raises:
         TypeError: the bias is neither float32 nor float64.
         ValueError: counts and bias have different numbers of experts.
+
+    Examples:
+        >>> import torch, mmfused
+        >>> bias = torch.zeros(3)
+        >>> routing = mmfused.topk_routing(
+        ...     torch.tensor([[3.0, 1.0, 0.0], [3.0, 0.0, 1.0]]), 2, selection_bias=bias
+        ... )
+        >>> routing.counts  # the first expert is chosen by both tokens
+        tensor([[2, 1, 1]])
+        >>> mmfused.update_selection_bias(bias, routing.counts, rate=0.1)
+        >>> bias
+        tensor([-0.1000,  0.1000,  0.1000])
     """
     op = "update_selection_bias"
     if bias.dtype not in (torch.float32, torch.float64):

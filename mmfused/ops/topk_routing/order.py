@@ -21,29 +21,40 @@ class Routing(NamedTuple):
     """The k of E experts chosen for each of T tokens, which belong to S segments.
 
     This is the result of :func:`topk_routing`, and an argument of the grouped products.
+
+    Examples:
+        >>> import torch, mmfused
+        >>> logits = torch.tensor([[0.0, 2.0], [3.0, 0.0], [0.0, 1.0]])  # 3 tokens, 2 experts
+        >>> routing = mmfused.topk_routing(logits, 1)
+        >>> routing.indices.flatten()
+        tensor([1, 0, 1])
+        >>> routing.order.tolist()  # with k = 1, the tokens sorted by expert
+        [1, 0, 2]
+        >>> routing.offsets.tolist()  # expert 0 has sorted row 0, expert 1 rows 1 and 2
+        [0, 1, 3]
     """
 
-    # (T, k) int64, the chosen experts, best first unless the caller gave the indices; in [0, E)
-    # for masked tokens too
+    #: (T, k) int64, the chosen experts, best first unless the caller gave the indices; in [0, E)
+    #: for masked tokens too
     indices: Tensor
-    # (T, k) float32 or float64, 0 for masked tokens; carries the router's gradient
+    #: (T, k) float32 or float64, 0 for masked tokens; carries the router's gradient
     weights: Tensor
-    # (S, E) int64, the number of assignments of unmasked tokens to each expert in each segment
+    #: (S, E) int64, the number of assignments of unmasked tokens to each expert in each segment
     counts: Tensor
-    # () in the dtype of weights; not multiplied by a coefficient
+    #: () in the dtype of weights; not multiplied by a coefficient
     balance_loss: Tensor
-    # () in the dtype of weights; not multiplied by a coefficient
+    #: () in the dtype of weights; not multiplied by a coefficient
     z_loss: Tensor
-    # () in the dtype of weights; not multiplied by a coefficient
+    #: () in the dtype of weights; not multiplied by a coefficient
     entropy: Tensor
-    # (T*k,) int32, the assignment in each sorted row
+    #: (T*k,) int32, the assignment in each sorted row; assignment t * k + j is choice j of token t
     order: Tensor
-    # (T*k,) int32, the sorted row of each assignment: the inverse of order
+    #: (T*k,) int32, the sorted row of each assignment: the inverse of order
     position: Tensor
-    # (E+1,) int32, the first sorted row of each expert, then the number of rows of unmasked tokens
+    #: (E+1,) int32, the first sorted row of each expert, then the number of rows of unmasked tokens
     offsets: Tensor
-    # (T*k // 16 + E, 2) int32, expert and first sorted row of each tile of the grouped products;
-    # (0, 2) if routing ran without kernels
+    #: (T*k // 16 + E, 2) int32, expert and first sorted row of each tile of the grouped products;
+    #: (0, 2) if routing ran without kernels
     tiles: Tensor
 
 
@@ -123,6 +134,16 @@ def routing_from_indices(
         ValueError: bad input. An index out of range raises only on a CPU in eager mode. Elsewhere
             the weight of such an index becomes NaN.
         RuntimeError: ``backend("fused")`` cannot run.
+
+    Examples:
+        >>> import torch, mmfused
+        >>> probabilities = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6]])  # a router of your own
+        >>> weights, indices = probabilities.topk(2)
+        >>> routing = mmfused.routing_from_indices(indices, weights, num_experts=3)
+        >>> routing.counts
+        tensor([[1, 2, 1]])
+        >>> torch.equal(routing.weights, weights)
+        True
     """
     op = "routing_from_indices"
     check_tensors(op, indices=indices, weights=weights, token_padding_mask=token_padding_mask)

@@ -74,6 +74,16 @@ def topk_routing_reference(
 
     This is the specification. It supports any floating dtype, any device and derivatives of any
     order.
+
+    Examples:
+        >>> import torch, mmfused
+        >>> logits = torch.randn(10, 4)
+        >>> exact = mmfused.topk_routing_reference(logits.double(), 2)
+        >>> routing = mmfused.topk_routing(logits, 2)
+        >>> torch.equal(routing.indices, exact.indices)
+        True
+        >>> torch.allclose(routing.balance_loss.double(), exact.balance_loss, atol=1e-5)
+        True
     """
     inputs = Inputs(
         selection_bias=selection_bias,
