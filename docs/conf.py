@@ -1,6 +1,11 @@
 """Sphinx configuration: `make docs` builds the site and runs the examples of the docstrings."""
 
+import sys
+from pathlib import Path
+
 import mmfused
+
+sys.path.insert(0, str(Path(__file__).parent))  # for docstrings.py
 
 project = "mmfused"
 author = "the mmfused authors"
@@ -15,6 +20,7 @@ extensions = [
     "sphinx.ext.mathjax",
     "sphinx-mathjax-offline",  # MathJax with the site, so that formulas need no other server
     "sphinx_copybutton",
+    "docstrings",
 ]
 exclude_patterns = ["_build"]
 
@@ -29,5 +35,7 @@ myst_heading_anchors = 3
 napoleon_numpy_docstring = False
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
+autodoc_typehints_format = "short"
 autodoc_member_order = "bysource"
-autodoc_class_signature = "separated"
+default_role = "code"
+maximum_signature_line_length = 78  # a longer signature has one parameter a line

@@ -35,11 +35,12 @@ class RetrievalModel(nn.Module):
     """Base of models that compute a loss from the parts of a batch.
 
     The loss has two steps, `encode` and `compare`, so that GradCache can encode a part in chunks.
-    A subclass defines:
-        encode: returns what the loss needs of one part: tensors with a row for each item, and
-            scalars, which GradCache averages over the chunks.
-        compare: returns the loss of the encoded parts.
-        embed: returns unit embeddings (B, D) of each view.
+    A subclass defines
+
+    * `encode`, which returns what the loss needs of one part: tensors with a row for each item, and
+      scalars, which GradCache averages over the chunks;
+    * `compare`, which returns the loss of the encoded parts;
+    * `embed`, which returns unit embeddings (B, D) of each view.
 
     On several ranks, the mean of the ranks' gradients is the gradient of one process with the whole
     batch. MOON2's balance loss and UniCA with gather="local" are exceptions. A rank may have no
