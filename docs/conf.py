@@ -1,5 +1,6 @@
 """Sphinx configuration: `make docs` builds the site and runs the examples of the docstrings."""
 
+import doctest
 import sys
 from pathlib import Path
 
@@ -39,3 +40,22 @@ autodoc_typehints_format = "short"
 autodoc_member_order = "bysource"
 default_role = "code"
 maximum_signature_line_length = 78  # a longer signature has one parameter a line
+
+# Each reference to a function, method or module must have a target. Classes of torch and Python,
+# which type annotations name, have their pages elsewhere, and fields have no pages.
+nitpicky = True
+nitpick_ignore_regex = [
+    ("py:class", r"(?!mmfused\.(\w+$|(losses|models|data|testing)\.\w+$)).*"),
+    ("py:(attr|exc)", r"(?!mmfused\.\w).*"),
+]
+
+# The examples of pages and docstrings run with these names, each page from the same seed.
+doctest_global_setup = """
+import torch
+import mmfused
+from torch import nn
+import torch.nn.functional as F
+torch.manual_seed(0)
+"""
+doctest_default_flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+trim_doctest_flags = True

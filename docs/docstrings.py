@@ -66,8 +66,8 @@ def _process(
 def _with_literal_blocks(lines: list[str]) -> list[str]:
     """Make a code block of each block that is indented below a blank line.
 
-    The items of a section such as Args follow their heading without a blank line. A paragraph that
-    ends in ``::`` begins a literal block already, and a line that begins with ``..`` is a directive.
+    The items of a section such as Args follow their heading without a blank line. Blocks below a
+    paragraph that ends in ``::`` and below a line that begins with ``..`` stay as they are.
     """
     out: list[str] = []
     for i, line in enumerate(lines):

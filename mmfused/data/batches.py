@@ -38,7 +38,7 @@ class Collate:
             one token.
         image_size: side S of the model's input images, in pixels.
         max_length: largest number of tokens of a text; longer texts are truncated.
-        augment: augment the images as :mod:`.augment` describes.
+        augment: augment the images as ``mmfused.data.augment`` describes.
         seed: seed of the augmentation.
         mean: mean of each colour channel.
         std: standard deviation of each colour channel, above 0.

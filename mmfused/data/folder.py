@@ -43,7 +43,7 @@ class ProductFolder(Dataset[dict[str, Any]]):
     its image is zero and ``image_present`` is False. If ``text`` is empty, the item has no text.
 
     A row is skipped if it is not well-formed, has neither an image nor a text, has an invalid label
-    or coarse label, or has an image that :func:`~mmfused.data.pictures.load_picture` cannot load.
+    or coarse label, or has an image that :func:`load_picture` cannot load.
     ``.skipped`` has one sentence about each skipped row.
 
     An item is ``{"image": uint8 (3, H, W), "image_present": bool, "text": str, "label": int}``.
