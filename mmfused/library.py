@@ -61,7 +61,22 @@ class backend(Choice[Backend]):
     gradients and raises if a gradient is needed. ``torch.onnx.export(dynamo=True)`` produces
     standard ONNX operators only.
 
-    Raises ``ValueError`` for an unknown name.
+    Raises:
+        ValueError: the name is unknown.
+
+    Examples:
+        >>> import torch, mmfused
+        >>> pool, tokens = mmfused.QueryPooling(16, num_queries=2), torch.randn(3, 10, 16)
+        >>> pooled = pool(tokens)
+        >>> with mmfused.backend("reference"):
+        ...     exact = pool(tokens)
+        >>> torch.allclose(pooled, exact, atol=1e-5)
+        True
+        >>> with mmfused.backend("fused"):  # float64 has no kernel: no silent fallback
+        ...     pool.double()(tokens.double())
+        Traceback (most recent call last):
+            ...
+        RuntimeError: query_pooling: backend 'fused' cannot run here: ...
     """
 
     switch = _backend
@@ -73,7 +88,20 @@ def set_backend(name: Backend) -> None:
     ``with mmfused.backend(...)`` overrides the default. The initial default is the value of the
     environment variable ``MMFUSED_BACKEND``, or "auto".
 
-    Raises ``ValueError`` for a name that :class:`backend` does not accept.
+    Args:
+        name: "reference", "composed", "fused" or "auto", see :class:`backend`.
+
+    Raises:
+        ValueError: the name is unknown.
+
+    Examples:
+        >>> import mmfused
+        >>> mmfused.set_backend("composed")  # no kernels, for example to debug
+        >>> mmfused.set_backend("auto")
+        >>> mmfused.set_backend("triton")
+        Traceback (most recent call last):
+            ...
+        ValueError: backend name: got 'triton', expected one of auto, reference, composed, fused
     """
     _backend.set(name)
 

@@ -25,11 +25,28 @@ BLOCK_PAIRS = 2**22  # number of pairs per block, which take 16 MB in float32
 
 
 def positive_similarity(query: Tensor, positive: Tensor) -> Tensor:
-    """Return the mean over rows of ``1 - cos(query_i, positive_i)``, for two (B, D) tensors.
+    """Return the mean over rows of ``1 - cos(query_i, positive_i)``.
 
     This is a loss of UniCA (arXiv 2606.28350), as this library interprets the paper. With
-    normalised embeddings, ``masked_info_nce(..., positive_weight=...)`` computes the sum of this
-    loss and the contrastive loss.
+    normalised embeddings, ``masked_info_nce(..., positive_weight=...)`` computes the sum of the
+    contrastive loss and ``positive_weight`` times this loss.
+
+    Args:
+        query: (B, D).
+        positive: (B, D), the positive of each query.
+
+    Returns:
+        A scalar, float32 or float64.
+
+    Raises:
+        ValueError: the shapes differ.
+
+    Examples:
+        >>> import torch, mmfused
+        >>> query = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+        >>> positive = torch.tensor([[3.0, 0.0], [1.0, 0.0]])  # parallel, perpendicular
+        >>> mmfused.losses.positive_similarity(query, positive)
+        tensor(0.5000)
     """
     op = "positive_similarity"
     query, positive = _floats(op, query=query, positive=positive)
@@ -60,7 +77,25 @@ def hard_negative_margin(
         candidate: (C, D), C >= B.
         temperature: divisor of the logits, a number or a tensor of one element.
         margin: a number or a tensor of one element.
-        fraction: fraction of the candidates that count as hard negatives.
+        fraction: fraction of the candidates that count as hard negatives, from 0 to 1.
+
+    Returns:
+        A scalar, float32 or float64.
+
+    Raises:
+        TypeError, ValueError: bad input.
+
+    Examples:
+        >>> import torch, mmfused
+        >>> query, candidate = torch.eye(2), torch.tensor([[1.0, 0.9], [0.0, 1.0]])
+        >>> logits = query @ candidate.T
+        >>> logits
+        tensor([[1.0000, 0.0000],
+                [0.9000, 1.0000]])
+        >>> # With one hard negative a row, only the second row is within the margin.
+        >>> loss = mmfused.losses.hard_negative_margin(query, candidate, margin=0.2)
+        >>> torch.allclose(loss, torch.tensor((0.0 + 0.2 + 0.9 - 1.0) / 2))
+        True
     """
     op = "hard_negative_margin"
     query, candidate = _floats(op, query=query, candidate=candidate)
@@ -108,6 +143,21 @@ def product_hinge(
         margin: a number or a tensor of one element.
         positive: (B,) scores p_i; None takes S_ii.
         diagonal: whether the pairs with i = j have the margin.
+
+    Returns:
+        A scalar, float32 or float64.
+
+    Raises:
+        TypeError, ValueError: bad input.
+
+    Examples:
+        >>> import torch, mmfused
+        >>> query, candidate = torch.randn(4, 8), torch.randn(4, 8)
+        >>> loss = mmfused.losses.product_hinge(query, candidate, margin=0.3)
+        >>> s = query @ candidate.T
+        >>> margin = 0.3 * (1 - torch.eye(4))
+        >>> torch.allclose(loss, (margin + s - s.diagonal()[:, None]).relu().mean(), atol=1e-5)
+        True
     """
     op = "product_hinge"
     query, candidate = _floats(op, query=query, candidate=candidate)
@@ -153,11 +203,28 @@ def product_consistency(
 
     Args:
         product: query and candidate embeddings of the products, (B, D) each.
-        image: query and candidate embeddings of the images.
-        text: query and candidate embeddings of the texts.
+        image: query and candidate embeddings of the images, (B, D) each.
+        text: query and candidate embeddings of the texts, (B, D) each.
         scale: factor of the similarities, a number or a tensor of one element.
         tolerance: a number or a tensor of one element.
         top: number of columns per row; at most B are used.
+
+    Returns:
+        A scalar, float32 or float64.
+
+    Raises:
+        TypeError, ValueError: bad input.
+
+    Examples:
+        >>> import torch, mmfused
+        >>> pair = torch.randn(4, 8), torch.randn(4, 8)
+        >>> mmfused.losses.product_consistency(pair, pair, pair)  # three equal matrices
+        tensor(0.)
+        >>> opposite = -pair[0], pair[1]
+        >>> loss = mmfused.losses.product_consistency(pair, pair, opposite, tolerance=0.0)
+        >>> s = pair[0] @ pair[1].T  # the text's matrix is -s; all 4 columns are in the top 10
+        >>> torch.allclose(loss, 2 * (s + s).square().mean() / 3, rtol=1e-4)
+        True
     """
     op = "product_consistency"
     if top < 1:
@@ -202,6 +269,22 @@ def sigmoid_contrastive(
         candidate: (C, D), C >= B.
         temperature: a number or a tensor of one element; the default is the paper's initial value.
         bias: a number or a tensor of one element; the default is the paper's initial value.
+
+    Returns:
+        A scalar, float32 or float64.
+
+    Raises:
+        TypeError, ValueError: bad input.
+
+    Examples:
+        >>> import torch, mmfused
+        >>> from torch.nn.functional import logsigmoid, normalize
+        >>> image, text = (normalize(torch.randn(4, 16), dim=-1) for _ in range(2))
+        >>> loss = mmfused.losses.sigmoid_contrastive(image, text)
+        >>> z = 2 * torch.eye(4) - 1  # 1 for pairs, -1 for all others
+        >>> expected = -logsigmoid(z * (image @ text.T / 0.1 - 10)).sum() / 4
+        >>> torch.allclose(loss, expected, atol=1e-5)
+        True
     """
     op = "sigmoid_contrastive"
     query, candidate = _floats(op, query=query, candidate=candidate)
@@ -227,6 +310,22 @@ def expert_shares(routing: Routing, samples: int) -> Tensor:
     Args:
         routing: the routing of B * N tokens, in which the tokens of a sample are adjacent.
         samples: number of samples B.
+
+    Returns:
+        (B, Z), in the dtype of ``routing.weights``.
+
+    Raises:
+        TypeError: ``routing`` is not a Routing.
+        ValueError: ``samples`` does not divide the number of tokens.
+
+    Examples:
+        >>> import torch, mmfused
+        >>> logits = torch.randn(3 * 5, 4)  # 3 samples of 5 tokens, 4 experts
+        >>> shares = mmfused.losses.expert_shares(mmfused.topk_routing(logits, 2), samples=3)
+        >>> shares.shape
+        torch.Size([3, 4])
+        >>> torch.allclose(shares.sum(1), torch.ones(3))
+        True
     """
     op = "expert_shares"
     if not isinstance(routing, Routing):
@@ -253,6 +352,8 @@ def dual_alignment(
 ) -> tuple[Tensor, Tensor]:
     """Return the weights omega of M objectives in MOON2.0 (arXiv 2511.12449), and a sparsity loss.
 
+    The weights and the sparsity loss are::
+
         p_zm = softmax over m of alignment_zm
         omega_m = mean over b in S_m of sum_z p_zm G_bz
         sparsity = mean over z of -sum_m p_zm log p_zm
@@ -274,6 +375,19 @@ def dual_alignment(
 
     Returns:
         The weights omega (M,), and the scalar sparsity loss, float32 or float64.
+
+    Raises:
+        TypeError, ValueError: bad input.
+
+    Examples:
+        >>> import torch, mmfused
+        >>> alignment = torch.zeros(4, 3, requires_grad=True)  # 4 experts, 3 objectives
+        >>> shares = torch.full((8, 4), 0.25)  # 8 samples
+        >>> omega, sparsity = mmfused.losses.dual_alignment(alignment, shares)
+        >>> torch.allclose(omega, torch.full((3,), 1 / 3))  # all the same at first
+        True
+        >>> objectives = torch.rand(3)
+        >>> loss = omega @ objectives + 0.01 * sparsity
     """
     _check_alignment(alignment, shares, members, normalise)
     dtype = reduce(torch.promote_types, (alignment.dtype, shares.dtype), torch.float32)

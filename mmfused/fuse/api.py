@@ -96,6 +96,19 @@ def fuse(
             iterable of strs. The model is unchanged.
         ValueError: an entry of ``only`` or ``skip`` is not one of the words and matches no module.
             The model is unchanged.
+
+    Examples:
+        >>> import torch, mmfused
+        >>> model = torch.nn.ModuleDict({"pool": torch.nn.MultiheadAttention(32, 4)})
+        >>> probe, tokens = torch.randn(1, 3, 32), torch.randn(50, 3, 32)
+        >>> before, _ = model["pool"](probe, tokens, tokens, need_weights=False)
+        >>> print(mmfused.fuse(model))
+        fuse: 1 swapped, 0 left
+        module  class                        what it does now, or why it was left
+        pool    MultiheadAttention  swapped  pools, or attends to another input, ...
+        >>> after, _ = model["pool"](probe, tokens, tokens, need_weights=False)
+        >>> torch.allclose(after, before, atol=1e-5)
+        True
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"fuse: model: got a {type(model).__name__}, expected a torch.nn.Module")
@@ -112,7 +125,10 @@ def fuse(
 
 
 def unfuse(model: nn.Module) -> list[str]:
-    """Undo :func:`fuse`: give every swapped module its own class again.
+    """Undo :func:`fuse`: give every swapped module its own class again, in place.
+
+    Args:
+        model: any module.
 
     Returns:
         The qualified names of the modules that were swapped.
@@ -120,6 +136,15 @@ def unfuse(model: nn.Module) -> list[str]:
     Raises:
         TypeError: another library has derived the class of a module from a fused class. The model
             is unchanged.
+
+    Examples:
+        >>> import torch, mmfused
+        >>> layer = torch.nn.TransformerDecoderLayer(32, 4)
+        >>> report = mmfused.fuse(layer)
+        >>> mmfused.unfuse(layer)
+        ['multihead_attn']
+        >>> type(layer.multihead_attn) is torch.nn.MultiheadAttention
+        True
     """
     fused = {name: module for name, module in model.named_modules() if isinstance(module, Swap)}
     for name, module in fused.items():

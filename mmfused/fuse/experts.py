@@ -150,6 +150,19 @@ def register_experts() -> None:
 
     Raises:
         ImportError: transformers is missing or has no experts interface.
+
+    Examples:
+        >>> import torch, mmfused
+        >>> from transformers import MixtralConfig, MixtralModel
+        >>> mmfused.register_experts()
+        >>> sizes = dict(hidden_size=32, intermediate_size=64, num_attention_heads=2)
+        >>> sizes |= dict(num_hidden_layers=1, num_key_value_heads=2, num_local_experts=4)
+        >>> model = MixtralModel(MixtralConfig(vocab_size=100, **sizes))
+        >>> input_ids = torch.tensor([[5, 17, 3, 99]])
+        >>> before = model(input_ids).last_hidden_state
+        >>> model.set_experts_implementation("mmfused")
+        >>> torch.allclose(model(input_ids).last_hidden_state, before, atol=1e-5)
+        True
     """
     try:
         from transformers.integrations.moe import ExpertsInterface

@@ -25,6 +25,18 @@ class FuseReport:
         left: why each known module that was not swapped was left unchanged.
         expected: the expected benefit of each swapped module, and when to expect no benefit.
         classes: the name of each module's original class.
+
+    Examples:
+        >>> import torch, mmfused
+        >>> report = mmfused.fuse(torch.nn.TransformerDecoderLayer(32, 4))
+        >>> list(report.swapped)
+        ['multihead_attn']
+        >>> report.left
+        {'self_attn': 'Self-attention: its tokens are its queries.'}
+        >>> print(report)
+        fuse: 1 swapped, 1 left
+        module          class                        what it does now, or why it was left
+        multihead_attn  MultiheadAttention  swapped  pools, or attends to another input, ...
     """
 
     swapped: dict[str, str] = field(default_factory=dict)

@@ -28,7 +28,7 @@ from .functional import grouped_mlp
 class TopKMoE(nn.Module):
     """A mixture of two-layer MLPs with a router.
 
-    The parameters for E experts are
+    The parameters for E experts are::
 
         router    nn.Linear without bias
         w_up      (E, hidden_dim, dim)

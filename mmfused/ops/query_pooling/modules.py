@@ -221,6 +221,8 @@ class QueryPooling(nn.Module):
 class QTransform(nn.Module):
     """FLUID's Q-Transform: post-norm blocks in which learned queries attend to the tokens.
 
+    Each block computes::
+
         q = LN(q + Drop(MHA(q, x, x)))
         q = LN(q + Drop(FFN(q)))
 

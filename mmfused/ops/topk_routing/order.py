@@ -49,7 +49,7 @@ class Routing(NamedTuple):
     entropy: Tensor
     #: (T*k,) int32, the assignment in each sorted row; assignment t * k + j is choice j of token t
     order: Tensor
-    #: (T*k,) int32, the sorted row of each assignment: the inverse of order
+    #: (T*k,) int32, the sorted row of each assignment, which is the inverse of order
     position: Tensor
     #: (E+1,) int32, the first sorted row of each expert, then the number of rows of unmasked tokens
     offsets: Tensor
