@@ -44,7 +44,20 @@ class Collate:
         std: standard deviation of each colour channel, above 0.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: an argument is out of range, or the tokenizer has no padding token or no tokens
+            for an empty text.
+
+    Examples:
+        >>> import torch
+        >>> from mmfused.data import Collate, GeneratedProducts, train_tokenizer
+        >>> products = GeneratedProducts(size=64, image_size=32)
+        >>> collate = Collate(train_tokenizer(products.texts), image_size=24, max_length=16)
+        >>> loader = torch.utils.data.DataLoader(products, batch_size=8, collate_fn=collate)
+        >>> batch = next(iter(loader))
+        >>> list(batch)
+        ['pixel_values', 'image_present', 'input_ids', 'attention_mask', 'labels']
+        >>> batch["pixel_values"].shape
+        torch.Size([8, 3, 24, 24])
     """
 
     def __init__(
@@ -200,6 +213,16 @@ class Batches:
     Raises:
         ValueError: the dataset is empty or, with ``drop_last``, smaller than a batch; or
             ``batch_size`` is not a multiple of ``world``.
+
+    Examples:
+        >>> import torch
+        >>> from mmfused.data import Batches, Collate, GeneratedProducts, train_tokenizer
+        >>> products = GeneratedProducts(size=64, image_size=32)
+        >>> collate = Collate(train_tokenizer(products.texts), image_size=32, max_length=16)
+        >>> batches = Batches(products, collate, batch_size=24, shuffle=True, drop_last=False)
+        >>> [len(batch["labels"]) for batch in batches]
+        [24, 24, 16]
+        >>> batches.set_epoch(1)  # another order, the same one in every run
     """
 
     def __init__(

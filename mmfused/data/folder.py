@@ -35,7 +35,7 @@ class Item(NamedTuple):
 
 
 class ProductFolder(Dataset[dict[str, Any]]):
-    """A dataset of the images, texts and labels that ``root/metadata.csv`` (UTF-8) lists.
+    r"""A dataset of the images, texts and labels that ``root/metadata.csv`` (UTF-8) lists.
 
     metadata.csv has the columns ``file_name`` (path below ``root``), ``text`` and ``label``
     (integer of at least 0). The optional column ``coarse_label`` is the index of the group that the
@@ -64,6 +64,20 @@ class ProductFolder(Dataset[dict[str, Any]]):
         ValueError: metadata.csv is unreadable, a column is missing or occurs twice, no row is
             usable, or the images do not fit into this machine's memory. With ``strict``, also if a
             row is invalid.
+
+    Examples:
+        >>> import pathlib, tempfile
+        >>> from PIL import Image
+        >>> from mmfused.data import ProductFolder
+        >>> rows = "file_name,text,label\nmug.png,Red mug,0\n,Blue plate,1\nlost.png,Mug,0\n"
+        >>> with tempfile.TemporaryDirectory() as root:
+        ...     Image.new("RGB", (40, 30), "red").save(pathlib.Path(root, "mug.png"))
+        ...     size = pathlib.Path(root, "metadata.csv").write_text(rows)
+        ...     products = ProductFolder(root, image_size=16)
+        >>> len(products), products[0]["text"], products[0]["image"].shape
+        (2, 'Red mug', torch.Size([3, 16, 16]))
+        >>> products.skipped
+        ['metadata.csv line 4 (lost.png): the image cannot be read: the file does not exist']
     """
 
     class_names: list[str] | None = None
@@ -230,7 +244,30 @@ def physical_memory() -> int | None:
 
 
 def first_side(root: str | os.PathLike[str], text_column: str = "text") -> int | None:
-    """Return the short side of a folder's first picture with a readable header, or None."""
+    r"""Return the short side of a folder's first picture with a readable header, or None.
+
+    Args:
+        root: the folder, with a metadata.csv as :class:`ProductFolder` reads it.
+        text_column: name of the column with the texts.
+
+    Returns:
+        The short side in pixels; None if no picture has a readable header.
+
+    Raises:
+        FileNotFoundError: ``root`` does not exist or has no metadata.csv.
+        ValueError: metadata.csv is unreadable, or a column is missing or occurs twice.
+
+    Examples:
+        >>> import pathlib, tempfile
+        >>> from PIL import Image
+        >>> from mmfused.data import first_side
+        >>> with tempfile.TemporaryDirectory() as root:
+        ...     Image.new("RGB", (40, 30)).save(pathlib.Path(root, "mug.png"))
+        ...     rows = "file_name,text,label\nmug.png,Red mug,0\n"
+        ...     size = pathlib.Path(root, "metadata.csv").write_text(rows)
+        ...     first_side(root)
+        30
+    """
     for row in read_rows(Path(root), text_column):
         name = row.fields.get("file_name", "").strip()
         if row.broken is None and name:

@@ -80,6 +80,20 @@ class GeneratedProducts(Dataset[dict[str, Any]]):
         missing_image: fraction of the products without an image.
         contradicting: fraction of the products whose title contradicts the picture. The products
             of the three fractions do not overlap.
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    Examples:
+        >>> from mmfused.data import GeneratedProducts
+        >>> products = GeneratedProducts("train", size=100, image_size=32, missing_image=0.1)
+        >>> product = products[0]
+        >>> product["image"].shape, product["image"].dtype
+        (torch.Size([3, 32, 32]), torch.uint8)
+        >>> sum(not product["image_present"] for product in products)
+        10
+        >>> products.class_names[:3]
+        ['round cotton', 'round wool', 'round leather']
     """
 
     class_names: list[str] = [f"{shape} {material}" for shape in SHAPES for material in MATERIALS]

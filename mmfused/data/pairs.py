@@ -44,6 +44,17 @@ class PairBatches:
     Raises:
         ValueError: no item has a candidate, all candidates have one label and there are
             ``negatives``, or ``batch_size`` is not a multiple of ``world``.
+
+    Examples:
+        >>> import torch
+        >>> from mmfused.data import Collate, GeneratedProducts, PairBatches, train_tokenizer
+        >>> products = GeneratedProducts(size=64, image_size=32)
+        >>> collate = Collate(train_tokenizer(products.texts), image_size=32, max_length=16)
+        >>> batches = PairBatches(products, collate, batch_size=8)
+        >>> batch = next(batches.stream())  # model(**batch) gives the loss of a retrieval model
+        >>> query, candidate = batch["query"]["labels"], batch["candidate"]["labels"]
+        >>> torch.equal(query, candidate), (query == batch["negative"]["labels"]).any().item()
+        (True, False)
     """
 
     def __init__(

@@ -71,7 +71,7 @@ def load_picture(
     1, are scaled to 8 bits. Other floats and wider integers are rejected, because they do not
     define which value is white. ICC profiles are not applied.
 
-    The limits are ``MAX_BYTES`` per file and ``MAX_PIXELS`` decoded pixels. Pillow's global limit
+    The limits are 256 MiB per file and 100 million decoded pixels. Pillow's global limit
     ``Image.MAX_IMAGE_PIXELS`` affects only WEBP and some GIF files. Truncated files are rejected,
     even with ``ImageFile.LOAD_TRUNCATED_IMAGES``. With this setting, files that are damaged in the
     middle load as far as Pillow can read them. Pillow's warnings are suppressed, but libtiff may
@@ -84,7 +84,22 @@ def load_picture(
             size, with sides of at least ``2 * size``.
 
     Raises:
-        BrokenPicture: the picture cannot be loaded; the message gives the reason.
+        BrokenPicture: the picture cannot be loaded; the message gives the reason. It is a
+            ``ValueError``.
+
+    Examples:
+        >>> import io
+        >>> from PIL import Image
+        >>> from mmfused.data import load_picture
+        >>> file = io.BytesIO()
+        >>> Image.new("RGBA", (40, 30)).save(file, "PNG")  # all pixels are transparent
+        >>> picture = load_picture(file.getvalue(), size=16)
+        >>> picture.shape, picture.min().item()  # white
+        (torch.Size([3, 16, 16]), 255)
+        >>> load_picture(b"no picture")
+        Traceback (most recent call last):
+            ...
+        mmfused.data.pictures.BrokenPicture: ...
     """
     with quiet():
         return decode(read_picture(source), size)

@@ -20,6 +20,15 @@ class SwappedTexts(Dataset[dict[str, Any]]):
         dataset: the original dataset.
         swapped: rows whose text is replaced.
         donors: for each row in ``swapped``, another row, whose text replaces the row's text.
+
+    Examples:
+        >>> from mmfused.data import GeneratedProducts, SwappedTexts
+        >>> products = GeneratedProducts(size=64, image_size=8, missing_text=0.0)
+        >>> noisy = SwappedTexts(products, swapped=[0], donors=[5])
+        >>> noisy[0]["text"] == products[5]["text"]
+        True
+        >>> noisy[0]["label"] == products[0]["label"]  # only the text changes
+        True
     """
 
     def __init__(
@@ -65,7 +74,20 @@ def swap_texts(dataset: Products, fraction: float, seed: int) -> SwappedTexts:
         seed: seed of the random draws.
 
     Raises:
-        ValueError: there is no text of another label for a row.
+        ValueError: there is no text of another label for a row, ``fraction`` is not in [0, 1], or
+            ``seed`` is negative.
+
+    Examples:
+        >>> from mmfused.data import GeneratedProducts, swap_texts
+        >>> products = GeneratedProducts(size=64, image_size=8)
+        >>> noisy = swap_texts(products, fraction=0.25, seed=0)
+        >>> len(noisy.swapped)  # rows with a text of another label
+        16
+        >>> row, donor = noisy.swapped[0], noisy.donors[0]
+        >>> noisy[row]["text"] == products[donor]["text"]
+        True
+        >>> products[row]["label"] == products[donor]["label"]
+        False
     """
     fraction = check_fraction("fraction", fraction)
     rng = np.random.default_rng(check_int("seed", seed, 0))

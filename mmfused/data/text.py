@@ -65,6 +65,15 @@ def train_tokenizer(
     Raises:
         TypeError: ``texts`` is a string.
         ValueError: an argument is out of range, or all texts are empty.
+
+    Examples:
+        >>> from mmfused.data import train_tokenizer
+        >>> tokenizer = train_tokenizer(["Red mug", "Blue mug", "Red plate"], vocab_size=100)
+        >>> tokenizer.tokenize("A RED mug")
+        ['a', 'red', 'mug']
+        >>> batch = tokenizer(["red mug", ""], padding=True)
+        >>> batch["attention_mask"]  # an empty text is [CLS] [SEP]
+        [[1, 1, 1, 1], [1, 1, 0, 0]]
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -137,9 +146,22 @@ def load_tokenizer(
         folder_or_hub_name: a folder, or a name on the hub.
         argument: name of the argument in error messages.
 
+    Returns:
+        A tokenizer of transformers.
+
     Raises:
         ValueError: the folder has no readable tokenizer, or the name is neither a folder nor
             available from the hub or its local cache.
+
+    Examples:
+        >>> import tempfile
+        >>> from mmfused.data import load_tokenizer, train_tokenizer
+        >>> tokenizer = train_tokenizer(["Red mug", "Blue plate"])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     files = tokenizer.save_pretrained(folder)
+        ...     loaded = load_tokenizer(folder)
+        >>> loaded("red plate")["input_ids"] == tokenizer("red plate")["input_ids"]
+        True
     """
     from transformers import AutoTokenizer
 
