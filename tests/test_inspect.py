@@ -82,8 +82,3 @@ def test_committed_compile_matrix_is_complete_and_has_no_fault():
     for op, version, *compiled, faults in cells[2:]:
         numbers = [int(cell.split(",")[0]) for cell in compiled]
         assert min(numbers) > 0 and faults == "0", (op, version)
-
-
-def test_readme_names_supported_tritons_and_architectures():
-    readme = (ROOT / "README.md").read_text()
-    assert all(name in readme for name in (*TRITONS, *ARCHS))
