@@ -56,11 +56,12 @@ def _process(
     lines: list[str],
 ) -> None:
     lines[:] = _with_literal_blocks(lines)
-    described = any(_SECTION.match(line) for line in lines)
-    if what == "class" and not described and (dataclasses.is_dataclass(obj) or _is_tuple(obj)):
-        fields = _field_comments(obj)
-        if fields:
-            lines += ["", "Args:", *(f"    {name}: {text}" for name, text in fields.items()), ""]
+    if what == "class" and (dataclasses.is_dataclass(obj) or _is_tuple(obj)):
+        sections = [i for i, line in enumerate(lines) if _SECTION.match(line)]
+        if not {"Args:", "Attributes:"} & {lines[i] for i in sections}:
+            fields = [f"    {name}: {text}" for name, text in _field_comments(obj).items()]
+            first = sections[0] if sections else len(lines)
+            lines[first:first] = ["", "Args:", *fields, ""] if fields else []
 
 
 def _with_literal_blocks(lines: list[str]) -> list[str]:
