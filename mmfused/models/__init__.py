@@ -33,7 +33,17 @@ from .unite import UNITE, UNITEConfig
 
 
 class Kind(NamedTuple):
-    """A model that `mmfused train --model NAME` can train, its configuration and its task."""
+    """A model that `mmfused train --model NAME` can train, its configuration and its task.
+
+    Examples:
+        >>> from mmfused.models import MODELS
+        >>> list(MODELS)
+        ['fluid', 'uniecs', 'unica', 'moon2', 'unite']
+        >>> kind = MODELS["fluid"]
+        >>> model = kind.model(kind.config.preset("tiny", num_classes=5, image=None, text=None))
+        >>> type(model).__name__, kind.task
+        ('FLUID', 'classification')
+    """
 
     model: Any  # the class, whose constructor takes a config
     config: type[ModelConfig]

@@ -37,6 +37,14 @@ class ModelConfig:
 
     The constructor raises ValueError if a field has a wrong type, is out of bounds or contradicts
     another field.
+
+    Examples:
+        >>> from mmfused.models import ModelConfig, UniECSConfig
+        >>> config = UniECSConfig.preset("tiny", vocab_size=500, dim=64)
+        >>> isinstance(config, ModelConfig), config.dim, config.text["vocab_size"]
+        (True, 64, 500)
+        >>> UniECSConfig.from_dict(config.to_dict()) == config  # to_dict is ready for JSON
+        True
     """
 
     PRESETS: ClassVar[Presets]
@@ -61,6 +69,16 @@ class ModelConfig:
         The dicts `image` and `text` update the preset's dicts; None removes the encoder. A dict
         with a `name` (of a timm model) or a `model_type` (of transformers) replaces the preset's
         dict, because the preset's sizes belong to another architecture.
+
+        Args:
+            name: "tiny", "paper", or "code" if the model has it.
+            vocab_size: size of the text encoder's vocabulary.
+            image_size: side of the pictures, in pixels.
+            patch_size: side of a patch, in pixels.
+            overrides: fields of the config.
+
+        Raises:
+            ValueError: the preset is unknown, or a field is unknown or invalid.
         """
         defaults = cls.values_of(name)
         check_sizes(vocab_size=vocab_size, image_size=image_size, patch_size=patch_size)

@@ -39,7 +39,19 @@ COMPONENTS: tuple[Component, ...] = get_args(Component)
 
 @dataclasses.dataclass
 class FLUIDConfig(ModelConfig):
-    """Configuration of FLUID; the default sizes are tiny, without encoders."""
+    """Configuration of FLUID; the default sizes are tiny, without encoders.
+
+    Examples:
+        >>> from mmfused.models import FLUIDConfig
+        >>> paper = FLUIDConfig.preset("paper")
+        >>> paper.dim, paper.num_experts, paper.top_k, paper.picture_size
+        (768, 16, 2, 224)
+        >>> ours = FLUIDConfig.preset("paper", num_classes=10, num_experts=8, without=("gate",))
+        >>> FLUIDConfig(num_classes=10, num_experts=4, top_k=5)
+        Traceback (most recent call last):
+            ...
+        ValueError: top_k: got 5, expected at most num_experts=4
+    """
 
     PRESETS: ClassVar[presets.Presets] = presets.FLUID
     UNKNOWN: ClassVar[dict[str, Any]] = {"num_classes": 1}  # placeholder, see ModelConfig
@@ -112,7 +124,16 @@ class FLUIDConfig(ModelConfig):
 
 
 class FLUIDOutput(NamedTuple):
-    """Result of FLUID.forward: B samples, C classes, l query tokens, R bottleneck tokens."""
+    """Result of FLUID.forward: B samples, C classes, l query tokens, R bottleneck tokens.
+
+    Examples:
+        >>> import torch
+        >>> from mmfused.models import FLUID, FLUIDConfig
+        >>> model = FLUID(FLUIDConfig(num_classes=5))
+        >>> output = model(image_tokens=torch.randn(2, 9, 128), text_tokens=torch.randn(2, 6, 128))
+        >>> output.gate.shape, output.loss  # 8 query tokens; no labels, no loss
+        (torch.Size([2, 8]), None)
+    """
 
     logits: Tensor  # (B, C)
     loss: Tensor | None  # scalar, the weighted sum; None without labels
@@ -280,7 +301,23 @@ def contrastive_loss(
 
 
 class FLUID(nn.Module):
-    """FLUID built from a `FLUIDConfig`; encoders have random weights and need `mmfused[models]`."""
+    """FLUID (arXiv 2508.07264): classifies products by picture and text.
+
+    Encoders have random weights and need `mmfused[models]`.
+
+    Args:
+        config: the sizes and options.
+
+    Examples:
+        >>> import torch
+        >>> from mmfused.models import FLUID, FLUIDConfig
+        >>> model = FLUID(FLUIDConfig.preset("tiny", num_classes=5, vocab_size=500))
+        >>> pixels, ids = torch.randn(2, 3, 32, 32), torch.randint(5, 500, (2, 7))
+        >>> output = model(pixels, ids, labels=torch.tensor([0, 4]))
+        >>> output.loss.backward()
+        >>> output.logits.shape, list(output.losses)
+        (torch.Size([2, 5]), ['ce', 'contrastive', 'moe'])
+    """
 
     def __init__(self, config: FLUIDConfig) -> None:
         super().__init__()

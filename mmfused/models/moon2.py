@@ -65,7 +65,16 @@ COMPONENTS: tuple[Component, ...] = get_args(Component)
 
 @dataclasses.dataclass
 class MOON2Config(HostedConfig):
-    """Configuration of MOON2.0."""
+    """Configuration of MOON2.0.
+
+    Examples:
+        >>> from mmfused.data import train_tokenizer
+        >>> from mmfused.models import MOON2Config
+        >>> tokenizer = MOON2Config.prepare_tokenizer(train_tokenizer(["Red mug", "Blue plate"]))
+        >>> config = MOON2Config.preset("tiny", **MOON2Config.of_tokenizer(tokenizer))
+        >>> config.num_experts, config.top_k, config.picture_size
+        (4, 2, 64)
+    """
 
     PRESETS: ClassVar[presets.Presets] = presets.MOON2
 
@@ -204,7 +213,24 @@ def _without_margin(
 
 
 class MOON2(RetrievalModel):
-    """MOON2.0 from a `MOON2Config`; the host has random weights and needs `mmfused[models]`."""
+    """MOON2.0 (arXiv 2511.12449): a Qwen2-VL with a mixture of experts, for product retrieval.
+
+    The host has random weights and needs `mmfused[models]`.
+
+    Args:
+        config: the sizes and options.
+
+    Examples:
+        >>> import torch
+        >>> from mmfused.data import train_tokenizer
+        >>> from mmfused.models import MOON2, MOON2Config
+        >>> tokenizer = MOON2Config.prepare_tokenizer(train_tokenizer(["Red mug", "Blue plate"]))
+        >>> model = MOON2(MOON2Config.preset("tiny", **MOON2Config.of_tokenizer(tokenizer)))
+        >>> texts = tokenizer(["red mug", "plate"], padding=True, return_tensors="pt")
+        >>> query = {"pixel_values": torch.randn(2, 3, 64, 64), **texts, "labels": torch.arange(2)}
+        >>> list(model(query, candidate=query).losses)
+        ['inter_image', 'inter_text', 'inter_both', 'intra_positive', 'balance', 'sparsity']
+    """
 
     alignment: nn.Parameter | None
 

@@ -25,7 +25,18 @@ VIEWS: tuple[View, ...] = get_args(View)
 
 
 class RetrievalOutput(NamedTuple):
-    """The loss of a batch and its terms."""
+    """The loss of a batch and its terms.
+
+    Examples:
+        >>> import torch
+        >>> from mmfused.models import UniECS, UniECSConfig
+        >>> model = UniECS(UniECSConfig())
+        >>> tokens = {"image_tokens": torch.randn(4, 9, 128), "text_tokens": torch.randn(4, 6, 128)}
+        >>> items = {**tokens, "labels": torch.arange(4)}
+        >>> output = model(query=items, candidate=items)
+        >>> output.loss.shape, sorted(output.losses)[:3]
+        (torch.Size([]), ['alignment', 'pdc', 'plc'])
+    """
 
     loss: Tensor  # scalar, the weighted sum
     losses: dict[str, Tensor]  # each term, unweighted
@@ -45,6 +56,20 @@ class RetrievalModel(nn.Module):
     On several ranks, the mean of the ranks' gradients is the gradient of one process with the whole
     batch. MOON2's balance loss and UniCA with gather="local" are exceptions. A rank may have no
     rows.
+
+    Examples:
+        >>> import torch
+        >>> from mmfused.data import Collate, GeneratedProducts, PairBatches, train_tokenizer
+        >>> from mmfused.models import RetrievalModel, UniECS, UniECSConfig
+        >>> products = GeneratedProducts(size=64, image_size=64)
+        >>> tokenizer = train_tokenizer(products.texts)
+        >>> model = UniECS(UniECSConfig.preset("tiny", vocab_size=len(tokenizer)))
+        >>> collate = Collate(tokenizer, image_size=model.picture_size, max_length=16)
+        >>> batches = PairBatches(products, collate, batch_size=4, negatives=model.takes_negatives)
+        >>> batch = next(batches.stream())  # a dict of "query" and "candidate"
+        >>> model(**batch).loss.backward()
+        >>> isinstance(model, RetrievalModel)
+        True
     """
 
     takes_negatives: bool = True  # whether a batch may have hard negatives

@@ -48,7 +48,16 @@ COMPONENTS: tuple[Component, ...] = get_args(Component)
 
 @dataclasses.dataclass
 class UniCAConfig(ModelConfig):
-    """Configuration of UniCA; the default sizes are tiny, without an image encoder."""
+    """Configuration of UniCA; the default sizes are tiny, without an image encoder.
+
+    Examples:
+        >>> from mmfused.data import train_tokenizer
+        >>> from mmfused.models import UniCAConfig
+        >>> tokenizer = train_tokenizer(["Red mug", "Blue plate"])
+        >>> config = UniCAConfig.preset("tiny", **UniCAConfig.of_tokenizer(tokenizer))
+        >>> config.text["vocab_size"] == len(tokenizer), config.temperature
+        (True, 0.02)
+    """
 
     PRESETS: ClassVar[presets.Presets] = presets.UNICA
 
@@ -203,7 +212,28 @@ class BiCA(nn.Module):
 
 
 class UniCA(RetrievalModel):
-    """UniCA built from a `UniCAConfig`; encoders have random weights and need `mmfused[models]`."""
+    """UniCA (arXiv 2606.28350): cross-attention of picture and text before one BERT, for retrieval.
+
+    Encoders have random weights and need `mmfused[models]`.
+
+    Args:
+        config: the sizes and options.
+
+    Examples:
+        >>> import torch
+        >>> from mmfused.data import train_tokenizer
+        >>> from mmfused.models import UniCA, UniCAConfig
+        >>> tokenizer = train_tokenizer(["Red mug", "Blue plate"])
+        >>> config = UniCAConfig.preset("tiny", **UniCAConfig.of_tokenizer(tokenizer))
+        >>> model = UniCA(config)
+        >>> texts = tokenizer(["red mug", "plate"], padding=True, return_tensors="pt")
+        >>> items = {"pixel_values": torch.randn(2, 3, 64, 64), **texts}
+        >>> query = {**items, "labels": torch.arange(2)}
+        >>> list(model(query, candidate=query).losses)
+        ['info_nce', 'positive_similarity']
+        >>> model.embed(**items)["both"].shape
+        torch.Size([2, 128])
+    """
 
     def __init__(self, config: UniCAConfig) -> None:
         super().__init__()
@@ -274,7 +304,14 @@ class UniCA(RetrievalModel):
         views: Sequence[View] = ("both",),
         **items: Unpack[Inputs],
     ) -> dict[str, Tensor]:
-        """Return unit embeddings (B, D) of each view, in float32, or float64 in a float64 model."""
+        """Return unit embeddings (B, D) of each view, in float32, or float64 in a float64 model.
+
+        Args:
+            views: the views to embed, of "image", "text" and "both".
+            items: pixel_values (B, 3, S, S) or image_tokens (B, N, image_dim), with image_present
+                (B,) bool; input_ids (B, T) with [CLS] first, with attention_mask (B, T) and
+                text_present (B,) bool.
+        """
         check_views(views)
         prepared = self._prepare(**items)
         encoders = {"image": self._image_alone, "text": self._text_alone, "both": self._both}

@@ -57,7 +57,17 @@ PASSES: dict[View, Literal["a", "b", "both"]] = {"image": "a", "text": "b", "bot
 
 @dataclasses.dataclass
 class UniECSConfig(ModelConfig):
-    """Configuration of UniECS; the default sizes are tiny, without encoders."""
+    """Configuration of UniECS; the default sizes are tiny, without encoders.
+
+    Examples:
+        >>> from mmfused.models import UniECSConfig
+        >>> paper, code = UniECSConfig.preset("paper"), UniECSConfig.preset("code")
+        >>> paper.cross_layers, code.cross_layers
+        (4, 3)
+        >>> tokens_only = UniECSConfig(dim=64, image_dim=768, text_dim=512)
+        >>> tokens_only.picture_size is None  # no image encoder
+        True
+    """
 
     PRESETS: ClassVar[presets.Presets] = presets.UNIECS
 
@@ -245,7 +255,25 @@ class Pool(nn.Module):
 
 
 class UniECS(RetrievalModel):
-    """UniECS from a `UniECSConfig`; encoders have random weights and need `mmfused[models]`."""
+    """UniECS (arXiv 2508.13843): retrieval from any of image, text and both to any.
+
+    Encoders have random weights and need `mmfused[models]`.
+
+    Args:
+        config: the sizes and options.
+
+    Examples:
+        >>> import torch
+        >>> from mmfused.models import UniECS, UniECSConfig
+        >>> model = UniECS(UniECSConfig(dim=32, image_dim=24, text_dim=16))  # without encoders
+        >>> items = {"image_tokens": torch.randn(4, 9, 24), "text_tokens": torch.randn(4, 6, 16)}
+        >>> query = {**items, "labels": torch.tensor([7, 3, 8, 5])}
+        >>> model(query, candidate=query).loss.backward()
+        >>> embeddings = model.embed(["image", "both"], **items)
+        >>> similarity = embeddings["image"] @ embeddings["both"].T  # cosines
+        >>> similarity.shape
+        torch.Size([4, 4])
+    """
 
     takes_negatives = False
 
@@ -342,7 +370,14 @@ class UniECS(RetrievalModel):
         views: Sequence[View] = ("both",),
         **items: Unpack[Items],
     ) -> dict[str, Tensor]:
-        """Return unit embeddings (B, D) of each view; "image" hides the text, "text" the image."""
+        """Return unit embeddings (B, D) of each view; "image" hides the text, "text" the image.
+
+        Args:
+            views: the views to embed, of "image", "text" and "both".
+            items: pixel_values (B, 3, S, S) or image_tokens (B, N, image_dim), with image_present
+                (B,) bool; input_ids (B, T) with attention_mask (B, T), or text_tokens (B, T,
+                text_dim) with text_padding_mask (B, T) bool; and text_present (B,) bool.
+        """
         check_views(views)
         return self._embeddings(self._tokens(**items), views)
 

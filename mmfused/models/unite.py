@@ -39,7 +39,17 @@ STAGE_OF: dict[Component, int] = {"mamcl": 2, "negatives": 2, "dual": 1}
 
 @dataclasses.dataclass
 class UNITEConfig(HostedConfig):
-    """Configuration of UNITE."""
+    """Configuration of UNITE.
+
+    Examples:
+        >>> from mmfused.data import train_tokenizer
+        >>> from mmfused.models import UNITEConfig
+        >>> tokenizer = UNITEConfig.prepare_tokenizer(train_tokenizer(["Red mug", "Blue plate"]))
+        >>> options = UNITEConfig.of_tokenizer(tokenizer)
+        >>> config = UNITEConfig.preset("tiny", **options, stage=1, query_views=("text",))
+        >>> config.picture_size, config.temperature
+        (64, 0.03)
+    """
 
     PRESETS: ClassVar[presets.Presets] = presets.UNITE
 
@@ -76,7 +86,26 @@ class UNITEConfig(HostedConfig):
 
 
 class UNITE(RetrievalModel):
-    """UNITE from a `UNITEConfig`; the host has random weights and needs `mmfused[models]`."""
+    """UNITE (arXiv 2505.19650): embeddings of text, pictures and videos from a Qwen2-VL.
+
+    The host has random weights and needs `mmfused[models]`.
+
+    Args:
+        config: the sizes and options.
+
+    Examples:
+        >>> import torch
+        >>> from mmfused.data import train_tokenizer
+        >>> from mmfused.models import UNITE, UNITEConfig
+        >>> tokenizer = UNITEConfig.prepare_tokenizer(train_tokenizer(["Red mug", "Blue plate"]))
+        >>> model = UNITE(UNITEConfig.preset("tiny", **UNITEConfig.of_tokenizer(tokenizer)))
+        >>> texts = tokenizer(["red mug", "plate"], padding=True, return_tensors="pt")
+        >>> embeddings = model.embed(
+        ...     ["text", "both"], pixel_values=torch.randn(2, 3, 64, 64), **texts
+        ... )
+        >>> torch.allclose(embeddings["both"].norm(dim=1), torch.ones(2))
+        True
+    """
 
     def __init__(self, config: UNITEConfig) -> None:
         super().__init__()

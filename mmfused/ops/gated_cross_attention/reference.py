@@ -56,17 +56,17 @@ class CrossAttentionWeights(NamedTuple):
         torch.Size([16, 33])
     """
 
-    w_q: Tensor | Called  #: (D, D), for x
-    w_k: Tensor | Called  #: (D, Dc), for the context
-    w_v: Tensor | Called  #: (D, Dc), for the context
-    w_o: Tensor | Called  #: (D, D), for the output
-    #: (D or 1, 2D or 2D + 1): columns for x, A and the indicator; None without a gate
+    w_q: Tensor | Called  # (D, D), for x
+    w_k: Tensor | Called  # (D, Dc), for the context
+    w_v: Tensor | Called  # (D, Dc), for the context
+    w_o: Tensor | Called  # (D, D), for the output
+    # (D or 1, 2D or 2D + 1): columns for x, A and the indicator; None without a gate
     w_g: Tensor | Called | None = None
-    b_q: Tensor | None = None  #: (D,)
-    b_k: Tensor | None = None  #: (D,)
-    b_v: Tensor | None = None  #: (D,)
-    b_o: Tensor | None = None  #: (D,)
-    b_g: Tensor | None = None  #: (D,) or (1,)
+    b_q: Tensor | None = None  # (D,)
+    b_k: Tensor | None = None  # (D,)
+    b_v: Tensor | None = None  # (D,)
+    b_o: Tensor | None = None  # (D,)
+    b_g: Tensor | None = None  # (D,) or (1,)
 
 
 class SideInput(NamedTuple):

@@ -34,27 +34,27 @@ class Routing(NamedTuple):
         [0, 1, 3]
     """
 
-    #: (T, k) int64, the chosen experts, best first unless the caller gave the indices; in [0, E)
-    #: for masked tokens too
+    # (T, k) int64, the chosen experts, best first unless the caller gave the indices; in [0, E)
+    # for masked tokens too
     indices: Tensor
-    #: (T, k) float32 or float64, 0 for masked tokens; carries the router's gradient
+    # (T, k) float32 or float64, 0 for masked tokens; carries the router's gradient
     weights: Tensor
-    #: (S, E) int64, the number of assignments of unmasked tokens to each expert in each segment
+    # (S, E) int64, the number of assignments of unmasked tokens to each expert in each segment
     counts: Tensor
-    #: () in the dtype of weights; not multiplied by a coefficient
+    # () in the dtype of weights; not multiplied by a coefficient
     balance_loss: Tensor
-    #: () in the dtype of weights; not multiplied by a coefficient
+    # () in the dtype of weights; not multiplied by a coefficient
     z_loss: Tensor
-    #: () in the dtype of weights; not multiplied by a coefficient
+    # () in the dtype of weights; not multiplied by a coefficient
     entropy: Tensor
-    #: (T*k,) int32, the assignment in each sorted row; assignment t * k + j is choice j of token t
+    # (T*k,) int32, the assignment in each sorted row; assignment t * k + j is choice j of token t
     order: Tensor
-    #: (T*k,) int32, the sorted row of each assignment, which is the inverse of order
+    # (T*k,) int32, the sorted row of each assignment, which is the inverse of order
     position: Tensor
-    #: (E+1,) int32, the first sorted row of each expert, then the number of rows of unmasked tokens
+    # (E+1,) int32, the first sorted row of each expert, then the number of rows of unmasked tokens
     offsets: Tensor
-    #: (T*k // 16 + E, 2) int32, expert and first sorted row of each tile of the grouped products;
-    #: (0, 2) if routing ran without kernels
+    # (T*k // 16 + E, 2) int32, expert and first sorted row of each tile of the grouped products;
+    # (0, 2) if routing ran without kernels
     tiles: Tensor
 
 
