@@ -27,6 +27,15 @@ exclude_patterns = ["_build"]
 
 html_theme = "furo"
 html_title = f"mmfused {release}"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_theme_options = {
+    "source_repository": "https://github.com/mmfused/mmfused/",
+    "source_branch": "main",
+    "source_directory": "docs/",
+    "light_css_variables": {"code-font-size": "var(--font-size--small--2)"},
+    "dark_css_variables": {"code-font-size": "var(--font-size--small--2)"},
+}
 
 # Markdown: formulas between dollar signs, definitions, and links to headings.
 myst_enable_extensions = ["dollarmath", "amsmath", "deflist", "colon_fence"]
