@@ -71,7 +71,9 @@ class TrainConfig:
 
     A step is one update of the weights, from ``accumulate`` batches of ``batch_size`` items. With
     several ranks (``torchrun``), ``batch_size`` counts the items of all ranks. A checkpoint is
-    written every ``save_every`` steps and at the end.
+    written every ``save_every`` steps and at the end. The optimizer is AdamW. The defaults below
+    are for the preset "tiny"; ``mmfused train`` replaces some of them by the papers' for "paper"
+    and "code".
 
     Args:
         out: the folder of the run.
@@ -80,7 +82,7 @@ class TrainConfig:
         products: folder of the catalogue that retrieval models search. If None, the catalogue is
             ``data`` in training and ``val`` in validation.
         text_column: text column of the metadata.csv in ``data`` and ``val``.
-        model: name of the model.
+        model: "fluid", "uniecs", "unica", "moon2" or "unite".
         preset: "tiny", "paper" (the paper's sizes) or "code" (the public code's sizes).
         model_options: fields of the model's config.
         image_encoder: folder or name of a pretrained image encoder.
@@ -88,24 +90,59 @@ class TrainConfig:
         host: folder or name of a pretrained Qwen2-VL, for MOON2.0 and UNITE.
         init: folder of a run or checkpoint of the same model; training starts with the weights and
             the tokenizer in this folder.
-        backend: backend of the ops.
+        backend: backend of the ops, see :class:`mmfused.backend`.
         amp: "bf16" trains under bfloat16 autocast, and "off" trains in float32. "auto" is "bf16" on
             CUDA devices that support bfloat16, otherwise "off".
-        modalities: the modalities that FLUID sees.
+        modalities: the modalities that FLUID sees: "both", "image" or "text".
         steps: number of steps; None takes as many as ``epochs`` need.
         epochs: number of passes over the training set.
+        batch_size: number of items per batch.
+        accumulate: number of batches per step.
         grad_cache: number of items of a batch that are encoded at a time; None encodes all at once.
+            For retrieval models only.
+        lr: peak of the learning rate, which rises linearly and then falls to 0 as a cosine.
+        betas: the betas of AdamW.
+        weight_decay: weight decay of AdamW; norms, biases and vectors have none.
+        warmup: fraction of the steps in which the learning rate rises.
+        clip: largest norm of the gradient.
+        seed: seed of all random draws.
         augment: whether to augment training pictures; None augments all but generated pictures.
+        swap_text: fraction of the texts, in training and validation, that are replaced by a text of
+            another class.
+        drop_image: fraction of the training items whose image is hidden.
+        drop_text: fraction of the training items whose text is hidden.
+        image_size: side of the model's pictures in pixels. None takes the preset's side or, with
+            "tiny", the side of the stored pictures, at most 96.
+        patch_size: side of a patch in pixels. None takes the preset's side or, with "tiny", 8 for
+            pictures of up to 32 pixels, else 16.
+        max_length: largest number of tokens of a text.
+        vocab_size: largest vocabulary of a new tokenizer.
         tokenizer: folder or name of a tokenizer. None takes the tokenizer of ``init``,
             ``text_encoder`` or ``host``; without these, a new tokenizer is trained on the texts.
+        threads: number of CPU threads; None takes torch's.
+        device: name of a torch device; "auto" is "cuda" if it is available, else "cpu".
+        log_every: number of steps between records in ``metrics.jsonl``.
         val_every: number of steps between validations; None takes a tenth of all steps, rounded up.
         save_every: number of steps between checkpoints; None takes ``val_every``.
         keep: number of checkpoints to keep.
+        progress: whether to show a progress bar.
         overwrite: replace the run in ``out``.
         resume: continue from the newest checkpoint in ``out``, if there is one.
 
     Raises:
         ValueError: a value is invalid, or two values exclude each other.
+
+    Examples:
+        >>> from mmfused.training.config import TrainConfig
+        >>> config = TrainConfig(
+        ...     out="runs/mugs", data="mugs/train", val="mugs/val", model="uniecs", batch_size=32
+        ... )
+        >>> TrainConfig.from_dict(config.to_dict()) == config
+        True
+        >>> TrainConfig("runs/mugs", model="uniecs", modalities="image")
+        Traceback (most recent call last):
+            ...
+        ValueError: modalities: got 'image' with model 'uniecs', expected 'both': ...
     """
 
     out: str

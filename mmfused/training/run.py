@@ -48,7 +48,7 @@ __all__ = ["TrainConfig", "load_run", "train"]
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
-    """Train a model and return the summary, which is also written to ``summary.json``.
+    r"""Train a model and return the summary, which is also written to ``summary.json``.
 
     With ``config.resume``, training resumes from the newest checkpoint in ``config.out``. If the
     run in ``config.out`` is finished, its summary is returned and nothing is written. If there is
@@ -63,6 +63,11 @@ def train(config: TrainConfig) -> dict[str, Any]:
     Args:
         config: the settings.
 
+    Returns:
+        A dict that JSON can represent: the model, backend and device; the numbers of parameters,
+        rows and steps; skipped rows; the last losses and scores; seconds, and the peak memory in
+        bytes.
+
     Raises:
         ValueError: the data cannot be used, the backend is not available, a checkpoint was written
             with other settings or data, or ranks differ in settings, data or numbers of steps.
@@ -73,6 +78,20 @@ def train(config: TrainConfig) -> dict[str, Any]:
             missing at the end.
         Stopped: SIGTERM or SIGINT stopped training, and a checkpoint was saved. Signals are
             handled only if `train` is called in the main thread.
+
+    Examples:
+        >>> import pathlib, tempfile
+        >>> from mmfused.training.run import TrainConfig, train
+        >>> rows = "file_name,text,label\n,red mug,0\n,blue plate,1\n"  # texts without pictures
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     size = pathlib.Path(folder, "metadata.csv").write_text(rows)
+        ...     config = TrainConfig(
+        ...         out=f"{folder}/run", data=folder, val=folder, modalities="text", batch_size=2,
+        ...         steps=2, progress=False,
+        ...     )
+        ...     summary = train(config)
+        >>> summary["model"], summary["train_rows"], summary["steps"]
+        ('fluid', 2, 2)
     """
     out = Path(config.out)
     rank, world = join_ranks(pick_device(config.device))

@@ -205,7 +205,7 @@ def draw_curves(runs: Mapping[str, History], path: Path, score: str = "accuracy"
 
 
 def load_run(folder: str | os.PathLike[str]) -> tuple[Any, Any]:
-    """Return the model and the tokenizer of a finished run or of a checkpoint.
+    r"""Return the model and the tokenizer of a finished run or of a checkpoint.
 
     The model is on the CPU, in evaluation mode.
 
@@ -216,6 +216,19 @@ def load_run(folder: str | os.PathLike[str]) -> tuple[Any, Any]:
         FileNotFoundError: ``folder`` holds neither a finished run nor a checkpoint.
         ValueError: a file in ``folder`` is truncated, corrupt or a pickle, or holds the weights of
             another model.
+
+    Examples:
+        >>> import pathlib, tempfile
+        >>> from mmfused.training.run import TrainConfig, load_run, train
+        >>> rows = "file_name,text,label\n,red mug,0\n,blue plate,1\n"
+        >>> options = dict(modalities="text", batch_size=2, steps=1, progress=False)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     size = pathlib.Path(folder, "metadata.csv").write_text(rows)
+        ...     config = TrainConfig(f"{folder}/run", data=folder, val=folder, **options)
+        ...     summary = train(config)
+        ...     model, tokenizer = load_run(config.out)
+        >>> model(**tokenizer(["a red mug"], return_tensors="pt")).logits.shape
+        torch.Size([1, 2])
     """
     return load_saved(Path(folder), read_settings(Path(folder)))
 
