@@ -1,8 +1,8 @@
 """Train a SigLIP model with transformers' Trainer, plain and fused.
 
-``mmfused.fuse(model)`` before ``Trainer(model, ...)`` is the only change. It makes the pooling head
-of the image encoder run on ``mmfused.query_pooling``. Names of parameters and checkpoints do not
-change. The model is small and has random weights; nothing is downloaded.
+``mmfused.fuse(model)`` before ``Trainer(model, ...)`` is the only change. The pooling head
+of the image encoder then runs on ``mmfused.query_pooling``. Names of parameters and
+checkpoints do not change. The model is small and has random weights; nothing is downloaded.
 
 Run it on a CPU: python examples/hf_trainer.py
 """
@@ -12,11 +12,17 @@ import tempfile
 
 import torch
 from torch.utils.data import Dataset
-from transformers import PrinterCallback, SiglipConfig, SiglipModel, Trainer, TrainingArguments
+from transformers import (
+    PrinterCallback,
+    SiglipConfig,
+    SiglipModel,
+    Trainer,
+    TrainingArguments,
+)
 
 import mmfused
 
-# float32 rounds to 6e-8. The two sum in different orders, and AdamW can enlarge the differences.
+# float32 rounds to 6e-8; the sums differ in order, and AdamW can enlarge the difference.
 TOLERANCE = 1e-4
 
 
@@ -88,7 +94,7 @@ def compare(plain: list[float], fused: list[float]) -> None:
     losses = torch.tensor([plain, fused], dtype=torch.float64)
     difference = (losses[1] / losses[0] - 1).abs().max().item()
     if not difference <= TOLERANCE:
-        sys.exit(f"The losses differ by {difference:.1e}, expected at most {TOLERANCE:.0e}.")
+        sys.exit(f"The losses differ by {difference:.1e}, expected at most {TOLERANCE}.")
     print(f"The largest relative difference is {difference:.1e}.")
 
 

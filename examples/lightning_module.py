@@ -1,8 +1,8 @@
-"""Train a LightningModule with mmfused's pooling and loss, and the same model in plain PyTorch.
+"""Train a LightningModule with mmfused's pooling and loss, and in plain PyTorch.
 
-``mmfused.QueryPooling`` has the parameters of the attention pool that it replaces, so the state
-dict of the plain model loads. ``mmfused.masked_info_nce`` replaces the matrix of logits and its two
-cross-entropies. The Trainer does not change.
+``mmfused.QueryPooling`` has the parameters of the attention pool that it replaces, so the
+state dict of the plain model loads. ``mmfused.masked_info_nce`` replaces the matrix of
+logits and its two cross-entropies. The Trainer does not change.
 
 Run it on a CPU: python examples/lightning_module.py
 """
@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import mmfused
 
-# float32 rounds to 6e-8. The two sum in different orders, and AdamW can enlarge the differences.
+# float32 rounds to 6e-8; the sums differ in order, and AdamW can enlarge the difference.
 TOLERANCE = 1e-4
 
 
@@ -27,7 +27,8 @@ class AttentionPool(nn.Module):
     def __init__(self, dim: int, num_queries: int):
         super().__init__()
         self.queries = nn.Parameter(torch.randn(num_queries, dim))
-        self.k_proj, self.v_proj = nn.Linear(dim, dim, bias=False), nn.Linear(dim, dim, bias=False)
+        self.k_proj = nn.Linear(dim, dim, bias=False)
+        self.v_proj = nn.Linear(dim, dim, bias=False)
         self.out_proj = nn.Linear(dim, dim, bias=False)
 
     def forward(self, x: Tensor, padding: Tensor) -> Tensor:
@@ -71,7 +72,8 @@ class Retriever(lightning.LightningModule):
 def train(model: Retriever) -> list[float]:
     lightning.seed_everything(1, verbose=False)  # the same data in the same order
     regions = torch.randn(128, 20, 48)
-    padding = torch.arange(20) >= torch.randint(5, 21, (128, 1))  # 5 to 20 regions in an image
+    lengths = torch.randint(5, 21, (128, 1))  # 5 to 20 regions in an image
+    padding = torch.arange(20) >= lengths
     data = TensorDataset(regions, padding, torch.randint(100, (128, 8)))
     trainer = lightning.Trainer(
         accelerator="cpu",
@@ -92,7 +94,7 @@ def compare(plain: list[float], fused: list[float]) -> None:
     losses = torch.tensor([plain, fused], dtype=torch.float64)
     difference = (losses[1] / losses[0] - 1).abs().max().item()
     if not difference <= TOLERANCE:
-        sys.exit(f"The losses differ by {difference:.1e}, expected at most {TOLERANCE:.0e}.")
+        sys.exit(f"The losses differ by {difference:.1e}, expected at most {TOLERANCE}.")
     print(f"The largest relative difference is {difference:.1e}.")
 
 

@@ -1,9 +1,9 @@
-"""Train LoRA adapters with peft on a Q-Former and on an attention pool, plain and with mmfused.
+"""Train peft's LoRA on a Q-Former and an attention pool, plain and with mmfused.
 
 ``mmfused.fuse(model)`` makes the cross-attention of transformers' Q-Former run on
-``mmfused.query_pooling``, and ``mmfused.QueryPooling`` replaces a pool that was written by hand.
+``mmfused.query_pooling``, and ``mmfused.QueryPooling`` replaces a pool written by hand.
 Both form the weights with the adapters, gradients included, and compute with these weights.
-Adapters are added, trained, saved and merged as before. Nothing is downloaded.
+Adapters are added, trained and merged as before. Nothing is downloaded.
 
 Run it on a CPU: python examples/peft_lora.py
 """
@@ -18,7 +18,7 @@ from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
 import mmfused
 
-# float32 rounds to 6e-8. The two sum in different orders, and AdamW can enlarge the differences.
+# float32 rounds to 6e-8; the sums differ in order, and AdamW can enlarge the difference.
 TOLERANCE = 1e-4
 CONFIG = Blip2QFormerConfig(
     hidden_size=64,
@@ -26,7 +26,7 @@ CONFIG = Blip2QFormerConfig(
     num_attention_heads=4,
     intermediate_size=128,
     encoder_hidden_size=48,
-    attention_probs_dropout_prob=0.0,  # fused, dropout of attention weights draws other numbers
+    attention_probs_dropout_prob=0.0,  # the fused form would drop other weights
 )
 
 
@@ -36,7 +36,8 @@ class AttentionPool(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
         self.queries = nn.Parameter(torch.randn(1, dim))
-        self.k_proj, self.v_proj = nn.Linear(dim, dim, bias=False), nn.Linear(dim, dim, bias=False)
+        self.k_proj = nn.Linear(dim, dim, bias=False)
+        self.v_proj = nn.Linear(dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         queries = self.queries.expand(len(x), -1, -1)
@@ -67,7 +68,8 @@ def train(fused: bool) -> tuple[list[float], PeftModel]:
     names = ["query", "key", "value", "k_proj", "v_proj"]
     lora = LoraConfig(r=4, lora_alpha=8, target_modules=names, modules_to_save=["classifier"])
     model = get_peft_model(model, lora)
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
     prototypes, losses = torch.randn(10, 1, 48), []
     for _ in range(8):
         labels = torch.randint(10, (32,))
@@ -86,7 +88,7 @@ def compare(plain: list[float], fused: list[float]) -> None:
     losses = torch.tensor([plain, fused], dtype=torch.float64)
     difference = (losses[1] / losses[0] - 1).abs().max().item()
     if not difference <= TOLERANCE:
-        sys.exit(f"The losses differ by {difference:.1e}, expected at most {TOLERANCE:.0e}.")
+        sys.exit(f"The losses differ by {difference:.1e}, expected at most {TOLERANCE}.")
     print(f"The largest relative difference is {difference:.1e}.")
 
 

@@ -1,8 +1,9 @@
 """Train a SentenceTransformer with MultipleNegativesRankingLoss, plain and fused.
 
-``mmfused.fuse(loss)`` before ``SentenceTransformerTrainer(...)`` is the only change. The loss then
-runs on ``mmfused.masked_info_nce``, without a matrix of the scores of all pairs. A small BERT with
-random weights and a tokenizer of a few words are made in a temporary folder; nothing is downloaded.
+``mmfused.fuse(loss)`` before ``SentenceTransformerTrainer(...)`` is the only change. The
+loss then runs on ``mmfused.masked_info_nce``, without a matrix of the scores of all pairs.
+A small BERT with random weights and a tokenizer of a few words are made in a temporary
+folder; nothing is downloaded.
 
 Run it on a CPU: python examples/sentence_transformers_loss.py
 """
@@ -25,7 +26,7 @@ from transformers import BertConfig, BertModel, BertTokenizerFast, PrinterCallba
 
 import mmfused
 
-# float32 rounds to 6e-8. The two sum in different orders, and AdamW can enlarge the differences.
+# float32 rounds to 6e-8; the sums differ in order, and AdamW can enlarge the difference.
 TOLERANCE = 1e-4
 COLORS = "red green blue black white brown grey pink".split()
 THINGS = "shoe shirt lamp chair table phone watch bag".split()
@@ -42,7 +43,7 @@ def make_encoder(folder: Path) -> None:
         num_hidden_layers=2,
         num_attention_heads=4,
         intermediate_size=128,
-        initializer_range=0.2,  # without pretraining, smaller weights make all sentences alike
+        initializer_range=0.2,  # with smaller weights, all sentences start alike
     )
     BertModel(config).save_pretrained(folder)
 
@@ -87,7 +88,7 @@ def compare(plain: list[float], fused: list[float]) -> None:
     losses = torch.tensor([plain, fused], dtype=torch.float64)
     difference = (losses[1] / losses[0] - 1).abs().max().item()
     if not difference <= TOLERANCE:
-        sys.exit(f"The losses differ by {difference:.1e}, expected at most {TOLERANCE:.0e}.")
+        sys.exit(f"The losses differ by {difference:.1e}, expected at most {TOLERANCE}.")
     print(f"The largest relative difference is {difference:.1e}.")
 
 

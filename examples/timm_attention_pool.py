@@ -1,8 +1,8 @@
 """Train timm's SigLIP image encoder as a classifier, plain and fused.
 
-``mmfused.fuse(model)`` after ``timm.create_model(...)`` is the only change. The attention pool then
-runs on ``mmfused.query_pooling``; optimizer, scheduler, EMA and state dict do not change. The model
-is small and has random weights; nothing is downloaded.
+``mmfused.fuse(model)`` after ``timm.create_model(...)`` is the only change. The attention
+pool then runs on ``mmfused.query_pooling``; optimizer, scheduler, EMA and state dict do not
+change. The model is small and has random weights; nothing is downloaded.
 
 Run it on a CPU: python examples/timm_attention_pool.py
 """
@@ -19,7 +19,7 @@ from timm.utils import ModelEmaV3, dispatch_clip_grad, random_seed
 
 import mmfused
 
-# float32 rounds to 6e-8. The two sum in different orders, and AdamW can enlarge the differences.
+# float32 rounds to 6e-8; the sums differ in order, and AdamW can enlarge the difference.
 TOLERANCE = 1e-4
 STEPS, CLASSES = 12, 10
 
@@ -74,7 +74,7 @@ def compare(plain: list[float], fused: list[float]) -> None:
     losses = torch.tensor([plain, fused], dtype=torch.float64)
     difference = (losses[1] / losses[0] - 1).abs().max().item()
     if not difference <= TOLERANCE:
-        sys.exit(f"The losses differ by {difference:.1e}, expected at most {TOLERANCE:.0e}.")
+        sys.exit(f"The losses differ by {difference:.1e}, expected at most {TOLERANCE}.")
     print(f"The largest relative difference is {difference:.1e}.")
 
 
