@@ -56,41 +56,41 @@ class FLUIDConfig(ModelConfig):
     PRESETS: ClassVar[presets.Presets] = presets.FLUID
     UNKNOWN: ClassVar[dict[str, Any]] = {"num_classes": 1}  # placeholder, see ModelConfig
 
-    num_classes: int
-    modalities: Literal["both", "image", "text"] = "both"
-    dim: int = 128  # D
-    num_queries: int = 8  # l
-    bottleneck_queries: int = 2
+    num_classes: int  # C, number of classes
+    modalities: Literal["both", "image", "text"] = "both"  # what the model sees
+    dim: int = 128  # D, width of the tokens after the encoders
+    num_queries: int = 8  # l, tokens of each modality after its Q-Transform
+    bottleneck_queries: int = 2  # R, tokens after the Q-bottleneck
     depth: int = 1  # blocks in each Q-Transform and in the Q-bottleneck
-    num_heads: int = 4
+    num_heads: int = 4  # heads of the attention in these blocks
     ffn: int | None = None  # hidden width of a block's feed-forward part, None: 4 D
     # Dropout of attention probabilities and block outputs in Q-Transforms and Q-bottleneck.
     dropout: float = 0.1
     head_dropout: float = 0.1  # dropout in the gate, the router and the experts
     # Standard deviation of the initial queries. The public code uses 1, which slows learning.
     query_std: float = 0.02
-    gate_hidden: tuple[int, ...] = (128,)
-    router: Literal["mlp", "linear"] = "mlp"
-    num_experts: int = 4  # E
-    top_k: int = 2
+    gate_hidden: tuple[int, ...] = (128,)  # hidden widths of the gate
+    router: Literal["mlp", "linear"] = "mlp"  # form of the router
+    num_experts: int = 4  # E, number of experts
+    top_k: int = 2  # k, experts of a token
     # Widths of the experts' hidden layers. By default the experts are linear, and learn faster from
     # few samples than with the two hidden layers of the public code.
     expert_hidden: tuple[int, ...] = ()
-    balance: Literal["mse", "gshard"] = "mse"
-    balance_weight: float = 0.1
-    z_weight: float = 0.1
-    temperature: float = 0.07
+    balance: Literal["mse", "gshard"] = "mse"  # form of the balance loss, see topk_routing
+    balance_weight: float = 0.1  # of the balance loss in the MoE loss
+    z_weight: float = 0.1  # of the router's z loss in the MoE loss
+    temperature: float = 0.07  # of the contrastive loss
     # Weights of cross-entropy, contrastive loss and MoE loss.
     loss_weights: tuple[float, float, float] = (1 / 3, 1 / 3, 1 / 3)
     text_mask: bool = True  # whether padded text tokens are masked
     image_dim: int = 128  # width of the image tokens
     text_dim: int = 128  # width of the text tokens
-    image_stem: Stem = "conv"
+    image_stem: Stem = "conv"  # ViT's patch embedding: convolutions, or "patch" (linear)
     # Normalisation of pixel_values, which training and evaluation apply to their batches.
     pixel_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     pixel_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    image: Options | None = None  # options of build_vit; None: the input is image_tokens
-    text: Options | None = None  # options of build_text; None: the input is text_tokens
+    image: Options | None = None  # arguments of timm's ViT (build_vit); None: takes image_tokens
+    text: Options | None = None  # fields of a BertConfig (build_text); None: takes text_tokens
     # Ablations, alone or together: "contrastive" (no contrastive loss), "q_transform" (an encoder's
     # [CLS] token replaces the l query tokens), "gate" (a = 1/2), "bottleneck" (the l fused tokens
     # are classified, and the logits averaged), "moe" (one expert for all tokens, no router).

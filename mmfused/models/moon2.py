@@ -78,17 +78,17 @@ class MOON2Config(HostedConfig):
 
     PRESETS: ClassVar[presets.Presets] = presets.MOON2
 
-    host: Options  # options of qwen.build_qwen2_vl
-    tokens: Options | None = None  # required: qwen.token_ids(tokenizer)
+    host: Options  # fields of transformers' Qwen2VLConfig (qwen.build_qwen2_vl)
+    tokens: Options | None = None  # required: the result of qwen.token_ids(tokenizer)
     image_size: int = 64  # side of the pictures, a multiple of patch_size * spatial_merge_size
-    num_experts: int = 8  # Z
-    top_k: int = 2  # k
+    num_experts: int = 8  # Z, number of experts of a mixture
+    top_k: int = 2  # k, experts of a token
     moe_every: int = 1  # 1: every layer has a mixture, 2: every second layer, ...
     # Initial noise in the experts' weights, as a fraction of the FFN weights' standard deviation.
     expert_noise: float = 0.01
-    balance: Balance = "switch"  # L_aux, see topk_routing
-    balance_weight: float = 0.01  # rho
-    sparsity_weight: float = 0.01  # varsigma
+    balance: Balance = "switch"  # form of L_aux, see topk_routing
+    balance_weight: float = 0.01  # rho, weight of L_aux
+    sparsity_weight: float = 0.01  # varsigma, weight of L_sparsity
     temperature: float = 0.05  # eps, in L_inter
     intra_temperature: float = 0.07  # eps~, in L_intra
     own_negative_only: bool = False  # whether N_q is only the triplet's own n
@@ -97,11 +97,11 @@ class MOON2Config(HostedConfig):
     # favour the experts of easy objectives.
     detach_routing: bool = False
     normalise: float | None = None  # sum to which the omegas are scaled; None: no scaling
-    filter_threshold: float = 0.6  # delta
+    filter_threshold: float = 0.6  # delta, the phi from which a triplet has weight 1
     filter_slope: float = 10.0  # kappa
-    filter_margin: float = 0.2  # D at the start
-    freeze: tuple[qwen.Part, ...] = ()  # "language" includes routers and experts
-    pixel_mean: tuple[float, float, float] = qwen.PIXEL_MEAN
+    filter_margin: float = 0.2  # D at the start; it falls to 0 during training
+    freeze: tuple[qwen.Part, ...] = ()  # parts not trained; "language" includes routers and experts
+    pixel_mean: tuple[float, float, float] = qwen.PIXEL_MEAN  # normalisation of pixel_values
     pixel_std: tuple[float, float, float] = qwen.PIXEL_STD
     # Ablations: "moe" (no mixtures, no L_aux, no dual alignment), "dual_alignment" (all omegas are
     # equal, no L_sparsity), "sparsity" (no L_sparsity), "balance" (no L_aux), "filtering" (all

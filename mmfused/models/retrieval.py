@@ -94,7 +94,13 @@ class RetrievalModel(nn.Module):
         labels: Tensor,
         **items: Any,
     ) -> dict[str, Tensor]:
-        """Return what the loss needs of the items of one part."""
+        """Return what the loss needs of the items of one part.
+
+        Args:
+            role: the part, "query", "candidate" or "negative".
+            labels: (B,) int64, the product of each item.
+            items: the pictures and texts, as `embed` takes them.
+        """
         raise NotImplementedError
 
     def compare(
@@ -103,11 +109,23 @@ class RetrievalModel(nn.Module):
         candidate: dict[str, Tensor],
         negative: dict[str, Tensor] | None = None,
     ) -> RetrievalOutput:
-        """Return the loss of encoded parts."""
+        """Return the loss of encoded parts.
+
+        Args:
+            query: what `encode` returned for the queries.
+            candidate: the same for the candidates; row i is the positive of query i.
+            negative: the same for hard negatives, or None.
+        """
         raise NotImplementedError
 
     def embed(self, views: Sequence[View] = ("both",), **items: Any) -> dict[str, Tensor]:
-        """Return unit embeddings (B, D) of each view, in float32 or float64."""
+        """Return unit embeddings (B, D) of each view, in float32 or float64.
+
+        Args:
+            views: the views to embed, of "image", "text" and "both".
+            items: the pictures and texts, such as pixel_values (B, 3, S, S) and input_ids (B, T);
+                each model lists them.
+        """
         raise NotImplementedError
 
     def encode_part(self, role: str, items: dict[str, Any]) -> dict[str, Tensor]:

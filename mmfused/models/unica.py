@@ -61,11 +61,11 @@ class UniCAConfig(ModelConfig):
 
     PRESETS: ClassVar[presets.Presets] = presets.UNICA
 
-    text: Options  # options of build_text for a BERT, the host
+    text: Options  # fields of the BertConfig (build_text) of the host
     text_dim: int = 128  # D, width of the host, of Bi-CA and of the embeddings
     image_dim: int = 128  # width of the patch tokens
-    image: Options | None = None  # options of build_vit; None: the input is image_tokens
-    image_stem: Stem = "conv_group"
+    image: Options | None = None  # arguments of timm's ViT (build_vit); None: takes image_tokens
+    image_stem: Stem = "conv_group"  # ViT's patch embedding: convolutions, or "patch" (linear)
     # Normalisation of pixel_values, which training and evaluation apply to their batches.
     pixel_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     pixel_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
@@ -76,8 +76,8 @@ class UniCAConfig(ModelConfig):
     dropout: float = 0.1  # in Bi-CA: of attention probabilities and block outputs
     bica_norm: Literal["post", "pre"] = "post"  # with "pre", Bi-CA is the identity at first
     share_weights: bool = False  # whether both directions share their projections
-    temperature: float = 0.02  # tau
-    positive_weight: float = 1.0  # lambda
+    temperature: float = 0.02  # tau, of the loss
+    positive_weight: float = 1.0  # lambda, weight of the positive similarity
     # Whether candidates of other ranks get gradients, see MaskedInfoNCE.
     gather: Literal["global", "local"] = "global"
     # Encoders with frozen weights. Gradients still flow through a frozen encoder.

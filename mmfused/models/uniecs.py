@@ -71,13 +71,13 @@ class UniECSConfig(ModelConfig):
 
     PRESETS: ClassVar[presets.Presets] = presets.UNIECS
 
-    dim: int = 128  # d
-    num_heads: int = 4
+    dim: int = 128  # d, width of the tokens after the encoders, and of the embeddings
+    num_heads: int = 4  # heads of all attention after the encoders
     cross_layers: int = 2  # number of gated layers
     self_blocks: int = 1  # number of self-attention blocks of each modality at each place
     # Places of self-attention: "interleaved": after each gated layer | "after": after the last one.
     placement: Literal["interleaved", "after"] = "interleaved"
-    fusion_blocks: int = 1
+    fusion_blocks: int = 1  # number of blocks over the fused token
     # Dropout of attention probabilities and outputs, and inside the feed-forward parts.
     dropout: float = 0.0
     # e in the gate. True: 1 or 0 for each item | False: no e | "batch": always 1, as in the public
@@ -88,8 +88,8 @@ class UniECSConfig(ModelConfig):
     text_mask: bool = True  # False: padded text tokens take part, as zeros
     text_length: int | None = None  # texts are cut or padded to this length; None: unchanged
     temperature: float = 0.07  # of V2T, V2F, T2F
-    temperature_v2v: float = 0.05
-    temperature_t2t: float = 0.03
+    temperature_v2v: float = 0.05  # of V2V and L_hard
+    temperature_t2t: float = 0.03  # of T2T
     initial_scale: float = 10.0  # initial s; log s is learned and clamped to [0, 3]
     margins: tuple[float, float, float, float] = (0.3, 0.2, 0.05, 0.2)  # PPM, PDC, PLC, L_hard
     hard_fraction: float = 0.5  # share of the batch that L_hard uses as negatives
@@ -103,11 +103,11 @@ class UniECSConfig(ModelConfig):
     epsilon: float = 1e-3
     image_dim: int = 128  # width of the image tokens
     text_dim: int = 128  # width of the text tokens
-    image_stem: Stem = "conv_group"
+    image_stem: Stem = "conv_group"  # ViT's patch embedding: convolutions, or "patch" (linear)
     pixel_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # normalisation of pixel_values
     pixel_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    image: Options | None = None  # options of build_vit; None: the input is image_tokens
-    text: Options | None = None  # options of build_text; None: the input is text_tokens
+    image: Options | None = None  # arguments of timm's ViT (build_vit); None: takes image_tokens
+    text: Options | None = None  # fields of a BertConfig (build_text); None: takes text_tokens
     freeze: tuple[Literal["image", "text"], ...] = ()  # encoders that are not trained
     # Ablations: "gate" (V' = V + A_v), "cross" (no gated layers), "cmal", "clal", "imcl" (without
     # this group of losses), "adaptive" (static weights), "hard_negatives" (no L_hard), "fusion" (v

@@ -53,11 +53,11 @@ class UNITEConfig(HostedConfig):
 
     PRESETS: ClassVar[presets.Presets] = presets.UNITE
 
-    host: Options  # options of qwen.build_qwen2_vl
-    tokens: Options | None = None  # required: qwen.token_ids(tokenizer)
+    host: Options  # fields of transformers' Qwen2VLConfig (qwen.build_qwen2_vl)
+    tokens: Options | None = None  # required: the result of qwen.token_ids(tokenizer)
     image_size: int = 64  # side of the pictures, a multiple of patch_size * spatial_merge_size
     stage: Literal[1, 2] = 2  # 1: both directions, no mask, no hard negatives | 2: MAMCL
-    temperature: float = 0.03
+    temperature: float = 0.03  # tau, of the loss
     # Training encodes each item in one of these views, drawn uniformly. In the paper, stage 1 pairs
     # texts with texts, pictures or videos, and stage 2 mixes all modalities.
     query_views: tuple[View, ...] = VIEWS
@@ -65,8 +65,8 @@ class UNITEConfig(HostedConfig):
     # Other candidates with the query's label: "drop": ignored | "sum": additional positives, as
     # in the public code.
     same_id: Literal["drop", "sum"] = "drop"
-    freeze: tuple[qwen.Part, ...] = ()
-    pixel_mean: tuple[float, float, float] = qwen.PIXEL_MEAN
+    freeze: tuple[qwen.Part, ...] = ()  # parts of the host that are not trained
+    pixel_mean: tuple[float, float, float] = qwen.PIXEL_MEAN  # normalisation of pixel_values
     pixel_std: tuple[float, float, float] = qwen.PIXEL_STD
     # Ablations: "mamcl" (stage 2 without the mask M), "negatives" (stage 2 without hard negatives),
     # "dual" (stage 1 without CE(S^T)), "fusion" (picture and text are encoded separately, and the
