@@ -36,11 +36,22 @@ bench: $(READY) ## check and time every op on this machine
 results: $(READY) ## update the numbers and pictures of README and docs from benchmarks/results
 	$(PY) tools/results_pages.py
 
-lint: $(READY) ## check style, formatting and types
+lint: $(READY) lint-github ## check style, formatting, types, and the files in .github
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m pyright --pythonpath $(PY)
 	$(PY) tools/check_types.py
+
+# Also run by .pre-commit-config.yaml. zizmor is a program without a Python module.
+SCHEMA = $(PY) -m check_jsonschema --builtin-schema
+lint-github: $(READY)
+	$(SCHEMA) vendor.github-workflows .github/workflows/*.yml
+	$(SCHEMA) custom.github-workflows-require-timeout .github/workflows/*.yml
+	$(SCHEMA) vendor.dependabot .github/dependabot.yml
+	$(SCHEMA) vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(SCHEMA) vendor.github-issue-forms $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
+	$(SCHEMA) vendor.citation-file-format CITATION.cff
+	$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("scripts"))')/zizmor --offline --quiet .github
 
 fuzz: $(READY) ## compare random calls of every public function with the float64 reference, for MINUTES (default 10)
 	OMP_NUM_THREADS=1 $(PY) tests/fuzzing.py --minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED)) $(if $(JOBS),--workers $(JOBS))
