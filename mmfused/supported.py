@@ -6,7 +6,7 @@ TESTED = {  # name on the package index: (oldest, newest)
     "python": ("3.10", "3.13"),
     "torch": ("2.11.0", "2.14.1"),
     "triton": ("3.6.0", "3.8.0"),
-    "transformers": ("5.13.0", "5.24.0"),
+    "transformers": ("5.17.0", "5.24.0"),
     "timm": ("1.0.28", "1.0.31"),
     "open_clip_torch": ("3.0.0", "3.3.0"),
     "sentence-transformers": ("6.0.0", "6.2.0"),
