@@ -29,7 +29,7 @@ def blocks(folder: Path) -> dict[str, str]:
         ),
         "classification": classification(fluid["runs"]),
         "ablation": ablation(fluid["runs"]),
-        "fluid-runs": f"{origin(fluid)}; {run_minutes(fluid['runs'].values())}.",
+        "fluid-runs": f"{origin(fluid)}. {run_minutes(fluid['runs'].values())}",
     }
 
 
@@ -55,8 +55,8 @@ def origin(results: dict) -> str:
 def run_minutes(runs) -> str:
     minutes = [run["seconds"] / 60 for run in runs]
     return (
-        f"each run takes {min(minutes):.0f} to {max(minutes):.0f} minutes "
-        "on one core of a machine with other work"
+        f"Each run took {min(minutes):.0f} to {max(minutes):.0f} minutes "
+        "on one core of a machine with other work."
     )
 
 
