@@ -116,13 +116,36 @@ class router(Choice[Router]):
 
     Args:
         name: "triton", or "cuda" for the kernels written in CUDA C++.
+
+    Raises:
+        ValueError: the name is unknown.
+
+    Examples:
+        >>> import torch, mmfused
+        >>> from mmfused.library import router
+        >>> with router("cuda"):  # has an effect on a GPU only
+        ...     routing = mmfused.topk_routing(torch.randn(10, 4), 2)
+        >>> routing.indices.shape
+        torch.Size([10, 2])
     """
 
     switch = _router
 
 
 def set_router(name: Router) -> None:
-    """Set the default router of this process; initially ``MMFUSED_ROUTER``, or "triton"."""
+    """Set the default router of this process; initially ``MMFUSED_ROUTER``, or "triton".
+
+    Args:
+        name: "triton" or "cuda", see :class:`router`.
+
+    Raises:
+        ValueError: the name is unknown.
+
+    Examples:
+        >>> from mmfused.library import set_router
+        >>> set_router("cuda")
+        >>> set_router("triton")
+    """
     _router.set(name)
 
 
@@ -132,7 +155,14 @@ def current_router() -> Router:
 
 
 def why_not_fused(device: torch.device | str, dtype: torch.dtype) -> list[str]:
-    """Return all reasons why the kernels cannot run on this device and dtype, or an empty list."""
+    """Return all reasons why the kernels cannot run on this device and dtype, or an empty list.
+
+    Examples:
+        >>> import torch
+        >>> from mmfused.library import why_not_fused
+        >>> why_not_fused("cpu", torch.float64)[-1]
+        'dtype torch.float64 is not float32, float16 or bfloat16'
+    """
     device = torch.device(device)
     reasons = []
     if not _HAS_TRITON:

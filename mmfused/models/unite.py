@@ -260,8 +260,30 @@ def lora(
 ) -> UNITE:
     """Add LoRA to every Linear layer of the language model, in place.
 
-    The original weights of the language model are frozen. The default of ``alpha`` is the paper's:
-    16 in stage 1 and 64 in stage 2. This function needs the package peft.
+    The original weights of the language model are frozen. This function needs the package peft.
+
+    Args:
+        model: the model.
+        rank: rank of the adapters.
+        alpha: scale of the adapters, times ``rank``; the default is the paper's, 16 in stage 1 and
+            64 in stage 2.
+        dropout: dropout rate of the adapters' inputs.
+
+    Returns:
+        The model.
+
+    Raises:
+        ImportError: peft is not installed.
+
+    Examples:
+        >>> from mmfused.data import train_tokenizer
+        >>> from mmfused.models import UNITE, UNITEConfig
+        >>> from mmfused.models.unite import lora
+        >>> tokenizer = UNITEConfig.prepare_tokenizer(train_tokenizer(["Red mug", "Blue plate"]))
+        >>> model = UNITE(UNITEConfig.preset("tiny", **UNITEConfig.of_tokenizer(tokenizer)))
+        >>> language = lora(model, rank=4).host.language_model
+        >>> all("lora" in name for name, p in language.named_parameters() if p.requires_grad)
+        True
     """
     try:
         import peft

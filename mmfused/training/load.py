@@ -23,7 +23,7 @@ from mmfused.training.setup import (
 
 
 class Trained:
-    """A trained model with its tokenizer and settings.
+    r"""A trained model with its tokenizer and settings.
 
     Args:
         folder: folder of the run or checkpoint.
@@ -31,6 +31,23 @@ class Trained:
         tokenizer: the model's tokenizer.
         settings: the settings saved in ``folder``.
         device: device to which the model is moved.
+
+    Examples:
+        >>> import pathlib, tempfile
+        >>> from mmfused.training.load import load_trained
+        >>> from mmfused.training.run import TrainConfig, train
+        >>> rows = "file_name,text,label\n,red mug,0\n,blue plate,1\n"
+        >>> options = dict(modalities="text", batch_size=2, steps=1, progress=False)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     size = pathlib.Path(folder, "metadata.csv").write_text(rows)
+        ...     config = TrainConfig(f"{folder}/run", data=folder, val=folder, **options)
+        ...     summary = train(config)
+        ...     trained = load_trained(config.out, device="cpu")
+        ...     dataset, batches = trained.batches(folder)
+        >>> trained.name, trained.task, len(dataset)
+        ('fluid', 'classification', 2)
+        >>> [list(trained.model(input_ids=batch["input_ids"]).logits.shape) for batch in batches]
+        [[2, 2]]
     """
 
     def __init__(
@@ -96,12 +113,32 @@ def load_trained(
     device: str = "auto",
     threads: int | None = None,
 ) -> Trained:
-    """Load the model of the finished run or checkpoint in ``folder``.
+    r"""Load the model of the finished run or checkpoint in ``folder``.
+
+    Args:
+        folder: the folder of the run or of the checkpoint.
+        backend: backend with which the model will run; only checked, not set.
+        device: name of a torch device; "auto" is "cuda" if it is available, else "cpu".
+        threads: number of CPU threads; None takes torch's.
 
     Raises:
         FileNotFoundError: ``folder`` holds neither a finished run nor a checkpoint.
         ValueError: a file is damaged (see :func:`mmfused.training.run_folder.load_run`), or the
             backend or the device is not available.
+
+    Examples:
+        >>> import pathlib, tempfile
+        >>> from mmfused.training.load import load_trained
+        >>> from mmfused.training.run import TrainConfig, train
+        >>> rows = "file_name,text,label\n,red mug,0\n,blue plate,1\n"
+        >>> options = dict(modalities="text", batch_size=2, steps=1, progress=False)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     size = pathlib.Path(folder, "metadata.csv").write_text(rows)
+        ...     config = TrainConfig(f"{folder}/run", data=folder, val=folder, **options)
+        ...     summary = train(config)
+        ...     trained = load_trained(config.out, device="cpu")
+        >>> trained.model.training, trained.device
+        (False, device(type='cpu'))
     """
     chosen = pick_device(device)
     settings = read_settings(Path(folder))

@@ -42,6 +42,15 @@ def rank_of_first(
 
     Raises:
         ValueError: a query has no relevant candidate.
+
+    Examples:
+        >>> import torch
+        >>> from mmfused.training.retrieval_metrics import rank_of_first
+        >>> query, candidate = torch.eye(2), torch.tensor([[0.9, 0.1], [0.2, 0.3], [0.4, 0.8]])
+        >>> relevance = torch.tensor([[1, 0, 0], [0, 1, 0]], dtype=torch.int8)
+        >>> ranks, nearest = rank_of_first(query, candidate, lambda i, j: relevance[i:j])
+        >>> ranks, nearest
+        (tensor([1, 2]), tensor([0, 2]))
     """
     ranks: list[Tensor] = []
     nearest: list[Tensor] = []
@@ -65,6 +74,18 @@ def ranking_scores(ranks: Tensor) -> dict[str, float]:
 
     Recall@k is the fraction of queries with a relevant candidate among the first k, and MRR is the
     mean of 1 / rank.
+
+    Args:
+        ranks: (Q,) int64, counted from 1.
+
+    Returns:
+        "recall_at_1", "recall_at_5", "recall_at_10" and "mrr", from 0 to 1.
+
+    Examples:
+        >>> import torch
+        >>> from mmfused.training.retrieval_metrics import ranking_scores
+        >>> ranking_scores(torch.tensor([1, 2, 4, 20]))
+        {'recall_at_1': 0.25, 'recall_at_5': 0.75, 'recall_at_10': 0.75, 'mrr': 0.45}
     """
     recalls = {f"recall_at_{k}": float((ranks <= k).double().mean()) for k in KS}
     return {**recalls, "mrr": float((1 / ranks.double()).mean())}
@@ -76,6 +97,11 @@ def chance(relevant: int, candidates: int) -> dict[str, float]:
     Args:
         relevant: number of relevant candidates.
         candidates: number of all candidates.
+
+    Examples:
+        >>> from mmfused.training.retrieval_metrics import chance
+        >>> chance(relevant=1, candidates=100)["recall_at_5"]
+        0.05
     """
     ways = math.comb(candidates, relevant)
     # first_at[j - 1] is the probability that the first relevant candidate has rank j.
@@ -109,6 +135,19 @@ def embed_items(
 
     Raises:
         RuntimeError: an embedding is not finite.
+
+    Examples:
+        >>> from mmfused.data import Batches, Collate, GeneratedProducts, train_tokenizer
+        >>> from mmfused.models import UniECS, UniECSConfig
+        >>> from mmfused.training.retrieval_metrics import embed_items
+        >>> products = GeneratedProducts(size=10, image_size=64)
+        >>> tokenizer = train_tokenizer(products.texts)
+        >>> model = UniECS(UniECSConfig.preset("tiny", vocab_size=len(tokenizer)))
+        >>> collate = Collate(tokenizer, image_size=64, max_length=16)
+        >>> batches = Batches(products, collate, batch_size=4, shuffle=False, drop_last=False)
+        >>> embeddings = embed_items(model, batches, views=("image", "both"))
+        >>> embeddings["both"].shape
+        torch.Size([10, 128])
     """
     device = next(model.parameters()).device
     parts: list[Items] = []
