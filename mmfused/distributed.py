@@ -23,6 +23,22 @@ def in_group() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+# ---- collectives ---------------------------------------------------------------------------------
+# torch 2.14 warns about the old names; torch 2.11 has only those.
+
+
+def gather_into(out: Tensor, x: Tensor) -> None:
+    """Write the tensors ``x`` of all ranks, which have equal shapes, into ``out`` in rank order."""
+    gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(out, x)
+
+
+def _reduce_scatter_into(out: Tensor, x: Tensor) -> None:
+    """Add the tensors ``x`` of all ranks, and write this rank's part of the sum into ``out``."""
+    scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    scatter(out, x)
+
+
 # ---- agreement -----------------------------------------------------------------------------------
 
 
@@ -104,7 +120,7 @@ def _all_texts(data: bytes, lengths: list[int], device: torch.device) -> list[st
 def _all_gather(x: Tensor) -> Tensor:
     """Return the (n,) tensors of all W ranks as one (W, n) tensor."""
     out = x.new_empty(dist.get_world_size() * len(x))
-    dist.all_gather_into_tensor(out, x)
+    gather_into(out, x)
     return out.view(-1, len(x))
 
 
@@ -177,7 +193,7 @@ class Ranks:
         padded = x.new_zeros(largest, *x.shape[1:])
         padded[: len(x)] = x
         out = x.new_empty(self.world * largest, *x.shape[1:])
-        dist.all_gather_into_tensor(out, padded)
+        gather_into(out, padded)
         parts = zip(out.split(largest), self.candidates, strict=True)
         return torch.cat([part[:count] for part, count in parts])
 
@@ -199,7 +215,7 @@ class Ranks:
         for rank, part in enumerate(x.split(self.candidates)):
             padded[rank, : len(part)] = part
         out = x.new_empty(largest, *x.shape[1:])
-        dist.reduce_scatter_tensor(out, padded.flatten(0, 1))
+        _reduce_scatter_into(out, padded.flatten(0, 1))
         return out[: self.candidates[self.rank]]
 
     def merge_columns(self, statistics: Tensor) -> Tensor:

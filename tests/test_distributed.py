@@ -5,6 +5,7 @@ test_distributed_refusals.py tests invalid inputs and settings that differ betwe
 
 import os
 import tempfile
+import warnings
 
 import pytest
 import torch
@@ -95,6 +96,7 @@ def whole_batch(case: str, split: list) -> tuple:
 
 
 def run_rank(rank: int, splits: list, folder: str):
+    warnings.simplefilter("error", FutureWarning)  # torch gives it for collectives it renamed
     store = dist.FileStore(os.path.join(folder, "store"), len(splits[0]))
     dist.init_process_group("gloo", store=store, rank=rank, world_size=len(splits[0]))
     torch.save([results_of(rank, split) for split in splits], os.path.join(folder, f"rank{rank}"))

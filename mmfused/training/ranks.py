@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mmfused.distributed import in_group
+from mmfused.distributed import gather_into, in_group
 from mmfused.training.signals import StopRequest
 
 
@@ -119,5 +119,5 @@ def _device() -> torch.device:
 
 def _gather(mine: Tensor) -> Tensor:
     out = mine.new_empty(dist.get_world_size() * len(mine))
-    dist.all_gather_into_tensor(out, mine)
+    gather_into(out, mine)
     return out
