@@ -43,6 +43,7 @@ myst_heading_anchors = 3
 
 # Docstrings: Google style, types from the annotations, members in the order of the source.
 napoleon_numpy_docstring = False
+napoleon_use_ivar = True  # attributes as a list
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 autodoc_typehints_format = "short"
