@@ -39,7 +39,7 @@ def positive_similarity(query: Tensor, positive: Tensor) -> Tensor:
         A scalar, float32 or float64.
 
     Raises:
-        ValueError: the shapes differ.
+        TypeError, ValueError: bad input.
 
     Examples:
         >>> import torch, mmfused

@@ -53,10 +53,10 @@ def masked_info_nce(
         temperature: divides the dot products; a float, or a tensor of one element, which may
             require grad.
         target: (B,) int64, index of the positive candidate of each row; default ``arange(B)``.
-        query_key: (B,) int64, accepted only together with ``candidate_key``.
-        candidate_key: (C,) int64. A candidate counts for a row if it has the row's key or key -1,
-            or is the target. Without ``query_key`` each row has the key of its target (UNITE's
-            MAMCL). For a row with key -1, only candidates with key -1 count.
+        query_key: (B,) int64, at least 0; accepted only together with ``candidate_key``.
+        candidate_key: (C,) int64, at least -1. A candidate counts for a row if it has the row's key
+            or key -1, or is the target. Without ``query_key`` each row has the key of its target
+            (UNITE's MAMCL). If that is -1, only candidates with key -1 count for the row.
         query_id: (B,) int64, accepted only together with ``candidate_id``. Equal ids mark the same
             item.
         candidate_id: (C,) int64. Without ``query_id`` each row has the id of its target.
