@@ -167,9 +167,12 @@ def why_not_fused(device: torch.device | str, dtype: torch.dtype) -> list[str]:
     reasons = []
     if not _HAS_TRITON:
         reasons.append("triton is not installed")
-    if device.type == "cuda":
+    if device.type == "cuda" and torch.version.hip is not None:
+        # Options of the launches, such as maxnreg, do not exist in Triton's AMD backend.
+        reasons.append("this build of torch is for ROCm and the kernels need CUDA")
+    elif device.type == "cuda":
         gpu = torch.cuda.get_device_properties(device.index or 0)  # a constant under torch.compile
-        if torch.version.hip is None and gpu.major < 8:
+        if gpu.major < 8:
             reasons.append(f"the GPU is sm_{gpu.major}{gpu.minor}, the kernels need sm_80 or newer")
     elif not (device.type == "cpu" and INTERPRETED):
         reasons.append(f"the tensors are on {device.type} and the kernels need CUDA")

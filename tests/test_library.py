@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -84,6 +85,15 @@ with mmfused.backend("fused"):
         "op: backend 'fused' cannot run here: the tensors are on cpu and the kernels need CUDA; "
         "dtype torch.float64 is not float32, float16 or bfloat16; dim is odd"
     )
+
+
+def test_a_build_of_torch_for_rocm_runs_composed(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    with mmfused.backend("auto"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        chosen = library.choose("query_pooling", torch.device("cuda"), torch.bfloat16)
+    assert chosen == "composed"
+    assert any("ROCm" in reason for reason in library.why_not_fused("cuda", torch.bfloat16))
 
 
 def test_why_not_fused_lists_the_device_and_the_dtype():
