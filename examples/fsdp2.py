@@ -1,8 +1,8 @@
 """Shard a model with mmfused modules by FSDP2 (fully_shard).
 
 The model fuses pictures and texts with gated cross-attention, a mixture of experts and query
-pooling. Two ranks train it sharded, each on its half of a batch. Then each trains it whole, on both
-halves in turn. The losses must be equal up to rounding.
+pooling. Each of two ranks trains it plain, on both halves of a batch in turn, and then sharded, on
+its own half. The losses must be equal up to rounding.
 
 Run it on a CPU with either command:
 
@@ -93,11 +93,11 @@ def train(sharded: bool) -> list[float]:
 
 
 def compare() -> None:
-    whole, sharded = train(sharded=False), train(sharded=True)
-    difference = max(abs(b / a - 1) for a, b in zip(whole, sharded, strict=True))
+    plain, sharded = train(sharded=False), train(sharded=True)
+    difference = max(abs(b / a - 1) for a, b in zip(plain, sharded, strict=True))
     if dist.get_rank() == 0:
-        print("step     whole  fully_shard")
-        for step, (a, b) in enumerate(zip(whole, sharded, strict=True)):
+        print("step     plain  fully_shard")
+        for step, (a, b) in enumerate(zip(plain, sharded, strict=True)):
             print(f"{step:4}  {a:8.5f}  {b:11.5f}")
         print(f"The largest relative difference is {difference:.1e}.")
     if difference > TOLERANCE:
