@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -16,15 +17,28 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = (
+    ".ci",
+    ".github",
+    ".pre-commit-config.yaml",
+    "CHANGELOG.md",
+    "CITATION.cff",
+    "CODE_OF_CONDUCT.md",
+    "CONTRIBUTING.md",
+    "LICENSE",
+    "MANIFEST.in",
+    "Makefile",
+    "README.md",
+    "SECURITY.md",
+    "benchmarks",
+    "csrc",
+    "docs",
+    "examples",
+    "kernels",
+    "mmfused",
     "pyproject.toml",
     "setup.py",
-    "README.md",
-    "LICENSE",
-    "mmfused",
-    "kernels",
-    "csrc",
-    "benchmarks",
     "tests",
+    "tools",
 )
 OPTIONAL = (
     "triton",
@@ -73,13 +87,13 @@ def clone(tmp_path_factory) -> Path:
     """Return a copy of the checkout, so that builds do not change the checkout."""
     folder = tmp_path_factory.mktemp("clone") / "mmfused"
     folder.mkdir()
-    for source in filter(Path.exists, (ROOT / name for name in SOURCES)):
+    for source in (ROOT / name for name in SOURCES):
         if source.is_dir():
             shutil.copytree(
                 source,
                 folder / source.name,
                 symlinks=True,
-                ignore=shutil.ignore_patterns("__pycache__", "results"),
+                ignore=shutil.ignore_patterns("__pycache__", "_build"),
             )
         else:
             shutil.copy(source, folder)
@@ -174,6 +188,15 @@ def test_the_wheel_contains_only_the_package(wheels, clone):
         names = [Path(name) for name in zipfile.ZipFile(wheels[mode]).namelist()]
         assert {name for name in names if not name.parts[0].endswith(".dist-info")} == package
         assert len({name.parts[0] for name in names}) == 2
+
+
+def test_the_sdist_contains_all_sources(wheels, clone):
+    (archive,) = wheels["sdist"].parent.glob("*.tar.gz")
+    with tarfile.open(archive) as sdist:
+        packed = {Path(*Path(name).parts[1:]) for name in sdist.getnames()}
+    added = {"__pycache__", "build", "mmfused.egg-info"}  # by builds and imports
+    files = {path.relative_to(clone) for path in clone.rglob("*") if path.is_file()}
+    assert {path for path in files - packed if not added & set(path.parts)} == set()
 
 
 BUILD_WHEEL = "from setuptools import build_meta as hooks; print(hooks.build_wheel({!r}))"
