@@ -173,7 +173,8 @@ def test_zero_bytes_and_wrong_numbers_of_fields_are_reported(tmp_path):
         ("file_name,text,label\n".encode("utf-16"), "got UTF-16, expected UTF-8"),
         (b"name,text,label\n", "got a header line without file_name: name, text, label"),
         (b'"file_name,text,label\n0.png,a,0\n', "got a header line that cannot be read"),
-        (b"\xff\x00\xfe\n", "got a header line without file_name, text, label"),
+        # Python 3.10 refuses a NUL in CSV itself.
+        (b"\xff\x00\xfe\n", "got a header line .*file_name, text, label"),
     ],
 )
 def test_an_invalid_header_is_refused(tmp_path, content, message):
