@@ -1,7 +1,7 @@
 """The versions and GPU architectures that this release is tested with."""
 
-# The suite runs with all oldest versions together and with all newest ones together. Lower bounds
-# in pyproject.toml, docs/supported-versions.md and .github/workflows/ci.yml follow this table.
+# The workflow runs the suite with all oldest versions together and with all newest ones together.
+# pyproject.toml (lower bounds), docs/supported-versions.md and .github/workflows/ci.yml follow it.
 TESTED = {  # name on the package index: (oldest, newest)
     "python": ("3.10", "3.13"),
     "torch": ("2.11.0", "2.14.1"),
