@@ -12,7 +12,7 @@ endif
 
 # If pytest-xdist is installed, run the test files in parallel, each file in one worker.
 WORKERS = $$($(PY) -c 'import importlib.util as u; print("-n auto --dist loadfile" if u.find_spec("xdist") else "")')
-.PHONY: help demo test docs bench results lint lint-github gpu compile-matrix newest fuzz peers
+.PHONY: help demo test docs bench results end-to-end lint lint-github gpu compile-matrix newest fuzz peers
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
@@ -35,6 +35,9 @@ bench: $(READY) ## check and time every op on this machine
 
 results: $(READY) ## update the numbers and pictures of README and docs from benchmarks/results
 	$(PY) tools/results_pages.py
+
+end-to-end: $(READY) ## count and time the ops' share of whole training steps (MODELS, OUT)
+	$(PY) tools/end_to_end.py $(MODELS) $(if $(OUT),--out $(OUT))
 
 lint: $(READY) lint-github ## check style, formatting, types, and the files in .github
 	$(PY) -m ruff check .

@@ -19,7 +19,13 @@ from mmfused.benchmarks import run
 from mmfused.tools import comparison, conditions, grocery, results_pages, targets
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/benchmarks.md", "docs/models.md", "docs/trained-models.md")
+PAGES = (
+    "README.md",
+    "docs/benchmarks.md",
+    "docs/end-to-end.md",
+    "docs/models.md",
+    "docs/trained-models.md",
+)
 MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
 HAS_MODELS = importlib.util.find_spec("mmfused.benchmarks.models") is not None
 

@@ -18,7 +18,7 @@ if not __package__:  # run as a script: import mmfused from this checkout
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from mmfused.benchmarks import report, tables
-from mmfused.tools import comparison, grocery, targets
+from mmfused.tools import comparison, end_to_end_tables, grocery, targets
 from mmfused.tools.comparison import Comparison, comparisons, label
 from mmfused.tools.conditions import device_type, folders, ours_of, read, with_compiled
 
@@ -306,6 +306,7 @@ def pages(results: Path) -> dict[str, dict[str, str]]:
     return {
         "README.md": {"picture": picture_block(results)},
         "docs/benchmarks.md": ops,
+        "docs/end-to-end.md": end_to_end_tables.blocks(results / "end_to_end"),
         "docs/models.md": grocery.headlines(results / "grocery"),
         "docs/trained-models.md": grocery.blocks(results / "grocery"),
     }
