@@ -138,6 +138,12 @@ def test_the_help_of_training_states_the_defaults_of_the_config():
             assert action.help.endswith("(required)")
 
 
+def test_completion_names_the_package_that_it_needs(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert main(["--print-completion", "bash"]) == 1
+    assert capsys.readouterr().err == "mmfused: shtab is not installed: pip install shtab\n"
+
+
 def test_completion_is_printed_if_shtab_is_installed(capsys):
     pytest.importorskip("shtab")
     with pytest.raises(SystemExit) as stop:
@@ -508,7 +514,7 @@ def test_demo_compares_two_trainings_and_times_the_op(tmp_path):
     for words in (
         "accuracy",
         "macro F1",
-        "time of a step",
+        "time of a fast step",
         "peak memory",
         "loss curves",
         "nn.MHA",
@@ -526,7 +532,8 @@ def test_demo_fails_if_the_loss_curves_differ(tmp_path, monkeypatch, capsys):
 
     def fake(backend, steps, out):
         out.mkdir(parents=True)
-        train = [{"step": 1, "loss": 1.0 if backend == "reference" else 1.5}]
+        loss = 1.0 if backend == "reference" else 1.5
+        train = [{"step": 1, "loss": loss, "seconds": 1.0}]
         summary = dict.fromkeys(
             ("accuracy", "macro_f1", "val_loss", "step_seconds", "peak_memory", "seconds"), 1.0
         )

@@ -198,7 +198,7 @@ def expected_ratio(dim, queries, width, heads):
 def test_expected_benefit_is_the_ratio_of_flops_if_the_number_of_queries_is_known(make, sizes):
     text, ratio = fuse(make()).expected[""], expected_ratio(*sizes)
     assert ratio > 1.25 and "by count" in text
-    assert f"costs {ratio:.3g} times fewer FLOPs" in text
+    assert f"takes {ratio:.3g} times fewer FLOPs" in text
     assert ("no benefit on a GPU" in text) == (ratio < 2)
 
 

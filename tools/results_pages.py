@@ -283,9 +283,11 @@ def picture_block(results: Path) -> str:
     records = found[folder]
     where = "above the inputs" if device_type(records[0]) == "cuda" else "kept for the backward"
     dtypes = comparison.distinct(record["dtype"] for record in records)
+    speedups = [row.speedup for row in comparisons(records) if row.best is not None]
     caption = (
-        f"{machine(records)}, {dtypes}: speed-up of {comparison.passes(records[0])} over the "
-        f"fastest accurate baseline, which is named at the bar, and memory {where}. "
+        f"From {min(speedups):.2f} to {max(speedups):.2f} times the speed of the fastest accurate "
+        f"baseline: {machine(records)}, {dtypes}: {comparison.passes(records[0])}. The "
+        f"baseline is named at the bar; beside it, the memory {where}. "
         f"[All results]({BENCHMARKS_PAGE})."
     )
     address = f"{RAW}/{in_checkout(folder / 'speedup.png')}"

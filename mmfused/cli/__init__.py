@@ -8,10 +8,10 @@ modules of the other subcommands are not imported.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
 import os
 import sys
+from typing import Any
 
 import mmfused
 from mmfused.extras import from_extra
@@ -58,15 +58,28 @@ def _check_not_empty(args: argparse.Namespace) -> None:
             raise ValueError(f"{name}: got {value!r}, expected a non-empty string")
 
 
+class _PrintCompletion(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *values: Any) -> None:
+        try:
+            import shtab
+        except ImportError as error:
+            raise ImportError("shtab is not installed: pip install shtab") from error
+        _, shell, _ = values
+        print(shtab.complete(parser, shell))
+        parser.exit()
+
+
 def _make_parser(argv: list[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mmfused",
         description="Fused kernels for multimodal retrieval and classification models.",
     )
-    with contextlib.suppress(ImportError):
-        import shtab
-
-        shtab.add_argument_to(parser, "--print-completion", help="print the shell's completion")
+    parser.add_argument(
+        "--print-completion",
+        choices=("bash", "zsh", "tcsh"),
+        action=_PrintCompletion,
+        help="print the completion script for a shell; needs the package shtab",
+    )
     parser.add_argument("--version", action="version", version=f"mmfused {mmfused.__version__}")
     commands = parser.add_subparsers(
         dest="command", required=True, metavar="{" + ",".join(COMMANDS) + "}"

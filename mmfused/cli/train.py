@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     Most options have no default here, so that a recipe can replace TrainConfig's default where the
     option is not given. The defaults in the help are TrainConfig's.
     """
-    parser.usage = "%(prog)s --data DIR --val DIR --out DIR [option ...]"
+    parser.usage = "%(prog)s [--model MODEL] --data DIR [--val DIR] --out DIR [option ...]"
     parser.epilog = (
         "With --preset paper or code, --lr, --weight-decay, --epochs, --batch-size and "
         "--max-length default to the paper's values, if it gives them."

@@ -62,12 +62,12 @@ def attend(
             norm_bias=norm.bias,
             norm_eps=norm.eps,
         )
-    valid_keys = None
+    valid_keys = fully_masked = None
     if key_padding_mask is not None:
         x = x.masked_fill(key_padding_mask[:, :, None], 0.0)  # ignored tokens may hold NaN
-        # A fully masked sample attends to all tokens; the caller sets the sample's output to 0.
-        masked = key_padding_mask & ~key_padding_mask.all(1, keepdim=True)
-        valid_keys = ~masked[:, None, None]
+        # A fully masked sample attends to all tokens here, and its output is set to 0 below.
+        fully_masked = key_padding_mask.all(1)
+        valid_keys = ~(key_padding_mask & ~fully_masked[:, None])[:, None, None]
     if norm.weight is not None:
         x = F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
     bias = None if b_k is None or b_v is None else torch.cat([b_k, b_v])
@@ -78,6 +78,8 @@ def attend(
         for y in (q, *kv.split([len(w_k), len(w_v)], -1))
     )
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=valid_keys, dropout_p=dropout_p)
+    if fully_masked is not None:
+        out = out.masked_fill(fully_masked[:, None, None, None], 0.0)
     return out.transpose(1, 2).flatten(2)
 
 
@@ -202,7 +204,8 @@ def attend_with(
 ) -> Tensor:
     """Return the output of ``mha`` for x (B, N, kdim) and queries (L, E) or (B, L, E).
 
-    The output is (B, L, E), or (L, B, E) without ``batch_first``.
+    The output is (B, L, E), or (L, B, E) without ``batch_first``. As in the original without
+    attention weights, a sample of which all tokens are ignored gives the bias of ``out_proj``.
     """
     *weights, w_out = projections_of(mha)
     w_q, w_k, w_v = weights[0].chunk(3) if len(weights) == 1 else weights
@@ -219,15 +222,10 @@ def attend_with(
         dropout_p=mha.dropout if mha.training else 0.0,
         norm=norm,
     )
-    fully_masked = None if key_padding_mask is None else key_padding_mask.all(1)
     if not batch_first:
         # Transposed before the projection, so that the result is contiguous as in the original.
         out = out.transpose(0, 1)
-    out = F.linear(out, w_out, mha.out_proj.bias)
-    if fully_masked is None:
-        return out
-    rows = fully_masked[:, None, None] if batch_first else fully_masked[None, :, None]
-    return out.masked_fill(rows, 0.0)
+    return F.linear(out, w_out, mha.out_proj.bias)
 
 
 def _never_fits(name: str, parent: nn.Module) -> str | None:

@@ -17,7 +17,10 @@ def pooling_benefit(
         return _benefit_of_calls(dim, k_dim, v_dim, heads)
     cost = _per_token(dim, queries, k_dim, v_dim, heads)
     ratio = cost["projected"] / cost["absorbed"]
-    fewer = f"by count a token costs {ratio:.3g} times fewer FLOPs, as there are no keys and values"
+    fewer = (
+        f"by count the layer takes {ratio:.3g} times fewer FLOPs for each token, as it makes no "
+        "keys and values"
+    )
     if ratio >= ABSORBED_MUST_SAVE["cuda"]:
         return f"{fewer}; no benefit with few tokens"
     if ratio >= ABSORBED_MUST_SAVE["cpu"]:

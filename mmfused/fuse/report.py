@@ -7,6 +7,7 @@ import textwrap
 from dataclasses import dataclass, field
 from itertools import zip_longest
 
+_PAGE = "https://mmfused.github.io/mmfused/fuse.html"
 _WIDTH = 100  # characters per line
 _GAP = "  "
 _MAX_WIDTHS = (30, 26, 7)  # of the first three columns
@@ -53,6 +54,8 @@ class FuseReport:
         for name, text in self.left.items():
             rows.append((name, self.classes.get(name, ""), "left", text))
         title = f"fuse: {len(self.swapped)} swapped, {len(self.left)} left"
+        if not rows:
+            title += f". No module that fuse knows; {_PAGE} lists them."
         return "\n".join([title, *_table(rows)])
 
 

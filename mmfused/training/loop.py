@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -150,6 +151,7 @@ class Training:
             disable=not (self.config.progress and self.main),
             unit="step",
             initial=self.step,
+            mininterval=0.1 if sys.stderr.isatty() else 30,  # seconds; few lines in a log file
         )
         try:
             with fail_together():

@@ -81,7 +81,7 @@ def check_out(out: Path, overwrite: bool, resume: bool = False) -> None:
     if held and not overwrite:
         raise FileExistsError(
             f"out: {out} already holds a run ({', '.join(held)}); "
-            "choose another folder or overwrite it"
+            "choose another folder, or overwrite it (--overwrite) or go on with it (--resume)"
         )
 
 
