@@ -54,7 +54,7 @@ BASELINE = "torch modules"
 BATCHES = (256, 1024, 4096, 16384)  # at which the compare phase is counted beside the paper's
 STATES = 1 << 22  # elements of each of 8 tensors on which AdamW is timed
 SHORT = 0.2  # seconds
-DEPTHS = ((1, 1), (2, 1), (1, 2))  # layers of a host's language model and vision tower
+DEPTHS = ((1, 1), (2, 1), (1, 8))  # layers of a host's language model and vision tower
 
 
 def namespace(backend: str) -> Any:
@@ -172,7 +172,7 @@ def timed(name: str, repeats: int, preset: str = "paper") -> dict[str, Any]:
     The encode phase of a hosted model is timed with few layers (``DEPTHS``). One model at a time is
     in memory.
     """
-    setup, depth = SETUPS[name], 2 if name in HOSTED else None
+    setup, depth = SETUPS[name], (2, 8) if name in HOSTED else None
     depths = DEPTHS if depth else DEPTHS[:1]
     samples: dict[str, Any] = {}
     for backend in (BASELINE, "composed"):

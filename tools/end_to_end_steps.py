@@ -97,7 +97,7 @@ class Step:
         models: Any,
         variant: Variant = "published",
         preset: str = "paper",
-        depth: int | None = None,
+        depth: tuple[int, int] | None = None,
     ) -> None:
         self.name, self.setup, self.variant = name, SETUPS[name], variant
         self.config = config(name, preset, variant == "tokens", depth)
@@ -201,7 +201,7 @@ class Step:
             text.layers, tower.blocks, text.config.num_hidden_layers = before
 
 
-def config(name: str, preset: str, tokens: bool, depth: int | None) -> Any:
+def config(name: str, preset: str, tokens: bool, depth: tuple[int, int] | None) -> Any:
     """Return a model's configuration without dropout; with ``tokens``, without its encoders."""
     image, text = (None, None) if tokens else ({}, NO_DROPOUT)
     if name == "fluid":
@@ -217,8 +217,8 @@ def config(name: str, preset: str, tokens: bool, depth: int | None) -> Any:
     options: dict[str, Any] = {"tokens": {**TOKENS, "prompts": dict.fromkeys(KINDS, prompt)}}
     if depth is not None:
         host = kind.PRESETS[preset]["host"]
-        language = {"num_hidden_layers": depth, "vocab_size": 2048}
-        vision = {"depth": depth}
+        language = {"num_hidden_layers": depth[0], "vocab_size": 2048}
+        vision: dict[str, Any] = {"depth": depth[1]}
         if "fullatt_block_indexes" in host["vision_config"]:
             vision["fullatt_block_indexes"] = []
         options["host"] = {

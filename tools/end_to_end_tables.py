@@ -93,10 +93,11 @@ def seconds(record: dict, backend: str) -> dict[str, float]:
 
     phases = {key: medians(found) for key, found in samples["encode"].items()}
     totals = dict(phases["1+1"])
-    for more, layers in zip(("2+1", "1+2"), setup["layers"] or (), strict=False):
+    for more, added, layers in zip(("2+1", "1+8"), (1, 7), setup["layers"] or (), strict=False):
         for name in totals:
             if more == "2+1" or name == "whole":  # no op is in the vision tower
-                totals[name] += (layers - 1) * (phases[more][name] - phases["1+1"][name])
+                layer = (phases[more][name] - phases["1+1"][name]) / added
+                totals[name] += (layers - 1) * layer
     scale = setup["batch"] / setup["gpus"] / timed["batch"]
     totals = {name: scale * spent for name, spent in totals.items()}
     if samples["compare"]:
