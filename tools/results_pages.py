@@ -285,9 +285,9 @@ def picture_block(results: Path) -> str:
     dtypes = comparison.distinct(record["dtype"] for record in records)
     speedups = [row.speedup for row in comparisons(records) if row.best is not None]
     caption = (
-        f"From {min(speedups):.2f} to {max(speedups):.2f} times the speed of the fastest accurate "
-        f"baseline: {machine(records)}, {dtypes}: {comparison.passes(records[0])}. The "
-        f"baseline is named at the bar; beside it, the memory {where}. "
+        f"{machine(records)}, {dtypes}, {comparison.passes(records[0])}: from "
+        f"{min(speedups):.2f} to {max(speedups):.2f} times the speed of the fastest baseline that "
+        f"passed the accuracy check. Its name is at the bar; beside it, the memory {where}. "
         f"[All results]({BENCHMARKS_PAGE})."
     )
     address = f"{RAW}/{in_checkout(folder / 'speedup.png')}"

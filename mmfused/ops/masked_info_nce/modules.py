@@ -200,8 +200,8 @@ def _check_options(
     unknown = sorted(set(options) - set(names))
     if unknown:
         raise TypeError(
-            f"MaskedInfoNCE: {unknown[0]}: got an unknown option, expected {', '.join(names)} "
-            "or reduction"
+            f"MaskedInfoNCE: {unknown[0]}: got an unknown option, expected {', '.join(names)}, "
+            "reduction, learnable_temperature, max_scale, normalize or gather"
         )
 
 
