@@ -1,8 +1,8 @@
 """Shard a model with mmfused modules by FSDP2 (fully_shard).
 
 The model fuses pictures and texts with gated cross-attention, a mixture of experts and query
-pooling. Each of two ranks trains it plain, on both halves of a batch in turn, and then sharded, on
-its own half. The losses must be equal up to rounding.
+pooling. Each of two ranks trains it in plain PyTorch, on both halves of a batch in turn, and then
+sharded, on its own half. The losses must be equal up to rounding.
 
 Run it on a CPU with either command:
 
@@ -93,7 +93,9 @@ def train(sharded: bool) -> list[float]:
 
 
 def compare() -> None:
-    plain, sharded = train(sharded=False), train(sharded=True)
+    with mmfused.backend("reference"):  # each module's equations in plain PyTorch
+        plain = train(sharded=False)
+    sharded = train(sharded=True)
     # Unlike Python's max, torch's passes NaN on.
     difference = torch.tensor([abs(b / a - 1) for a, b in zip(plain, sharded, strict=True)]).max()
     if dist.get_rank() == 0:
