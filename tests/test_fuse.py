@@ -351,20 +351,24 @@ def test_nan_in_padding_has_no_effect(case):
         torch.testing.assert_close(got[name], want[name], rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("backend", ["reference", "composed"])  # here composed is torch's attention
-@pytest.mark.parametrize("case", ["torch, sequence first", "torch, batch first"])
-def test_a_fully_masked_sample_gives_the_output_bias_as_in_torch(case, backend):
+# The heads of SigLIP 2 and Phi-4 differ there: docs/fuse.md.
+@pytest.mark.parametrize("backend", ["reference", "composed"])
+@pytest.mark.parametrize(
+    "case", ["torch, sequence first", "torch, batch first", "timm, masked", "blip2, padded"]
+)
+def test_a_sample_with_padding_only_gives_the_original_result(case, backend):
     model, inputs, call, _, _ = build(case)
     inputs["mask"][1] = True
     with torch.no_grad():
-        model.attention.out_proj.bias.normal_()
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):  # zeros at first, which would hide a bias that is left out
+                parameter.normal_()
     want = results(model, call, inputs)
     fuse(model)
     with mmfused.backend(backend):
         got = results(model, call, inputs)
     for name in want:
         torch.testing.assert_close(got[name], want[name], rtol=1e-10, atol=1e-12)
-    assert not got["dx" if "x" in inputs else "dk"][1].any()
 
 
 @pytest.mark.parametrize("case", CASES)
