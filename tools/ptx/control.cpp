@@ -1,0 +1,232 @@
+// Branches, barriers, fences, and instructions in which the lanes of a warp exchange values.
+#include <algorithm>
+#include <limits>
+
+#include "lanes.h"
+
+namespace ptx {
+
+// Lanes at the lowest pc run first, so that lanes which a branch divided meet again after it.
+void Warp::settle() {
+  if (active != 0) elsewhere.push_back({pc, active});
+  if (elsewhere.empty()) {
+    state = State::done;
+    machine.release_barriers();
+    return;
+  }
+  pc = std::min_element(elsewhere.begin(), elsewhere.end(), [](const Lanes& a, const Lanes& b) { return a.pc < b.pc; })->pc;
+  active = 0;
+  merge_pc = std::numeric_limits<int>::max();
+  std::size_t kept = 0;
+  for (const Lanes& lanes : elsewhere) {
+    if (lanes.pc == pc) {
+      active |= lanes.mask;
+    } else {
+      merge_pc = std::min(merge_pc, lanes.pc);
+      elsewhere[kept++] = lanes;
+    }
+  }
+  elsewhere.resize(kept);
+}
+
+// The given lanes continue at another pc, the other active lanes here.
+void Warp::split(int other_pc, u32 lanes) {
+  active &= ~lanes;
+  elsewhere.push_back({other_pc, lanes});
+  settle();
+}
+
+// ---- barriers -----------------------------------------------------------------------------------
+
+namespace {
+void join(Clocks& known, const Clocks& more) {
+  for (int k = 0; k < MAX_WARPS; ++k) known[k] = std::max(known[k], more[k]);
+}
+}  // namespace
+
+void Machine::arrive(Warp& warp, int id, int expected, bool waits) {
+  Barrier& barrier = barriers[id];
+  barrier.arrived += 32;
+  barrier.expected = expected;
+  join(barrier.clocks, warp.clocks);
+  join(barrier.fenced, warp.fenced);
+  ++warp.clocks[warp.id];
+  warp.barrier = id;
+  if (waits) warp.state = State::at_barrier;
+  release_barriers();
+}
+
+// Let the warps of complete barriers continue. Each then knows all that the others did before the barrier.
+void Machine::release_barriers() {
+  int threads = 0;
+  for (const Warp& warp : warps) threads += warp.state == State::done ? 0 : 32;
+  for (int id = 0; id < int(barriers.size()); ++id) {
+    Barrier& barrier = barriers[id];
+    if (barrier.arrived == 0 || barrier.arrived < (barrier.expected ? barrier.expected : threads)) continue;
+    for (Warp& warp : warps) {
+      if (warp.state != State::at_barrier || warp.barrier != id) continue;
+      join(warp.clocks, barrier.clocks);
+      join(warp.fenced, barrier.fenced);
+      warp.state = State::ready;
+    }
+    barrier = {};
+  }
+}
+
+namespace {
+
+void expect_all(Warp& warp, const Instruction& instruction, u32 lanes) {
+  if (lanes != ALL) warp.machine.faults.add(Kind::divergence, warp, instruction, std::countr_one(lanes), 0, 0);
+}
+
+// Operands: barrier, threads (0: all).
+template <bool WAITS> void barrier(Warp& warp, const Instruction& instruction, u32 lanes) {
+  if (!warp.elsewhere.empty()) expect_all(warp, instruction, lanes);
+  const int id = warp.at<u32>(instruction.operands[0])[0] & 15;
+  const int threads = instruction.operands[1] < 0 ? 0 : int(warp.at<u32>(instruction.operands[1])[0]);
+  warp.machine.arrive(warp, id, threads, WAITS);
+}
+
+// A mask names the lanes that must execute an instruction together. Operand: the mask.
+void expect_named(Warp& warp, const Instruction& instruction, u32 lanes, i32 operand) {
+  const u32* masks = warp.at<u32>(operand);
+  for (int lane = 0; lane < 32; ++lane)
+    if ((lanes >> lane & 1) && ((masks[lane] & ~lanes) || !(masks[lane] >> lane & 1)))
+      return warp.machine.faults.add(Kind::divergence, warp, instruction, lane, masks[lane], 0);
+}
+
+void warp_barrier(Warp& warp, const Instruction& instruction, u32 lanes) {
+  expect_named(warp, instruction, lanes, instruction.operands[0]);
+  ++warp.clocks[warp.id];
+}
+
+// Accesses before this fence become visible to asynchronous reads; those after it need another.
+void proxy_fence(Warp& warp, const Instruction&, u32) {
+  for (int k = 0; k < warp.machine.num_warps; ++k) warp.fenced[k] = std::max(warp.fenced[k], warp.clocks[k]);
+  ++warp.clocks[warp.id];
+}
+
+void nothing(Warp&, const Instruction&, u32) {}
+
+// ---- branches -----------------------------------------------------------------------------------
+
+// Operand: the pc to continue at.
+void branch(Warp& warp, const Instruction& instruction, u32 lanes) {
+  if (lanes == warp.active)
+    warp.pc = instruction.operands[0];
+  else
+    warp.split(instruction.operands[0], lanes);
+}
+
+void leave(Warp& warp, const Instruction&, u32 lanes) {
+  warp.active &= ~lanes;
+  if (warp.active == 0) warp.settle();
+}
+
+const Register control_opcodes[] = {
+    {"bra", branch},
+    {"ret", leave},
+    {"bar.sync", barrier<true>},
+    {"bar.arrive", barrier<false>},
+    {"bar.warp.sync", warp_barrier},
+    {"fence.proxy.async", proxy_fence},
+    {"nothing", nothing},
+};
+
+// ---- exchange between lanes ---------------------------------------------------------------------
+
+enum Shuffle { UP, DOWN, BUTTERFLY, INDEX };
+
+// Operands: destination, predicate "the source is in range" (-1: not wanted), value, distance, segment, mask.
+template <Shuffle MODE> void shuffle(Warp& warp, const Instruction& instruction, u32 lanes) {
+  const i32* o = instruction.operands;
+  expect_named(warp, instruction, lanes, o[5]);
+  const u32 *values = warp.at<u32>(o[2]), *distances = warp.at<u32>(o[3]), *segments = warp.at<u32>(o[4]);
+  u32 cells[32], in_range = 0;
+  for (int lane = 0; lane < 32; ++lane) {
+    const int segment = segments[lane] >> 8 & 31, clamp = segments[lane] & 31, distance = distances[lane] & 31;
+    const int first = lane & segment, last = first | (clamp & ~segment);
+    const int from = MODE == UP ? lane - distance
+                     : MODE == DOWN ? lane + distance
+                     : MODE == BUTTERFLY ? lane ^ distance
+                                         : first | (distance & ~segment);
+    const bool ok = MODE == UP ? from >= last : from <= last;
+    in_range |= u32(ok) << lane;
+    cells[lane] = values[ok ? from : lane];
+  }
+  put(warp.registers + o[0], cells, lanes);
+  if (o[1] >= 0) put_predicate(warp.registers + o[1], in_range, lanes);
+}
+
+// Operands: destination, value, mask.
+template <class T, class F> struct Reduction {
+  static void run(Warp& warp, const Instruction& instruction, u32 lanes) {
+    const i32* o = instruction.operands;
+    expect_named(warp, instruction, lanes, o[2]);
+    const T* values = warp.at<T>(o[1]);
+    const u32* masks = warp.at<u32>(o[2]);
+    u32 cells[32];
+    for (int lane = 0; lane < 32; ++lane) {
+      T sum = values[lane];
+      for (int other = 0; other < 32; ++other)
+        if (other != lane && (masks[lane] >> other & 1)) sum = F{}(sum, values[other]);
+      cells[lane] = u32(sum);
+    }
+    put(warp.registers + o[0], cells, lanes);
+  }
+};
+
+template <class T, class F> void register_reduction(const char* name, F) { Register(name, Reduction<T, F>::run); }
+
+const bool reductions_registered = [] {
+  register_reduction<u32>("redux.add.s32", [](u32 a, u32 b) { return a + b; });
+  register_reduction<u32>("redux.add.u32", [](u32 a, u32 b) { return a + b; });
+  register_reduction<i32>("redux.max.s32", [](i32 a, i32 b) { return std::max(a, b); });
+  register_reduction<i32>("redux.min.s32", [](i32 a, i32 b) { return std::min(a, b); });
+  register_reduction<u32>("redux.max.u32", [](u32 a, u32 b) { return std::max(a, b); });
+  register_reduction<u32>("redux.min.u32", [](u32 a, u32 b) { return std::min(a, b); });
+  register_reduction<u32>("redux.and.b32", [](u32 a, u32 b) { return a & b; });
+  register_reduction<u32>("redux.or.b32", [](u32 a, u32 b) { return a | b; });
+  register_reduction<u32>("redux.xor.b32", [](u32 a, u32 b) { return a ^ b; });
+  return true;
+}();
+
+// Operands: destination, predicate, mask.
+void ballot(Warp& warp, const Instruction& instruction, u32 lanes) {
+  expect_named(warp, instruction, lanes, instruction.operands[2]);
+  u32 cells[32];
+  std::fill_n(cells, 32, *warp.at<u32>(instruction.operands[1]) & lanes);
+  put(warp.registers + instruction.operands[0], cells, lanes);
+}
+
+// Operands: destination, value, mask.
+void match_any(Warp& warp, const Instruction& instruction, u32 lanes) {
+  expect_named(warp, instruction, lanes, instruction.operands[2]);
+  const u32 *values = warp.at<u32>(instruction.operands[1]), *masks = warp.at<u32>(instruction.operands[2]);
+  u32 cells[32];
+  for (int lane = 0; lane < 32; ++lane) {
+    cells[lane] = 0;
+    for (int other = 0; other < 32; ++other) cells[lane] |= u32(values[other] == values[lane]) << other;
+    cells[lane] &= masks[lane] & lanes;
+  }
+  put(warp.registers + instruction.operands[0], cells, lanes);
+}
+
+void active_mask(Warp& warp, const Instruction& instruction, u32 lanes) {
+  u32 cells[32];
+  std::fill_n(cells, 32, lanes);
+  put(warp.registers + instruction.operands[0], cells, lanes);
+}
+
+const Register exchange_opcodes[] = {
+    {"shfl.up.b32", shuffle<UP>},
+    {"shfl.down.b32", shuffle<DOWN>},
+    {"shfl.bfly.b32", shuffle<BUTTERFLY>},
+    {"shfl.idx.b32", shuffle<INDEX>},
+    {"vote.ballot.b32", ballot},
+    {"match.any.b32", match_any},
+    {"activemask.b32", active_mask},
+};
+
+}  // namespace
+}  // namespace ptx

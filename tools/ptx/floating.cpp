@@ -1,0 +1,184 @@
+// Floating-point arithmetic, comparisons and conversions.
+//
+// Instructions that GPUs approximate (ex2, lg2, rcp, sqrt, tanh, div.full) are computed to float32 accuracy. translate.py removes the
+// modifiers .rn, .approx and .full, which change nothing here.
+#include <algorithm>
+#include <limits>
+
+#include "lanes.h"
+
+namespace ptx {
+namespace {
+
+const f32 NAN32 = std::bit_cast<f32>(0x7fffffffu);  // the NaN that GPUs return
+
+OPCODE("add.f32", (f32 a, f32 b) { return a + b; })
+OPCODE("add.ftz.f32", (f32 a, f32 b) { return flush(flush(a) + flush(b)); })
+OPCODE("add.f64", (f64 a, f64 b) { return a + b; })
+OPCODE("sub.f32", (f32 a, f32 b) { return a - b; })
+OPCODE("sub.ftz.f32", (f32 a, f32 b) { return flush(flush(a) - flush(b)); })
+OPCODE("sub.f64", (f64 a, f64 b) { return a - b; })
+OPCODE("mul.f32", (f32 a, f32 b) { return a * b; })
+OPCODE("mul.ftz.f32", (f32 a, f32 b) { return flush(flush(a) * flush(b)); })
+OPCODE("mul.f64", (f64 a, f64 b) { return a * b; })
+OPCODE("fma.f32 mad.f32", (f32 a, f32 b, f32 c) { return __builtin_fmaf(a, b, c); })
+OPCODE("fma.ftz.f32 mad.ftz.f32", (f32 a, f32 b, f32 c) { return flush(__builtin_fmaf(flush(a), flush(b), flush(c))); })
+OPCODE("fma.f64 mad.f64", (f64 a, f64 b, f64 c) { return __builtin_fma(a, b, c); })
+OPCODE("div.f32", (f32 a, f32 b) { return a / b; })
+OPCODE("div.ftz.f32", (f32 a, f32 b) { return flush(flush(a) / flush(b)); })
+OPCODE("div.f64", (f64 a, f64 b) { return a / b; })
+OPCODE("neg.f32", (f32 a) { return -a; })
+OPCODE("neg.ftz.f32", (f32 a) { return flush(-a); })
+OPCODE("neg.f64", (f64 a) { return -a; })
+OPCODE("abs.f32", (f32 a) { return __builtin_fabsf(a); })
+OPCODE("abs.ftz.f32", (f32 a) { return flush(__builtin_fabsf(a)); })
+OPCODE("abs.f64", (f64 a) { return __builtin_fabs(a); })
+
+// The exact result, rounded towards zero or down; a float64 holds the sum of most pairs exactly.
+f32 toward_zero(f64 exact) {
+  const f32 nearest = f32(exact);
+  return std::fabs(f64(nearest)) > std::fabs(exact) ? std::nextafterf(nearest, 0.0f) : nearest;
+}
+f32 downward(f64 exact) {
+  const f32 nearest = f32(exact);
+  return f64(nearest) > exact ? std::nextafterf(nearest, -std::numeric_limits<f32>::infinity()) : nearest;
+}
+OPCODE("add.rz.f32", (f32 a, f32 b) { return toward_zero(f64(a) + f64(b)); })
+OPCODE("fma.rm.f32", (f32 a, f32 b, f32 c) { return downward(__builtin_fma(f64(a), f64(b), f64(c))); })
+
+OPCODE("ex2.f32", (f32 a) { return exp2f(a); })
+OPCODE("ex2.ftz.f32", (f32 a) { return flush(exp2f(flush(a))); })
+OPCODE("lg2.f32", (f32 a) { return log2f(a); })
+OPCODE("lg2.ftz.f32", (f32 a) { return log2f(flush(a)); })
+OPCODE("sqrt.f32", (f32 a) { return sqrtf(a); })
+OPCODE("sqrt.ftz.f32", (f32 a) { return sqrtf(flush(a)); })
+OPCODE("sqrt.f64", (f64 a) { return sqrt(a); })
+OPCODE("rsqrt.f32", (f32 a) { return 1.0f / sqrtf(a); })
+OPCODE("rsqrt.ftz.f32", (f32 a) { return 1.0f / sqrtf(flush(a)); })
+OPCODE("rcp.f32", (f32 a) { return 1.0f / a; })
+OPCODE("rcp.ftz.f32", (f32 a) { return flush(1.0f / flush(a)); })
+OPCODE("rcp.f64", (f64 a) { return 1.0 / a; })
+OPCODE("tanh.f32", (f32 a) { return tanhf(a); })
+// GPUs return the upper 32 bits only; the code around refines them.
+OPCODE("rcp.ftz.f64", (f64 a) { return std::bit_cast<f64>(std::bit_cast<u64>(1.0 / a) >> 32 << 32); })
+
+// Without .NaN, one NaN yields the other operand; -0 is less than +0.
+f32 larger(f32 a, f32 b) {
+  if (a == b) return std::bit_cast<f32>(std::bit_cast<u32>(a) & std::bit_cast<u32>(b));
+  return a != a ? (b != b ? NAN32 : b) : b != b || a > b ? a : b;
+}
+f32 smaller(f32 a, f32 b) {
+  if (a == b) return std::bit_cast<f32>(std::bit_cast<u32>(a) | std::bit_cast<u32>(b));
+  return a != a ? (b != b ? NAN32 : b) : b != b || a < b ? a : b;
+}
+OPCODE("max.f32", (f32 a, f32 b) { return larger(a, b); })
+OPCODE("max.ftz.f32", (f32 a, f32 b) { return larger(flush(a), flush(b)); })
+OPCODE("max.NaN.f32", (f32 a, f32 b) { return a != a || b != b ? NAN32 : larger(a, b); })
+OPCODE("max.f64", (f64 a, f64 b) { return fmax(a, b); })
+OPCODE("min.f32", (f32 a, f32 b) { return smaller(a, b); })
+OPCODE("min.ftz.f32", (f32 a, f32 b) { return smaller(flush(a), flush(b)); })
+OPCODE("min.NaN.f32", (f32 a, f32 b) { return a != a || b != b ? NAN32 : smaller(a, b); })
+OPCODE("min.f64", (f64 a, f64 b) { return fmin(a, b); })
+
+// Comparisons that end in u are true for NaN.
+OPCODE("setp.eq.f32", (f32 a, f32 b) { return a == b; })
+OPCODE("setp.ne.f32", (f32 a, f32 b) { return a < b || a > b; })
+OPCODE("setp.lt.f32", (f32 a, f32 b) { return a < b; })
+OPCODE("setp.le.f32", (f32 a, f32 b) { return a <= b; })
+OPCODE("setp.gt.f32", (f32 a, f32 b) { return a > b; })
+OPCODE("setp.ge.f32", (f32 a, f32 b) { return a >= b; })
+OPCODE("setp.equ.f32", (f32 a, f32 b) { return !(a < b || a > b); })
+OPCODE("setp.neu.f32", (f32 a, f32 b) { return !(a == b); })
+OPCODE("setp.ltu.f32", (f32 a, f32 b) { return !(a >= b); })
+OPCODE("setp.leu.f32", (f32 a, f32 b) { return !(a > b); })
+OPCODE("setp.gtu.f32", (f32 a, f32 b) { return !(a <= b); })
+OPCODE("setp.geu.f32", (f32 a, f32 b) { return !(a < b); })
+OPCODE("setp.num.f32", (f32 a, f32 b) { return a == a && b == b; })
+OPCODE("setp.nan.f32", (f32 a, f32 b) { return a != a || b != b; })
+OPCODE("setp.eq.f64", (f64 a, f64 b) { return a == b; })
+OPCODE("setp.ne.f64", (f64 a, f64 b) { return a < b || a > b; })
+OPCODE("setp.neu.f64", (f64 a, f64 b) { return !(a == b); })
+OPCODE("setp.lt.f64", (f64 a, f64 b) { return a < b; })
+OPCODE("setp.le.f64", (f64 a, f64 b) { return a <= b; })
+OPCODE("setp.gt.f64", (f64 a, f64 b) { return a > b; })
+OPCODE("setp.ge.f64", (f64 a, f64 b) { return a >= b; })
+OPCODE("setp.num.f64", (f64 a, f64 b) { return a == a && b == b; })
+OPCODE("setp.nan.f64", (f64 a, f64 b) { return a != a || b != b; })
+
+// ---- conversions --------------------------------------------------------------------------------
+
+OPCODE("cvt.f32.bf16", (bf16 a) { return widen(a); })
+OPCODE("cvt.bf16.f32", (f32 a) { return to_bf16(a); })
+OPCODE("cvt.f32.f16", (f16 a) { return widen(a); })
+OPCODE("cvt.f16.f32", (f32 a) { return to_f16(a); })
+OPCODE("cvt.bf16x2.f32", (f32 high, f32 low) { return pack(to_bf16(low), to_bf16(high)); })
+OPCODE("cvt.f16x2.f32", (f32 high, f32 low) { return pack(to_f16(low), to_f16(high)); })
+OPCODE("cvt.f64.f32", (f32 a) -> f64 { return a; })
+OPCODE("cvt.f32.f64", (f64 a) -> f32 { return a; })
+OPCODE("cvt.f32.u16", (u16 a) -> f32 { return a; })
+OPCODE("cvt.f32.s16", (i16 a) -> f32 { return a; })
+OPCODE("cvt.f32.u32", (u32 a) -> f32 { return a; })
+OPCODE("cvt.f32.s32", (i32 a) -> f32 { return a; })
+OPCODE("cvt.f32.u64", (u64 a) -> f32 { return a; })
+OPCODE("cvt.f32.s64", (i64 a) -> f32 { return a; })
+OPCODE("cvt.f64.u32", (u32 a) -> f64 { return a; })
+OPCODE("cvt.f64.s32", (i32 a) -> f64 { return a; })
+OPCODE("cvt.f64.u64", (u64 a) -> f64 { return a; })
+OPCODE("cvt.f64.s64", (i64 a) -> f64 { return a; })
+OPCODE("cvt.rzi.f32.f32", (f32 a) { return truncf(a); })
+OPCODE("cvt.rni.f32.f32", (f32 a) { return nearbyintf(a); })
+OPCODE("cvt.rmi.f32.f32", (f32 a) { return floorf(a); })
+OPCODE("cvt.rpi.f32.f32", (f32 a) { return ceilf(a); })
+OPCODE("cvt.sat.f32.f32", (f32 a) { return a > 0 ? std::min(a, 1.0f) : 0.0f; })
+
+// NaN becomes 0, and what is out of range the nearest integer.
+i32 to_s32(f32 a) {
+  if (a != a) return 0;
+  return a >= 2147483648.0f ? 0x7fffffff : a < -2147483648.0f ? i32(0x80000000) : i32(a);
+}
+u32 to_u32(f32 a) {
+  if (!(a > 0)) return 0;
+  return a >= 4294967296.0f ? ~0u : u32(a);
+}
+OPCODE("cvt.rzi.s32.f32", (f32 a) { return to_s32(a); })
+OPCODE("cvt.rni.s32.f32", (f32 a) { return to_s32(nearbyintf(a)); })
+OPCODE("cvt.rmi.s32.f32", (f32 a) { return to_s32(floorf(a)); })
+OPCODE("cvt.rpi.s32.f32", (f32 a) { return to_s32(ceilf(a)); })
+OPCODE("cvt.rzi.u32.f32", (f32 a) { return to_u32(a); })
+OPCODE("cvt.rni.u32.f32", (f32 a) { return to_u32(nearbyintf(a)); })
+
+// ---- 16-bit arithmetic, rounded once from float32 -----------------------------------------------
+
+OPCODE("add.bf16", (bf16 a, bf16 b) { return to_bf16(widen(a) + widen(b)); })
+OPCODE("sub.bf16", (bf16 a, bf16 b) { return to_bf16(widen(a) - widen(b)); })
+OPCODE("mul.bf16", (bf16 a, bf16 b) { return to_bf16(widen(a) * widen(b)); })
+OPCODE("add.f16", (f16 a, f16 b) { return to_f16(widen(a) + widen(b)); })
+OPCODE("sub.f16", (f16 a, f16 b) { return to_f16(widen(a) - widen(b)); })
+OPCODE("mul.f16", (f16 a, f16 b) { return to_f16(widen(a) * widen(b)); })
+
+template <class T, class F> u32 each(u32 a, u32 b, F f) {
+  return pack(f(T{u16(a)}, T{u16(b)}), f(T{u16(a >> 16)}, T{u16(b >> 16)}));
+}
+OPCODE("add.bf16x2", (u32 a, u32 b) { return each<bf16>(a, b, [](bf16 x, bf16 y) { return to_bf16(widen(x) + widen(y)); }); })
+OPCODE("add.f16x2", (u32 a, u32 b) { return each<f16>(a, b, [](f16 x, f16 y) { return to_f16(widen(x) + widen(y)); }); })
+
+// The exact product and sum lie in float64, which is rounded to float32 first: in rare ties twice.
+bf16 fused(bf16 a, bf16 b, bf16 c) { return to_bf16(f32(f64(widen(a)) * widen(b) + widen(c))); }
+OPCODE("fma.bf16", (bf16 a, bf16 b, bf16 c) { return fused(a, b, c); })
+OPCODE("fma.bf16x2", (u32 a, u32 b, u32 c) {
+  return pack(fused(bf16{u16(a)}, bf16{u16(b)}, bf16{u16(c)}), fused(bf16{u16(a >> 16)}, bf16{u16(b >> 16)}, bf16{u16(c >> 16)}));
+})
+
+OPCODE("setp.lt.bf16", (bf16 a, bf16 b) { return widen(a) < widen(b); })
+OPCODE("setp.gt.bf16", (bf16 a, bf16 b) { return widen(a) > widen(b); })
+OPCODE("setp.eq.bf16", (bf16 a, bf16 b) { return widen(a) == widen(b); })
+OPCODE("setp.nan.bf16", (bf16 a, bf16 b) { return widen(a) != widen(a) || widen(b) != widen(b); })
+OPCODE("setp.num.bf16", (bf16 a, bf16 b) { return widen(a) == widen(a) && widen(b) == widen(b); })
+OPCODE("setp.lt.f16", (f16 a, f16 b) { return widen(a) < widen(b); })
+OPCODE("setp.gt.f16", (f16 a, f16 b) { return widen(a) > widen(b); })
+OPCODE("setp.eq.f16", (f16 a, f16 b) { return widen(a) == widen(b); })
+OPCODE("setp.nan.f16", (f16 a, f16 b) { return widen(a) != widen(a) || widen(b) != widen(b); })
+OPCODE("setp.num.f16", (f16 a, f16 b) { return widen(a) == widen(a) && widen(b) == widen(b); })
+
+}  // namespace
+}  // namespace ptx

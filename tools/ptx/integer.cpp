@@ -1,0 +1,213 @@
+// Integer and bitwise arithmetic, comparisons, selection and conversion of integers.
+#include <algorithm>
+
+#include "lanes.h"
+
+namespace ptx {
+namespace {
+
+using i128 = __int128;
+using u128 = unsigned __int128;
+
+OPCODE("mov.u16 mov.s16 mov.b16 mov.f16 mov.bf16", (u16 a) -> u16 { return a; })
+OPCODE("mov.u32 mov.s32 mov.b32 mov.f32", (u32 a) { return a; })
+OPCODE("mov.u64 mov.s64 mov.b64 mov.f64 cvta.to.global.u64 cvta.global.u64", (u64 a) { return a; })
+OPCODE("mov.pred", (bool a) { return a; })
+
+OPCODE("add.u16 add.s16", (u16 a, u16 b) -> u16 { return a + b; })
+OPCODE("add.u32 add.s32", (u32 a, u32 b) { return a + b; })
+OPCODE("add.u64 add.s64", (u64 a, u64 b) { return a + b; })
+OPCODE("sub.u16 sub.s16", (u16 a, u16 b) -> u16 { return a - b; })
+OPCODE("sub.u32 sub.s32", (u32 a, u32 b) { return a - b; })
+OPCODE("sub.u64 sub.s64", (u64 a, u64 b) { return a - b; })
+OPCODE("neg.s16", (u16 a) -> u16 { return -a; })
+OPCODE("neg.s32", (u32 a) { return 0 - a; })
+OPCODE("neg.s64", (u64 a) { return 0 - a; })
+OPCODE("abs.s32", (u32 a) { return i32(a) < 0 ? 0 - a : a; })
+OPCODE("abs.s64", (u64 a) { return i64(a) < 0 ? 0 - a : a; })
+
+OPCODE("mul.lo.u16 mul.lo.s16", (u16 a, u16 b) -> u16 { return u32(a) * b; })
+OPCODE("mul.lo.u32 mul.lo.s32", (u32 a, u32 b) { return a * b; })
+OPCODE("mul.lo.u64 mul.lo.s64", (u64 a, u64 b) { return a * b; })
+OPCODE("mul.hi.u16", (u16 a, u16 b) -> u16 { return u32(a) * b >> 16; })
+OPCODE("mul.hi.u32", (u32 a, u32 b) -> u32 { return u64(a) * b >> 32; })
+OPCODE("mul.hi.s32", (i32 a, i32 b) -> i32 { return i64(a) * b >> 32; })
+OPCODE("mul.hi.u64", (u64 a, u64 b) -> u64 { return u128(a) * b >> 64; })
+OPCODE("mul.hi.s64", (i64 a, i64 b) -> i64 { return i128(a) * b >> 64; })
+OPCODE("mul.wide.u16", (u16 a, u16 b) -> u32 { return u32(a) * b; })
+OPCODE("mul.wide.s16", (i16 a, i16 b) -> i32 { return i32(a) * b; })
+OPCODE("mul.wide.u32", (u32 a, u32 b) -> u64 { return u64(a) * b; })
+OPCODE("mul.wide.s32", (i32 a, i32 b) -> i64 { return i64(a) * b; })
+OPCODE("mad.lo.u16 mad.lo.s16", (u16 a, u16 b, u16 c) -> u16 { return u32(a) * b + c; })
+OPCODE("mad.lo.u32 mad.lo.s32", (u32 a, u32 b, u32 c) { return a * b + c; })
+OPCODE("mad.lo.u64 mad.lo.s64", (u64 a, u64 b, u64 c) { return a * b + c; })
+OPCODE("mad.wide.u16", (u16 a, u16 b, u32 c) -> u32 { return u32(a) * b + c; })
+OPCODE("mad.wide.s16", (i16 a, i16 b, u32 c) -> u32 { return u32(i32(a) * b) + c; })
+OPCODE("mad.wide.u32", (u32 a, u32 b, u64 c) -> u64 { return u64(a) * b + c; })
+OPCODE("mad.wide.s32", (i32 a, i32 b, u64 c) -> u64 { return u64(i64(a) * b) + c; })
+
+// Division by zero is unspecified in PTX; GPUs return all ones.
+OPCODE("div.u16", (u16 a, u16 b) -> u16 { return b == 0 ? 0xffff : a / b; })
+OPCODE("div.u32", (u32 a, u32 b) { return b == 0 ? ~0u : a / b; })
+OPCODE("div.s32", (i32 a, i32 b) { return b == 0 ? -1 : i32(i64(a) / b); })
+OPCODE("div.u64", (u64 a, u64 b) { return b == 0 ? ~u64(0) : a / b; })
+OPCODE("div.s64", (i64 a, i64 b) { return b == 0 ? i64(-1) : i64(i128(a) / b); })
+OPCODE("rem.u16", (u16 a, u16 b) -> u16 { return b == 0 ? 0xffff : a % b; })
+OPCODE("rem.u32", (u32 a, u32 b) { return b == 0 ? ~0u : a % b; })
+OPCODE("rem.s32", (i32 a, i32 b) { return b == 0 ? -1 : i32(i64(a) % b); })
+OPCODE("rem.u64", (u64 a, u64 b) { return b == 0 ? ~u64(0) : a % b; })
+OPCODE("rem.s64", (i64 a, i64 b) { return b == 0 ? i64(-1) : i64(i128(a) % b); })
+
+OPCODE("min.u16", (u16 a, u16 b) { return std::min(a, b); })
+OPCODE("min.s16", (i16 a, i16 b) { return std::min(a, b); })
+OPCODE("min.u32", (u32 a, u32 b) { return std::min(a, b); })
+OPCODE("min.s32", (i32 a, i32 b) { return std::min(a, b); })
+OPCODE("min.relu.s32", (i32 a, i32 b) { return std::max(0, std::min(a, b)); })
+OPCODE("min.u64", (u64 a, u64 b) { return std::min(a, b); })
+OPCODE("min.s64", (i64 a, i64 b) { return std::min(a, b); })
+OPCODE("max.u16", (u16 a, u16 b) { return std::max(a, b); })
+OPCODE("max.s16", (i16 a, i16 b) { return std::max(a, b); })
+OPCODE("max.u32", (u32 a, u32 b) { return std::max(a, b); })
+OPCODE("max.s32", (i32 a, i32 b) { return std::max(a, b); })
+OPCODE("max.relu.s32", (i32 a, i32 b) { return std::max(0, std::max(a, b)); })
+OPCODE("max.u64", (u64 a, u64 b) { return std::max(a, b); })
+OPCODE("max.s64", (i64 a, i64 b) { return std::max(a, b); })
+
+OPCODE("and.b16", (u16 a, u16 b) -> u16 { return a & b; })
+OPCODE("and.b32", (u32 a, u32 b) { return a & b; })
+OPCODE("and.b64", (u64 a, u64 b) { return a & b; })
+OPCODE("and.pred", (bool a, bool b) { return a && b; })
+OPCODE("or.b16", (u16 a, u16 b) -> u16 { return a | b; })
+OPCODE("or.b32", (u32 a, u32 b) { return a | b; })
+OPCODE("or.b64", (u64 a, u64 b) { return a | b; })
+OPCODE("or.pred", (bool a, bool b) { return a || b; })
+OPCODE("xor.b16", (u16 a, u16 b) -> u16 { return a ^ b; })
+OPCODE("xor.b32", (u32 a, u32 b) { return a ^ b; })
+OPCODE("xor.b64", (u64 a, u64 b) { return a ^ b; })
+OPCODE("xor.pred", (bool a, bool b) { return a != b; })
+OPCODE("not.b16", (u16 a) -> u16 { return ~a; })
+OPCODE("not.b32", (u32 a) { return ~a; })
+OPCODE("not.b64", (u64 a) { return ~a; })
+OPCODE("not.pred", (bool a) { return !a; })
+
+// Shifts by the width or more give 0, or the sign.
+OPCODE("shl.b16", (u16 a, u32 b) -> u16 { return b > 15 ? 0 : a << b; })
+OPCODE("shl.b32", (u32 a, u32 b) { return b > 31 ? 0 : a << b; })
+OPCODE("shl.b64", (u64 a, u32 b) { return b > 63 ? 0 : a << b; })
+OPCODE("shr.u16 shr.b16", (u16 a, u32 b) -> u16 { return b > 15 ? 0 : a >> b; })
+OPCODE("shr.u32 shr.b32", (u32 a, u32 b) { return b > 31 ? 0 : a >> b; })
+OPCODE("shr.u64 shr.b64", (u64 a, u32 b) { return b > 63 ? 0 : a >> b; })
+OPCODE("shr.s16", (i16 a, u32 b) -> i16 { return a >> std::min(b, 15u); })
+OPCODE("shr.s32", (i32 a, u32 b) { return a >> std::min(b, 31u); })
+OPCODE("shr.s64", (i64 a, u32 b) { return a >> std::min(b, 63u); })
+OPCODE("shf.l.wrap.b32", (u32 a, u32 b, u32 c) -> u32 { return (u64(b) << 32 | a) << (c & 31) >> 32; })
+OPCODE("shf.r.wrap.b32", (u32 a, u32 b, u32 c) -> u32 { return (u64(b) << 32 | a) >> (c & 31); })
+
+OPCODE("popc.b32", (u32 a) -> u32 { return std::popcount(a); })
+OPCODE("popc.b64", (u64 a) -> u32 { return std::popcount(a); })
+OPCODE("clz.b32", (u32 a) -> u32 { return std::countl_zero(a); })
+OPCODE("clz.b64", (u64 a) -> u32 { return std::countl_zero(a); })
+OPCODE("brev.b32", (u32 a) { u32 r = 0; for (int k = 0; k < 32; ++k) r |= (a >> k & 1) << (31 - k); return r; })
+
+// Extract `length` bits from bit `from`; a signed field is extended by its highest bit.
+u32 extract(u32 a, u32 from, u32 length, bool is_signed) {
+  from &= 255;
+  length &= 255;
+  if (length == 0) return 0;
+  const u32 sign = is_signed ? a >> std::min(from + length - 1, 31u) & 1 : 0;
+  const u32 field = from > 31 ? 0 : a >> from;
+  const u32 valid = from > 31 ? 0 : std::min(length, 32 - from);
+  const u32 mask = valid >= 32 ? ~0u : (1u << valid) - 1;
+  return sign ? field | ~mask : field & mask;
+}
+OPCODE("bfe.u32", (u32 a, u32 b, u32 c) { return extract(a, b, c, false); })
+OPCODE("bfe.s32", (u32 a, u32 b, u32 c) { return extract(a, b, c, true); })
+
+// Put the low `length` bits of a into b at bit `to`.
+template <class T> T insert(T a, T b, u32 to, u32 length) {
+  constexpr u32 width = 8 * sizeof(T);
+  to &= 255;
+  length &= 255;
+  if (to >= width || length == 0) return b;
+  const T mask = (length >= width ? ~T(0) : (T(1) << length) - 1) << to;
+  return (b & ~mask) | (a << to & mask);
+}
+OPCODE("bfi.b32", (u32 a, u32 b, u32 c, u32 d) { return insert(a, b, c, d); })
+OPCODE("bfi.b64", (u64 a, u64 b, u32 c, u32 d) { return insert(a, b, c, d); })
+
+// Each nibble of the selector picks one of eight bytes, or that byte's sign.
+u32 permute(u32 a, u32 b, u32 selector) {
+  const u64 bytes = u64(b) << 32 | a;
+  u32 result = 0;
+  for (int k = 0; k < 4; ++k) {
+    const u32 nibble = selector >> (4 * k) & 15;
+    const u32 byte = bytes >> (8 * (nibble & 7)) & 255;
+    result |= (nibble & 8 ? (byte & 128 ? 255 : 0) : byte) << (8 * k);
+  }
+  return result;
+}
+OPCODE("prmt.b32", (u32 a, u32 b, u32 c) { return permute(a, b, c); })
+
+OPCODE("lop3.b32", (u32 a, u32 b, u32 c, u32 table) {
+  u32 result = 0;
+  for (int k = 0; k < 8; ++k)
+    if (table >> k & 1) result |= (k & 4 ? a : ~a) & (k & 2 ? b : ~b) & (k & 1 ? c : ~c);
+  return result;
+})
+
+OPCODE("setp.eq.u16 setp.eq.s16 setp.eq.b16", (u16 a, u16 b) { return a == b; })
+OPCODE("setp.ne.u16 setp.ne.s16 setp.ne.b16", (u16 a, u16 b) { return a != b; })
+OPCODE("setp.lt.u16 setp.lo.u16", (u16 a, u16 b) { return a < b; })
+OPCODE("setp.le.u16 setp.ls.u16", (u16 a, u16 b) { return a <= b; })
+OPCODE("setp.gt.u16 setp.hi.u16", (u16 a, u16 b) { return a > b; })
+OPCODE("setp.ge.u16 setp.hs.u16", (u16 a, u16 b) { return a >= b; })
+OPCODE("setp.lt.s16", (i16 a, i16 b) { return a < b; })
+OPCODE("setp.le.s16", (i16 a, i16 b) { return a <= b; })
+OPCODE("setp.gt.s16", (i16 a, i16 b) { return a > b; })
+OPCODE("setp.ge.s16", (i16 a, i16 b) { return a >= b; })
+OPCODE("setp.eq.u32 setp.eq.s32 setp.eq.b32", (u32 a, u32 b) { return a == b; })
+OPCODE("setp.ne.u32 setp.ne.s32 setp.ne.b32", (u32 a, u32 b) { return a != b; })
+OPCODE("setp.lt.u32 setp.lo.u32", (u32 a, u32 b) { return a < b; })
+OPCODE("setp.le.u32 setp.ls.u32", (u32 a, u32 b) { return a <= b; })
+OPCODE("setp.gt.u32 setp.hi.u32", (u32 a, u32 b) { return a > b; })
+OPCODE("setp.ge.u32 setp.hs.u32", (u32 a, u32 b) { return a >= b; })
+OPCODE("setp.lt.s32", (i32 a, i32 b) { return a < b; })
+OPCODE("setp.le.s32", (i32 a, i32 b) { return a <= b; })
+OPCODE("setp.gt.s32", (i32 a, i32 b) { return a > b; })
+OPCODE("setp.ge.s32", (i32 a, i32 b) { return a >= b; })
+OPCODE("setp.eq.u64 setp.eq.s64 setp.eq.b64", (u64 a, u64 b) { return a == b; })
+OPCODE("setp.ne.u64 setp.ne.s64 setp.ne.b64", (u64 a, u64 b) { return a != b; })
+OPCODE("setp.lt.u64 setp.lo.u64", (u64 a, u64 b) { return a < b; })
+OPCODE("setp.le.u64 setp.ls.u64", (u64 a, u64 b) { return a <= b; })
+OPCODE("setp.gt.u64 setp.hi.u64", (u64 a, u64 b) { return a > b; })
+OPCODE("setp.ge.u64 setp.hs.u64", (u64 a, u64 b) { return a >= b; })
+OPCODE("setp.lt.s64", (i64 a, i64 b) { return a < b; })
+OPCODE("setp.le.s64", (i64 a, i64 b) { return a <= b; })
+OPCODE("setp.gt.s64", (i64 a, i64 b) { return a > b; })
+OPCODE("setp.ge.s64", (i64 a, i64 b) { return a >= b; })
+
+OPCODE("selp.b16 selp.u16 selp.s16", (u16 a, u16 b, bool p) -> u16 { return p ? a : b; })
+OPCODE("selp.b32 selp.u32 selp.s32 selp.f32", (u32 a, u32 b, bool p) { return p ? a : b; })
+OPCODE("selp.b64 selp.u64 selp.s64 selp.f64", (u64 a, u64 b, bool p) { return p ? a : b; })
+
+// translate.py composes every conversion of integers from these.
+OPCODE("extend.u8", (u8 a) -> u32 { return a; })
+OPCODE("extend.s8", (i8 a) -> i32 { return a; })
+OPCODE("extend.u16", (u16 a) -> u32 { return a; })
+OPCODE("extend.s16", (i16 a) -> i32 { return a; })
+OPCODE("extend.u32", (u32 a) -> u64 { return a; })
+OPCODE("extend.s32", (i32 a) -> i64 { return a; })
+OPCODE("truncate.u64", (u64 a) -> u32 { return u32(a); })
+
+// mov between a register and a vector of registers.
+OPCODE("pack.2x16", (u16 a, u16 b) -> u32 { return a | u32(b) << 16; })
+OPCODE("pack.2x32", (u32 a, u32 b) -> u64 { return a | u64(b) << 32; })
+OPCODE("pack.4x8", (u8 a, u8 b, u8 c, u8 d) -> u32 { return a | u32(b) << 8 | u32(c) << 16 | u32(d) << 24; })
+OPCODE("pack.4x16", (u16 a, u16 b, u16 c, u16 d) -> u64 { return a | u64(b) << 16 | u64(c) << 32 | u64(d) << 48; })
+OPCODE("unpack.4x8", (u32 a, u32 part) -> u8 { return u8(a >> (8 * part)); })
+OPCODE("unpack.2x16", (u32 a, u32 part) -> u16 { return u16(a >> (16 * part)); })
+OPCODE("unpack.4x16", (u64 a, u32 part) -> u16 { return u16(a >> (16 * part)); })
+OPCODE("unpack.2x32", (u64 a, u32 part) -> u32 { return u32(a >> (32 * part)); })
+
+}  // namespace
+}  // namespace ptx

@@ -1,0 +1,75 @@
+// Opcodes that treat each lane alone: OPCODE("add.s32 add.u32", (u32 a, u32 b) { return a + b; })
+//
+// The types of the function are those of the operands. bool is a predicate. machine.py reads them from the signature.
+#pragma once
+
+#include <map>
+#include <string>
+
+#include "machine.h"
+
+namespace ptx {
+
+struct Opcode {
+  Function function;
+  std::string signature;  // types, the destination's first; empty: translate.py has a function for it
+};
+
+std::map<std::string, Opcode>& opcodes();
+
+// Registers an opcode by its spellings in PTX, separated by spaces.
+struct Register {
+  Register(const char* spellings, Function function, const std::string& signature = "");
+};
+
+template <class T> std::string name_of() {
+  if constexpr (std::is_same_v<T, bool>) return "pred";
+  if constexpr (std::is_same_v<T, f16>) return "f16";
+  if constexpr (std::is_same_v<T, bf16>) return "bf16";
+  const char kind = std::is_floating_point_v<T> ? 'f' : std::is_signed_v<T> ? 's' : 'u';
+  return kind + std::to_string(8 * sizeof(T));
+}
+
+template <class F, class Call = decltype(&F::operator())> struct Lanewise;
+
+template <class F, class Result, class... Args> struct Lanewise<F, Result (F::*)(Args...) const> {
+  static std::string signature() { return ((name_of<Result>()) + ... + (" " + name_of<Args>())); }
+
+  template <class T> static T read(const char* source, int lane) {
+    if constexpr (std::is_same_v<T, bool>)
+      return *reinterpret_cast<const u32*>(source) >> lane & 1;
+    else
+      return from_cell<T>(reinterpret_cast<const Cell<T>*>(source)[lane]);
+  }
+
+  static void run(Warp& warp, const Instruction& instruction, u32 lanes) {
+    run_all(warp, instruction, lanes, std::index_sequence_for<Args...>{});
+  }
+
+  template <std::size_t... I>
+  static void run_all(Warp& warp, const Instruction& instruction, u32 lanes, std::index_sequence<I...>) {
+    const char* const sources[] = {warp.registers + instruction.operands[1 + I]...};
+    char* const to = warp.registers + instruction.operands[0];
+    if constexpr (std::is_same_v<Result, bool>) {
+      u32 bits[32];
+      for (int lane = 0; lane < 32; ++lane) bits[lane] = u32(F{}(read<Args>(sources[I], lane)...)) << lane;
+      u32 all = 0;
+      for (int lane = 0; lane < 32; ++lane) all |= bits[lane];
+      put_predicate(to, all, lanes);
+    } else {
+      Cell<Result> cells[32];
+      for (int lane = 0; lane < 32; ++lane) cells[lane] = to_cell<Result>(F{}(read<Args>(sources[I], lane)...));
+      put(to, cells, lanes);
+    }
+  }
+};
+
+#define PTX_JOIN_(a, b) a##b
+#define PTX_JOIN(a, b) PTX_JOIN_(a, b)
+
+#define OPCODE(spellings, ...)                                                                  \
+  using PTX_JOIN(Lanewise_, __LINE__) = Lanewise<decltype([] __VA_ARGS__)>;                     \
+  static const Register PTX_JOIN(registered_, __LINE__){spellings, PTX_JOIN(Lanewise_, __LINE__)::run, \
+                                                        PTX_JOIN(Lanewise_, __LINE__)::signature()};
+
+}  // namespace ptx

@@ -1,0 +1,115 @@
+// The state of the machine: one block at a time, its warps, their registers and clocks.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <cstring>
+#include <deque>
+#include <vector>
+
+#include "memory.h"
+#include "types.h"
+
+namespace ptx {
+
+struct Warp;
+struct Instruction;
+
+// Runs one instruction for the lanes whose bits are set.
+using Function = void (*)(Warp&, const Instruction&, u32 lanes);
+
+struct Instruction {
+  Function function;
+  int guard;            // byte offset of a predicate, or -1
+  bool negated;         // the guard
+  int pc;
+  const i32* operands;  // byte offsets of registers and plain integers, destinations first; -1: not wanted
+  int count;
+  mutable int tensor;   // the tensor that this instruction touched last: most instructions touch one
+};
+
+// Lanes of a warp that are elsewhere, because a branch divided them.
+struct Lanes {
+  int pc;
+  u32 mask;
+};
+
+// cp.async of one warp: what it writes to shared memory.
+struct Copy {
+  const Instruction* instruction;
+  u32 lanes;
+  std::array<u32, 32> to;
+  std::array<std::array<u8, 16>, 32> data;
+  int size;
+};
+
+// wgmma of one warp, with the operands as they were when it was issued.
+struct Wgmma {
+  const Instruction* instruction;
+  std::array<std::array<u32, 32>, 4> a;
+  u64 a_descriptor, b_descriptor;
+  bool accumulates;
+  int group;  // the number of the commit that will include it
+  bool done;  // it has computed; it is kept until its wait
+};
+
+enum class State { ready, at_barrier, blocked, done };
+
+struct Machine;
+
+struct Warp {
+  Machine& machine;
+  int id;
+  char* registers;
+  State state = State::ready;
+  int pc = 0;
+  u32 active = ALL;              // lanes that execute; all others are in `elsewhere` or have returned
+  std::vector<Lanes> elsewhere{};
+  int merge_pc = 0;              // the lowest pc in `elsewhere`
+  int barrier = 0;               // the barrier that the warp waits at
+  Clocks clocks{};               // accesses to memory that happened before this point
+  Clocks fenced{};               // those that a proxy fence has made visible to asynchronous reads
+  std::vector<Copy> open_copies{};
+  std::deque<std::vector<Copy>> copies{};
+  std::vector<Wgmma> wgmmas{};
+  int wgmma_commits = 0;
+
+  Stamp now() const { return stamp(id, clocks[id]); }
+  template <class T> const T* at(i32 offset) const { return reinterpret_cast<const T*>(registers + offset); }
+  template <class T> T* at(i32 offset) { return reinterpret_cast<T*>(registers + offset); }
+  void settle();             // continue with the lanes that are furthest behind
+  void split(int pc, u32 lanes);
+};
+
+// How a launch runs, see Schedule in machine.py.
+struct Schedule {
+  u64 seed;  // 0: warps and blocks in order
+  bool late_copies, late_wgmma, checks;
+};
+
+struct Barrier {
+  int arrived = 0;   // threads
+  int expected = 0;  // threads; 0: all threads that have not returned
+  Clocks clocks{}, fenced{};  // what those that arrived know
+};
+
+struct Machine {
+  Schedule schedule;
+  u64 random_state;
+  int num_warps;
+  int block;                      // number of the block, in order
+  std::array<i32, 3> grid;
+  std::vector<Warp> warps;
+  std::array<Barrier, 16> barriers;
+  const u8* parameters;
+  i64 parameter_bytes;
+  SharedMemory shared;
+  GlobalMemory global;
+  Faults faults;
+
+  u32 random(u32 below);
+  void arrive(Warp& warp, int barrier, int expected, bool waits);
+  void release_barriers();
+};
+
+}  // namespace ptx

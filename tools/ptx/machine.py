@@ -1,0 +1,298 @@
+"""Run kernels that were compiled to PTX on a CPU, and report their faults.
+
+program = Program(ptx)
+faults = program.run((blocks, 1, 1), parameters, memory, shared=4096, schedule=IN_ORDER)
+"""
+
+from __future__ import annotations
+
+import array
+import ctypes
+import functools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from .build import library
+from .parse import Kernel, Location, UnsupportedPtx, read_kernel
+from .registers import place_registers
+from .translate import SPECIAL, Instruction, Operand, Translator
+
+__all__ = ["IN_ORDER", "Fault", "Memory", "Program", "Schedule", "UnsupportedPtx"]
+
+_MOST_FAULTS = 100  # of one launch that are described
+_REGISTER_BYTES = 128
+
+# In the order of memory.h's Kind: a short name, and what happened.
+KINDS = (
+    ("out of bounds", "touches global memory outside of every tensor"),
+    ("out of bounds", "touches shared memory outside of the block's"),
+    ("out of bounds", "reads a parameter outside of all parameters"),
+    ("misaligned", "has an address that is no multiple of the access's size"),
+    ("uninitialised read", "reads shared memory that nothing has written in this block"),
+    ("race", "reads shared memory that another warp wrote without a barrier in between"),
+    ("race", "writes shared memory that another warp read without a barrier in between"),
+    ("race", "writes shared memory that another warp wrote without a barrier in between"),
+    ("race", "touches shared memory of another lane of its warp without bar.warp.sync in between"),
+    ("copy in flight", "touches shared memory that an unfinished cp.async still writes"),
+    ("race", "writes shared memory that an unfinished wgmma still reads"),
+    ("missing proxy fence", "reads asynchronously what was written without fence.proxy.async"),
+    ("race", "touches global memory that another warp or block wrote or read meanwhile"),
+    ("divergence", "needs lanes that are elsewhere"),
+    ("descriptor", "has a descriptor that differs between lanes"),
+    ("deadlock", "waits forever"),
+)
+
+
+class Memory(NamedTuple):
+    """A range of memory that a kernel may touch."""
+
+    start: int
+    end: int
+    name: str
+
+
+class Schedule(NamedTuple):
+    """The order of a launch.
+
+    Args:
+        seed: warps take turns at random, and blocks run in random order; 0: in order.
+        late_copies: cp.async writes at its wait instead of at once.
+        late_wgmma: wgmma reads and computes at its wait instead of at once.
+        checks: look for races, uninitialised reads and missing fences; bounds are always checked.
+    """
+
+    seed: int = 0
+    late_copies: bool = False
+    late_wgmma: bool = False
+    checks: bool = True
+
+
+IN_ORDER = Schedule()
+
+
+@dataclass
+class Fault:
+    """A fault; its string is a report."""
+
+    kind: str  # the first words of KINDS
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class _Launch(ctypes.Structure):
+    """In the order of run.cpp's Launch."""
+
+    _fields_ = [
+        ("grid", ctypes.c_int32 * 3),
+        ("threads", ctypes.c_int32),
+        ("shared_bytes", ctypes.c_int32),
+        ("parameters", ctypes.c_char_p),
+        ("parameter_bytes", ctypes.c_int64),
+        ("constants", ctypes.c_char_p),
+        ("constant_bytes", ctypes.c_int64),
+        ("memory", ctypes.c_void_p),
+        ("num_ranges", ctypes.c_int64),
+        ("seed", ctypes.c_uint64),
+        ("late_copies", ctypes.c_int32),
+        ("late_wgmma", ctypes.c_int32),
+        ("checks", ctypes.c_int32),
+    ]
+
+
+class _Fault(ctypes.Structure):
+    """In the order of memory.h's Fault."""
+
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("kind", "pc", "block", "warp", "lane")),
+        *((name, ctypes.c_int32) for name in ("other_pc", "other_warp", "size")),
+        ("address", ctypes.c_uint64),
+        ("times", ctypes.c_uint64),
+    ]
+
+
+@functools.cache
+def signatures() -> dict[str, str]:
+    """Return the types of the operands of every opcode that the machine knows."""
+    lines = library().ptx_opcodes().decode().splitlines()
+    return dict(line.split(":") for line in lines)
+
+
+class Program:
+    """A kernel of a PTX module, ready to run.
+
+    Args:
+        text: the module.
+        entry: name of the kernel; None if the module has only one.
+
+    Raises:
+        UnsupportedPtx: the kernel has an instruction that the machine does not know.
+    """
+
+    def __init__(self, text: str, entry: str | None = None) -> None:
+        self.kernel: Kernel = read_kernel(text, entry)
+        translator = Translator(self.kernel, signatures())
+        self.code: list[Instruction] = translator.instructions
+        self.parameter_offsets: list[int] = list(translator.parameter_offsets.values())
+        granule_shift = translator.smallest_access.bit_length() - 1
+        self._handle = self._load(granule_shift)
+
+    def __del__(self) -> None:
+        if getattr(self, "_handle", None):
+            library().ptx_free(self._handle)
+
+    @property
+    def name(self) -> str:
+        """The kernel's name."""
+        return self.kernel.name
+
+    @property
+    def threads(self) -> int | None:
+        """The number of threads of a block that the kernel requires."""
+        return self.kernel.threads
+
+    @property
+    def parameters(self) -> list[int]:
+        """The bytes of each parameter."""
+        return list(self.kernel.parameters.values())
+
+    def _load(self, granule_shift: int) -> int:
+        """Place operands in the register file and hand the code to the machine."""
+        operands = [op for i in self.code for op in i.operands]
+        constants = dict.fromkeys(op for op in operands if op.kind == "constant")
+        places: dict[Operand | str, int] = {}
+        at = len(SPECIAL) * _REGISTER_BYTES
+        image = bytearray()
+        for constant in constants:
+            cell = int(constant.value).to_bytes(8 if constant.wide else 4, "little")
+            places[constant] = at + len(image)
+            image += cell * 32
+        self._constants = bytes(image)
+        at += len(image)
+        wide = {
+            op.value: self.kernel.width(op.value) == 64 for op in operands if op.kind == "register"
+        }
+        offsets, at, self.undefined = place_registers(self.code, wide, at)
+        names = [op.value for op in operands if op.kind == "predicate"]
+        for name in dict.fromkeys([*names, *(i.guard for i in self.code if i.guard)]):
+            places[name] = at
+            at += 4
+        guards, starts, words = array.array("i"), array.array("i", [0]), array.array("i")
+        for instruction in self.code:
+            offset = places[instruction.guard] if instruction.guard else -1
+            guards.append(-2 - offset if instruction.negated else offset)
+            words.extend(_place(op, offsets, places) for op in instruction.operands)
+            starts.append(len(words))
+        return library().ptx_program(
+            " ".join(i.opcode for i in self.code).encode(),
+            len(self.code),
+            guards.buffer_info()[0],
+            starts.buffer_info()[0],
+            words.buffer_info()[0],
+            at,
+            granule_shift,
+        )
+
+    def run(
+        self,
+        grid: tuple[int, int, int],
+        parameters: list[bytes],
+        memory: list[Memory],
+        *,
+        threads: int | None = None,
+        shared: int = 0,
+        schedule: Schedule = IN_ORDER,
+    ) -> list[Fault]:
+        """Run the kernel and return its faults.
+
+        Args:
+            grid: the number of blocks.
+            parameters: the bytes of each parameter.
+            memory: the memory that the kernel may touch.
+            threads: threads of a block, if the kernel does not require a number.
+            shared: bytes of dynamic shared memory.
+            schedule: the order of execution.
+        """
+        packed = bytearray()
+        for offset, value in zip(self.parameter_offsets, parameters, strict=True):
+            packed += bytes(offset - len(packed)) + value
+        ranges = array.array("Q")
+        for start, end in merged(memory):
+            ranges.extend((start, end))
+        launch = _Launch(
+            grid=grid,
+            threads=self.threads or threads,
+            shared_bytes=self.kernel.static_shared_bytes + shared,
+            parameters=bytes(packed),
+            parameter_bytes=len(packed),
+            constants=self._constants,
+            constant_bytes=len(self._constants),
+            memory=ranges.buffer_info()[0],
+            num_ranges=len(ranges) // 2,
+            **schedule._asdict(),
+        )
+        found = (_Fault * _MOST_FAULTS)()
+        count = library().ptx_run(self._handle, ctypes.byref(launch), found, _MOST_FAULTS)
+        return [self._describe(fault, memory) for fault in found[: min(count, _MOST_FAULTS)]]
+
+    def _describe(self, fault: _Fault, memory: list[Memory]) -> Fault:
+        """Return a report that names kernel, source line, instruction, thread and address."""
+        kind, what = KINDS[fault.kind]
+        thread = f"block {fault.block}, warp {fault.warp}, lane {fault.lane}"
+        where = ""
+        if fault.size:
+            where = f", {fault.size} bytes at {_name_address(fault.address, memory)}"
+        text = f"{self.name}: {kind}: {self._place(fault.pc)} {what} ({thread}{where})"
+        if fault.other_pc >= 0:
+            text += f"; the other access: {self._place(fault.other_pc)}"
+            text += f" of warp {fault.other_warp}" if fault.other_warp >= 0 else ""
+        return Fault(kind, text + (f"; {fault.times} times" if fault.times > 1 else ""))
+
+    def _place(self, pc: int) -> str:
+        statement = self.kernel.statements[self.code[pc].statement]
+        return f"{statement.location} `{statement}`"
+
+    def location(self, pc: int) -> Location:
+        """Return the source line of an instruction."""
+        return self.kernel.statements[self.code[pc].statement].location
+
+
+def _place(
+    operand: Operand,
+    offsets: dict[str, int],
+    places: dict[Operand | str, int],
+) -> int:
+    """Return the number that stands for an operand in the machine."""
+    kind, value, _ = operand
+    if kind == "register":
+        return offsets[value]
+    if kind == "special":
+        return int(value) * _REGISTER_BYTES
+    if kind == "integer":
+        return int(value)
+    if kind == "none":
+        return -1
+    return places[operand if kind == "constant" else value]
+
+
+def merged(memory: list[Memory]) -> list[tuple[int, int]]:
+    """Return the ranges in order, with overlapping ranges merged."""
+    spans: list[tuple[int, int]] = []
+    for start, end, _ in sorted(memory):
+        if end <= start:
+            continue
+        if spans and start < spans[-1][1]:
+            spans[-1] = spans[-1][0], max(end, spans[-1][1])
+        else:
+            spans.append((start, end))
+    return spans
+
+
+def _name_address(address: int, memory: list[Memory]) -> str:
+    """Return an address as the tensor it is in or closest to, or as a number."""
+    near = [m for m in memory if m.start - 4096 <= address < m.end + 4096]
+    if not near:
+        return f"{address:#x}"
+    closest = min(near, key=lambda m: max(m.start - address, address - m.end + 1, 0))
+    return f"{closest.name}{address - closest.start:+#x} of {closest.end - closest.start:#x}"

@@ -1,0 +1,234 @@
+#include "memory.h"
+
+#include <algorithm>
+
+#include "machine.h"
+
+namespace ptx {
+
+void Faults::add(Kind kind, const Warp& warp, const Instruction& instruction, int lane, u64 address, int size, int other_pc,
+                 int other_warp) {
+  const auto [place, is_new] = index.try_emplace({kind, instruction.pc}, list.size());
+  if (is_new)
+    list.push_back({kind, instruction.pc, warp.machine.block, warp.id, lane, other_pc, other_warp, size, address, 1});
+  else
+    ++list[place->second].times;
+}
+
+void Shadow::resize(std::size_t granules) {
+  for (auto* stamps : {&writer, &reader}) stamps->assign(granules, 0);
+  for (auto* pcs : {&writer_pc, &reader_pc}) pcs->assign(granules, -1);
+  for (auto* small : {&writer_lane, &reader_lane, &atomic}) small->assign(granules, 0);
+}
+
+void Shadow::wrote(std::size_t g, Stamp now, int pc, u8 lane, bool is_atomic) {
+  writer[g] = now;
+  writer_pc[g] = pc;
+  writer_lane[g] = lane;
+  atomic[g] = is_atomic;
+}
+
+void Shadow::read(std::size_t g, Stamp now, int pc, u8 lane) {
+  reader_lane[g] = reader[g] == now && reader_lane[g] != lane ? SEVERAL_LANES : lane;
+  reader[g] = now;
+  reader_pc[g] = pc;
+}
+
+// ---- shared memory ------------------------------------------------------------------------------
+
+void SharedMemory::resize(int bytes, int granule_shift, int num_warps, bool checks) {
+  size_ = bytes;
+  shift_ = granule_shift;
+  bytes_.assign(std::size_t(bytes) + 64, 0xff);
+  if (!checks) return;
+  const std::size_t granules = (std::size_t(bytes) >> shift_) + 1;
+  shadow_.resize(granules);
+  read_clocks_.assign(num_warps, std::vector<u32>(granules, 0));
+  copies_.assign(granules, 0);
+  wgmma_reads_.assign(bytes / 16 + 1, 0);
+  wgmma_pc_.assign(bytes / 16 + 1, -1);
+}
+
+void SharedMemory::begin_block(u32 clock, bool checks) {
+  block_start_ = clock;
+  if (!checks) return;
+  std::fill(bytes_.begin(), bytes_.end(), 0xff);  // NaN in every float type
+  std::fill(copies_.begin(), copies_.end(), 0);
+  std::fill(wgmma_reads_.begin(), wgmma_reads_.end(), 0);
+}
+
+bool SharedMemory::all_valid(const u32* addresses, u32 lanes, int size) const {
+  u32 low = ~0u, high = 0, bits = 0;
+  for (int lane = 0; lane < 32; ++lane) {
+    const u32 address = lanes >> lane & 1 ? addresses[lane] : BASE;
+    low = std::min(low, address);
+    high = std::max(high, address);
+    bits |= address;
+  }
+  return low >= BASE && high - BASE + size <= u32(size_) && bits % size == 0;
+}
+
+u32 SharedMemory::valid(Warp& warp, const Instruction& instruction, const u32* addresses, u32 lanes, int size) {
+  if (all_valid(addresses, lanes, size)) return lanes;
+  for (int lane = 0; lane < 32; ++lane) {
+    if (!(lanes >> lane & 1)) continue;
+    const u32 address = addresses[lane];
+    const bool inside = address >= BASE && u64(address) + size <= u64(BASE) + size_;
+    if (inside && address % size == 0) continue;
+    warp.machine.faults.add(inside ? Kind::misaligned : Kind::shared_bounds, warp, instruction, lane, address, size);
+    lanes &= ~(1u << lane);
+  }
+  return lanes;
+}
+
+void SharedMemory::check_read(Warp& warp, const Instruction& instruction, u8 lane, u32 address, int size, Access access) {
+  Faults& faults = warp.machine.faults;
+  const Stamp now = warp.now();
+  const std::size_t end = (address - BASE + size - 1) >> shift_;
+  for (std::size_t g = (address - BASE) >> shift_; g <= end; ++g) {
+    const Stamp writer = shadow_.writer[g];
+    const auto report = [&](Kind kind) {
+      faults.add(kind, warp, instruction, lane, address, size, shadow_.writer_pc[g], warp_of(writer));
+    };
+    if (copies_[g])
+      report(Kind::copy_in_flight);
+    else if (clock_of(writer) <= block_start_)
+      faults.add(Kind::uninitialised, warp, instruction, lane, address, size);
+    else if (!known(writer, warp.clocks))
+      report(Kind::read_after_write);
+    else if (writer == now && lane != NO_LANE && shadow_.writer_lane[g] != lane)
+      report(Kind::lanes_of_a_warp);
+    else if (access == Access::wgmma && !known(writer, warp.fenced))
+      report(Kind::proxy_fence);
+    read_clocks_[warp.id][g] = clock_of(now);
+    shadow_.read(g, now, instruction.pc, lane);
+  }
+}
+
+void SharedMemory::check_write(Warp& warp, const Instruction& instruction, u8 lane, u32 address, int size, const u8* data,
+                               Access access) {
+  Faults& faults = warp.machine.faults;
+  const Stamp now = warp.now();
+  const bool same = data != nullptr && std::memcmp(at(address), data, size) == 0;
+  const bool atomic = access == Access::atomic;
+  const std::size_t end = (address - BASE + size - 1) >> shift_;
+  for (std::size_t g = (address - BASE) >> shift_; g <= end; ++g) {
+    const Stamp writer = shadow_.writer[g];
+    const bool harmless = same || (atomic && shadow_.atomic[g]);
+    const auto report = [&](Kind kind) {
+      faults.add(kind, warp, instruction, lane, address, size, shadow_.writer_pc[g], warp_of(writer));
+    };
+    if (copies_[g] && access != Access::copy)
+      report(Kind::copy_in_flight);
+    else if (!known(writer, warp.clocks) && !harmless)
+      report(Kind::write_after_write);
+    else if (writer == now && shadow_.writer_lane[g] != lane && !harmless)
+      report(Kind::lanes_of_a_warp);
+    check_readers(warp, instruction, lane, address, size, g);
+    shadow_.wrote(g, now, instruction.pc, lane, atomic);
+  }
+  const std::size_t chunk = (address - BASE) / 16;
+  if (wgmma_reads_[chunk]) faults.add(Kind::wgmma_reads, warp, instruction, lane, address, size, wgmma_pc_[chunk]);
+}
+
+void SharedMemory::check_readers(Warp& warp, const Instruction& instruction, u8 lane, u32 address, int size, std::size_t g) {
+  Faults& faults = warp.machine.faults;
+  for (int other = 0; other < int(read_clocks_.size()); ++other)
+    if (read_clocks_[other][g] > warp.clocks[other])
+      faults.add(Kind::write_after_read, warp, instruction, lane, address, size, shadow_.reader_pc[g], other);
+  const u8 reader_lane = shadow_.reader_lane[g];
+  if (shadow_.reader[g] == warp.now() && reader_lane != lane && reader_lane != NO_LANE && clock_of(warp.now()) > block_start_)
+    faults.add(Kind::lanes_of_a_warp, warp, instruction, lane, address, size, shadow_.reader_pc[g], warp.id);
+}
+
+void SharedMemory::begin_copy(u32 address, int size, int change) {
+  const std::size_t end = (address - BASE + size - 1) >> shift_;
+  for (std::size_t g = (address - BASE) >> shift_; g <= end; ++g) copies_[g] += change;
+}
+
+void SharedMemory::begin_wgmma_read(u32 address, const Instruction& instruction, int change) {
+  wgmma_reads_[(address - BASE) / 16] += change;
+  wgmma_pc_[(address - BASE) / 16] = instruction.pc;
+}
+
+// ---- global memory ------------------------------------------------------------------------------
+
+void GlobalMemory::add(u64 start, u64 end, bool checks) {
+  Tensor& tensor = tensors.emplace_back();
+  tensor.start = start;
+  tensor.end = end;
+  if (!checks) return;
+  const std::size_t granules = ((end - start) >> shift) + 2;
+  tensor.shadow.resize(granules);
+  tensor.other_blocks_read.assign(granules, 0);
+}
+
+Tensor* GlobalMemory::find(u64 address) {
+  auto next = std::upper_bound(tensors.begin(), tensors.end(), address, [](u64 a, const Tensor& t) { return a < t.start; });
+  if (next == tensors.begin()) return nullptr;
+  --next;
+  return address < next->end ? &*next : nullptr;
+}
+
+bool GlobalMemory::all_in(const Tensor& tensor, const u64* addresses, u32 lanes, int size) const {
+  u64 low = ~u64(0), high = 0, bits = 0;
+  for (int lane = 0; lane < 32; ++lane) {
+    const bool on = lanes >> lane & 1;
+    low = std::min(low, on ? addresses[lane] : ~u64(0));
+    high = std::max(high, on ? addresses[lane] : 0);
+    bits |= on ? addresses[lane] : 0;
+  }
+  return low >= tensor.start && high <= tensor.end - size && bits % size == 0;
+}
+
+u32 GlobalMemory::valid(Warp& warp, const Instruction& instruction, const u64* addresses, u32 lanes, int size) {
+  if (instruction.tensor < int(tensors.size())) {
+    const Tensor& last = tensors[instruction.tensor];
+    if (last.end - last.start >= u64(size) && all_in(last, addresses, lanes, size)) return lanes;
+  }
+  for (int lane = 0; lane < 32; ++lane) {
+    if (!(lanes >> lane & 1)) continue;
+    const Tensor* tensor = find(addresses[lane]);
+    if (tensor != nullptr) instruction.tensor = int(tensor - tensors.data());
+    const bool inside = tensor != nullptr && addresses[lane] + size <= tensor->end;
+    if (inside && addresses[lane] % size == 0) continue;
+    warp.machine.faults.add(inside ? Kind::misaligned : Kind::global_bounds, warp, instruction, lane, addresses[lane], size);
+    lanes &= ~(1u << lane);
+  }
+  return lanes;
+}
+
+// Blocks run one after the other here, and in any order on a GPU: an access of another block is never known.
+void GlobalMemory::check_read(Warp& warp, const Instruction& instruction, int lane, u64 address, int size) {
+  Tensor& tensor = *find(address);
+  Shadow& shadow = tensor.shadow;
+  const u64 first = tensor.start >> shift, end = ((address + size - 1) >> shift) - first;
+  for (u64 g = (address >> shift) - first; g <= end; ++g) {
+    const Stamp writer = shadow.writer[g];
+    if (clock_of(writer) != 0 && (clock_of(writer) <= block_start || !known(writer, warp.clocks)))
+      warp.machine.faults.add(Kind::global_race, warp, instruction, lane, address, size, shadow.writer_pc[g], warp_of(writer));
+    const Stamp reader = shadow.reader[g];
+    if (clock_of(reader) != 0 && clock_of(reader) <= block_start) tensor.other_blocks_read[g] = 1;
+    shadow.read(g, warp.now(), instruction.pc, u8(lane));
+  }
+}
+
+void GlobalMemory::check_write(Warp& warp, const Instruction& instruction, int lane, u64 address, int size, const u8* data,
+                               bool atomic) {
+  Tensor& tensor = *find(address);
+  Shadow& shadow = tensor.shadow;
+  const bool same = data != nullptr && std::memcmp(reinterpret_cast<const void*>(address), data, size) == 0;
+  const auto concurrent = [&](Stamp s) { return clock_of(s) != 0 && (clock_of(s) <= block_start || !known(s, warp.clocks)); };
+  const u64 first = tensor.start >> shift, end = ((address + size - 1) >> shift) - first;
+  for (u64 g = (address >> shift) - first; g <= end; ++g) {
+    const Stamp writer = shadow.writer[g], reader = shadow.reader[g];
+    const auto report = [&](int other_pc, Stamp other) {
+      warp.machine.faults.add(Kind::global_race, warp, instruction, lane, address, size, other_pc, warp_of(other));
+    };
+    if (concurrent(writer) && !same && !(atomic && shadow.atomic[g])) report(shadow.writer_pc[g], writer);
+    if (concurrent(reader) || tensor.other_blocks_read[g]) report(shadow.reader_pc[g], reader);
+    shadow.wrote(g, warp.now(), instruction.pc, u8(lane), atomic);
+  }
+}
+
+}  // namespace ptx

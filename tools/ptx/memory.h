@@ -1,0 +1,142 @@
+// Shared and global memory, and what is remembered of each access in order to find races.
+//
+// Each warp counts its synchronisations: its clock. Each warp also knows, for each other warp, up to which clock the accesses of that
+// warp happened before its own next access; barriers exchange this knowledge (vector clocks). An access is a race if it conflicts with
+// an earlier access that its warp does not know of. Clocks continue from block to block, so a stamp also tells whether it was made in
+// the current block.
+#pragma once
+
+#include <array>
+#include <map>
+#include <utility>
+#include <vector>
+
+#include "types.h"
+
+namespace ptx {
+
+struct Warp;
+struct Instruction;
+struct Machine;
+
+constexpr int MAX_WARPS = 32, CLOCK_BITS = 26;
+constexpr u32 LAST_CLOCK = (1u << CLOCK_BITS) - 1;
+constexpr u8 NO_LANE = 255, SEVERAL_LANES = 254;
+
+using Clocks = std::array<u32, MAX_WARPS>;
+using Stamp = u32;  // of an access: the warp, and its clock
+
+inline Stamp stamp(int warp, u32 clock) { return u32(warp) << CLOCK_BITS | clock; }
+inline int warp_of(Stamp s) { return int(s >> CLOCK_BITS); }
+inline u32 clock_of(Stamp s) { return s & LAST_CLOCK; }
+inline bool known(Stamp s, const Clocks& clocks) { return clock_of(s) <= clocks[warp_of(s)]; }
+
+// In the order of machine.py's KINDS.
+enum class Kind : i32 {
+  global_bounds,
+  shared_bounds,
+  parameter_bounds,
+  misaligned,
+  uninitialised,
+  read_after_write,
+  write_after_read,
+  write_after_write,
+  lanes_of_a_warp,
+  copy_in_flight,
+  wgmma_reads,
+  proxy_fence,
+  global_race,
+  divergence,
+  descriptor,
+  deadlock,
+};
+
+struct Fault {
+  Kind kind;
+  i32 pc, block, warp, lane;
+  i32 other_pc, other_warp;  // the earlier access; -1: unknown
+  i32 size;
+  u64 address;
+  u64 times;
+};
+
+// The first fault of each kind at each instruction, and how often it occurred.
+struct Faults {
+  std::vector<Fault> list;
+  std::map<std::pair<Kind, int>, std::size_t> index;
+  void add(Kind kind, const Warp& warp, const Instruction& instruction, int lane, u64 address, int size,
+           int other_pc = -1, int other_warp = -1);
+};
+
+// The last write and the last read of each granule of memory. A granule is as large as the smallest access of the program.
+struct Shadow {
+  std::vector<Stamp> writer, reader;
+  std::vector<i32> writer_pc, reader_pc;
+  std::vector<u8> writer_lane, reader_lane;
+  std::vector<u8> atomic;  // whether the last write was atomic
+  void resize(std::size_t granules);
+  void wrote(std::size_t g, Stamp now, int pc, u8 lane, bool is_atomic);
+  void read(std::size_t g, Stamp now, int pc, u8 lane);
+};
+
+enum class Access { plain, atomic, copy, wgmma };
+
+class SharedMemory {
+ public:
+  static constexpr u32 BASE = 1024;  // of its addresses; aligned for the swizzles of wgmma
+
+  void resize(int bytes, int granule_shift, int num_warps, bool checks);
+  void begin_block(u32 clock, bool checks);
+  u8* at(u32 address) { return bytes_.data() + (address - BASE); }
+
+  // Whether all addresses are inside and aligned; if not, `report` names the lane and returns the lanes that are.
+  bool all_valid(const u32* addresses, u32 lanes, int size) const;
+  u32 valid(Warp& warp, const Instruction& instruction, const u32* addresses, u32 lanes, int size);
+
+  // Check an access of one lane and remember it. `data`: what is written, or null if that is unknown.
+  void check_read(Warp& warp, const Instruction& instruction, u8 lane, u32 address, int size, Access access);
+  void check_write(Warp& warp, const Instruction& instruction, u8 lane, u32 address, int size, const u8* data,
+                   Access access);
+
+  void begin_copy(u32 address, int size, int change);           // change: 1 begins, -1 ends
+  void begin_wgmma_read(u32 address, const Instruction& instruction, int change);  // 16 bytes
+
+ private:
+  void check_readers(Warp& warp, const Instruction& instruction, u8 lane, u32 address, int size, std::size_t g);
+
+  std::vector<u8> bytes_;
+  int shift_ = 0, size_ = 0;
+  u32 block_start_ = 0;
+  Shadow shadow_;
+  std::vector<std::vector<u32>> read_clocks_;  // [warp][granule]
+  std::vector<u8> copies_;                     // unfinished copies to each granule
+  std::vector<u8> wgmma_reads_;                // unfinished wgmmas that read each 16 bytes
+  std::vector<i32> wgmma_pc_;
+};
+
+// A range of memory that the kernel may touch.
+struct Tensor {
+  u64 start, end;
+  Shadow shadow;
+  std::vector<u8> other_blocks_read;  // whether several blocks read a granule
+};
+
+class GlobalMemory {
+ public:
+  std::vector<Tensor> tensors;  // sorted, without overlaps
+  int shift = 0;
+  u32 block_start = 0;
+
+  void add(u64 start, u64 end, bool checks);
+  // The lanes whose access is inside a tensor and aligned; the others are reported.
+  u32 valid(Warp& warp, const Instruction& instruction, const u64* addresses, u32 lanes, int size);
+  void check_read(Warp& warp, const Instruction& instruction, int lane, u64 address, int size);
+  void check_write(Warp& warp, const Instruction& instruction, int lane, u64 address, int size, const u8* data,
+                   bool atomic);
+
+ private:
+  Tensor* find(u64 address);
+  bool all_in(const Tensor& tensor, const u64* addresses, u32 lanes, int size) const;
+};
+
+}  // namespace ptx
