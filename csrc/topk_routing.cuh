@@ -16,11 +16,6 @@
 #else
 #define MMFUSED_BOTH inline
 #endif
-#if defined(__CUDA_ARCH__) || defined(MMFUSED_SIMT)  // MMFUSED_SIMT: tests run the kernels on a CPU
-#define MMFUSED_ON_DEVICE 1
-#else
-#define MMFUSED_ON_DEVICE 0
-#endif
 
 namespace mmfused {
 
@@ -85,7 +80,7 @@ struct Serial {
 // LANES neighbouring lanes of a warp. All lanes of the warp must call a function together. Sums are added in a fixed order.
 template <int LANES> struct Lanes {
   static constexpr int lanes = LANES;
-#if MMFUSED_ON_DEVICE
+#if defined(__CUDA_ARCH__)
   static MMFUSED_BOTH int lane() { return threadIdx.x % LANES; }
   template <typename T> static MMFUSED_BOTH T swapped(T x, int step) { return __shfl_xor_sync(0xffffffffu, x, step, LANES); }
   template <typename T> static MMFUSED_BOTH T from(T x, int source) { return __shfl_sync(0xffffffffu, x, source, LANES); }

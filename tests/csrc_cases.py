@@ -1,23 +1,15 @@
 """Test cases for the C++ router.
 
-This file makes inputs, computes the expected results with plain PyTorch, and runs the CUDA kernels
-on the CPU (tests/simt).
+This file makes inputs, and computes the expected results with plain PyTorch.
 """
 
 from __future__ import annotations
 
-import ctypes
-import shutil
-import subprocess
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
-from mmfused import extension
 from mmfused.ops.topk_routing import topk_routing_reference
 
-SIMT = Path(__file__).parent / "simt"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BALANCES = ("switch", "gshard", "mse")
 
@@ -158,104 +150,3 @@ def tiles_of(offsets: Tensor, experts: int, rows: int) -> Tensor:
     bounds = offsets.tolist()
     tiles = [(e, row) for e in range(experts) for row in range(bounds[e], bounds[e + 1], height)]
     return torch.tensor(tiles + [(-1, 0)] * (rows // 16 + experts - len(tiles)), dtype=torch.int32)
-
-
-# ---- CUDA kernels on the CPU ---------------------------------------------------------------------
-
-
-def cuda_headers() -> Path | None:
-    home = extension._cuda_home()
-    folders = [*([home / "include"] if home else []), *map(Path, extension.include_folders())]
-    return next((folder for folder in folders if (folder / "cuda_fp16.h").is_file()), None)
-
-
-def why_no_simt() -> str | None:
-    if shutil.which("g++") is None:
-        return "g++ not found"
-    return None if cuda_headers() else "CUDA headers not found in a toolkit or a pip package"
-
-
-class Simt:
-    """Run the kernels of csrc/topk_routing.cu thread by thread on the CPU."""
-
-    def __init__(self, folder: Path):
-        library = folder / "topk_routing.so"
-        command = [
-            "g++",
-            "-std=c++17",
-            "-O1",
-            "-w",
-            "-shared",
-            "-fPIC",
-            "-idirafter",
-            str(cuda_headers()),
-        ]
-        subprocess.run([*command, str(SIMT / "topk_routing.cpp"), "-o", str(library)], check=True)
-        self.library = ctypes.CDLL(str(library))
-
-    def _run(
-        self, name: str, case: dict, logits: Tensor, tensors: list[Tensor | None], blocks: int
-    ) -> None:
-        tokens, experts = logits.shape
-        arguments = [
-            logits,
-            case["mask"],
-            case["segments"],
-            case["available"],
-            case["jitter_seed"],
-            *tensors,
-        ]
-        pointers = [None if x is None else x.data_ptr() for x in arguments]
-        numbers = [
-            DTYPES.index(logits.dtype),
-            *logits.stride(),
-            tokens,
-            experts,
-            case["k"],
-            case["num_segments"],
-            case["sigmoid"],
-            case["renormalize"],
-            BALANCES.index(case["balance"]),
-            blocks,
-        ]
-        status = getattr(self.library, name)(
-            (ctypes.c_void_p * len(pointers))(*pointers),
-            (ctypes.c_int64 * len(numbers))(*numbers),
-            ctypes.c_float(case["jitter"]),
-        )
-        assert status == 0, f"{name} returned {status}"
-
-    def forward(self, case: dict, *, blocks: int = 512) -> dict[str, Tensor]:
-        tokens, experts = case["source"].shape
-        rows, cells = tokens * case["k"], case["num_segments"] * experts
-        shapes = dict(
-            indices=((tokens, case["k"]), torch.int64),
-            weights=((tokens, case["k"]), torch.float32),
-            counts=((case["num_segments"], experts), torch.int64),
-            losses=((3,), torch.float32),
-            order=((rows,), torch.int32),
-            position=((rows,), torch.int32),
-            offsets=((experts + 1,), torch.int32),
-            tiles=((rows // 16 + experts, 2), torch.int32),
-            coefficients=((cells + 1,), torch.float32),
-        )
-        out = {
-            name: torch.full(shape, float("nan") if dtype.is_floating_point else -7, dtype=dtype)
-            for name, (shape, dtype) in shapes.items()
-        }
-        self._run(
-            "simt_forward",
-            case,
-            case["source"],
-            [case["selection_bias"], case["indices"], *out.values()],
-            blocks,
-        )
-        if case["indices"] is not None:
-            out["indices"] = case["indices"]
-        return out
-
-    def backward(self, case: dict, gradients, out: dict[str, Tensor]) -> Tensor:
-        d_logits = torch.full(case["source"].shape, float("nan"), dtype=case["source"].dtype)
-        tensors = [*gradients, out["indices"], out["weights"], out["coefficients"], d_logits]
-        self._run("simt_backward", case, case["source"], tensors, 0)
-        return d_logits

@@ -1,6 +1,6 @@
 """Tests of the CUDA C++ router and of its build.
 
-The kernels run thread by thread on a CPU. On a GPU, the router is also compared with the Triton
+The compiled kernels run on the PTX machine. On a GPU, the router is also compared with the Triton
 router.
 """
 
@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import csrc_cases
+import csrc_machine
 import pytest
 import torch
 from csrc_cases import CASES, expected, make, upstream
@@ -34,23 +35,21 @@ def pick(tensors: dict, names=CLOSE) -> dict:
     return {name: tensors[name] for name in names}
 
 
-# ---- the kernels, on a CPU -----------------------------------------------------------------------
+# ---- the compiled kernels, on the PTX machine ----------------------------------------------------
 
 
-@pytest.fixture(scope="session")
-def simt(tmp_path_factory):
-    if reason := csrc_cases.why_no_simt():
-        pytest.skip(reason)
-    return csrc_cases.Simt(tmp_path_factory.mktemp("simt"))
+@pytest.fixture(scope="session", params=csrc_machine.ARCHITECTURES, ids="sm_{}".format)
+def router(request):
+    return csrc_machine.compiled_router(request.param)
 
 
 @pytest.mark.parametrize("blocks", [512, 2])
 @pytest.mark.parametrize("name", CASES)
-def test_kernels_match_the_reference(name, blocks, simt):
+def test_kernels_match_the_reference(name, blocks, router):
     case = make(**CASES[name])
     gradients = upstream(case)
-    out = simt.forward(case, blocks=blocks)
-    out["d_logits"] = simt.backward(case, gradients, out)
+    out = router.forward(case, blocks=blocks)
+    out["d_logits"] = router.backward(case, gradients, out)
     exact, plain = (
         expected(case, torch.float64, gradients),
         expected(case, torch.float32, gradients),
@@ -61,11 +60,11 @@ def test_kernels_match_the_reference(name, blocks, simt):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_kernels_accept_16_bit_dtypes_and_strided_logits(dtype, simt):
+def test_kernels_accept_16_bit_dtypes_and_strided_logits(dtype, router):
     case = make(37, 12, 3, dtype=dtype, strided=True, masked=True, balance="gshard")
     gradients = upstream(case)
-    out = simt.forward(case)
-    out["d_logits"] = simt.backward(case, gradients, out)
+    out = router.forward(case)
+    out["d_logits"] = router.backward(case, gradients, out)
     exact, plain = (
         expected(case, torch.float64, gradients),
         expected(case, torch.float32, gradients),
@@ -75,32 +74,62 @@ def test_kernels_accept_16_bit_dtypes_and_strided_logits(dtype, simt):
     assert over_budget(pick(out), pick(exact), pick(plain)) == []
 
 
-def test_kernels_are_deterministic_and_treat_missing_gradients_as_zero(simt):
+def test_kernels_treat_missing_gradients_as_zero(router):
     case = make(90, 20, 4, segments=3, masked=True)
-    gradients = upstream(case)
-    first, second = simt.forward(case), simt.forward(case)
-    assert all(torch.equal(first[key], second[key]) for key in first)
+    gradients, out = upstream(case), router.forward(case)
     for kept in range(4):
         some = [g if i == kept else None for i, g in enumerate(gradients)]
         zero = [g if i == kept else torch.zeros_like(g) for i, g in enumerate(gradients)]
-        assert torch.equal(simt.backward(case, some, first), simt.backward(case, zero, first))
-        assert simt.backward(case, some, first).abs().sum() > 0
+        d_logits = router.backward(case, some, out)
+        assert torch.equal(d_logits, router.backward(case, zero, out))
+        assert d_logits.abs().sum() > 0
 
 
-def test_tiles_of_every_height_match_the_reference(simt):
+def test_tiles_of_every_height_match_the_reference(router):
     for tokens in (20, 60, 130, 300):  # tiles of 16, 32, 64 and 128 rows
         case = make(tokens, 4, 2)
-        out = simt.forward(case)
+        out = router.forward(case)
         assert torch.equal(out["tiles"], expected(case, torch.float32)["tiles"])
 
 
-def test_out_of_range_index_gives_its_token_a_nan_weight(simt):
+def test_out_of_range_index_gives_its_token_a_nan_weight(router):
     case = make(20, 6, 2, replay=True)
     case["indices"][3, 1], case["indices"][7, 0] = -5, 2**40
-    out = simt.forward(case)
+    out = router.forward(case)
     assert out["weights"].isnan().any(1).nonzero().flatten().tolist() == [3, 7]
     assert out["order"].sort().values.tolist() == list(range(40))
     assert out["counts"].sum() == 40
+
+
+# What is broken: the kind of the machine's first report, a word of the report, and the text that is
+# replaced in the sources.
+BROKEN = {
+    "no barrier": (
+        "race",
+        "finish_kernel",
+        "__syncthreads();\n  for (int e = threadIdx.x; e < width",
+        "for (int e = threadIdx.x; e < width",
+    ),
+    "no barrier of a warp": ("race", "bar.warp.sync", "rank : 0;\n    __syncwarp();", "rank : 0;"),
+    "no initial values": ("uninitialised read", "route_kernel", "shared[i] = 0;", ";"),
+    "small workspace": ("out of bounds", "at ints+", "experts + 1) + p.num_ints;", "experts + 1);"),
+    "lanes that skip a shuffle": (
+        "divergence",
+        "shfl.sync",
+        "if (f.replay == nullptr) token.choose",
+        "if (!exists) continue;\n    if (f.replay == nullptr) token.choose",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_the_machine_reports_a_broken_kernel(name, tmp_path):
+    kind, word, old, new = BROKEN[name]
+    folder = csrc_machine.build(csrc_machine.broken_sources(tmp_path, old, new), tmp_path)
+    router = csrc_machine.CompiledRouter(folder, 90)
+    _, faults = router.forward_once(make(45, 5, 2), csrc_machine.SCHEDULES[0])
+    assert faults[0].kind == kind
+    assert word in str(faults[0])
 
 
 # ---- the arithmetic, in a loop on the host -------------------------------------------------------

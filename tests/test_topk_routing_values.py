@@ -7,6 +7,7 @@ import itertools
 import math
 
 import csrc_cases
+import csrc_machine
 import pytest
 import torch
 from topk_routing_cases import DEVICE, DTYPES, LOSSES, cast, make_inputs, make_logits, run
@@ -22,10 +23,8 @@ inf, nan = math.inf, math.nan
 
 
 @pytest.fixture(scope="session")
-def simt(tmp_path_factory):
-    if reason := csrc_cases.why_no_simt():
-        pytest.skip(reason)
-    return csrc_cases.Simt(tmp_path_factory.mktemp("simt"))
+def router():
+    return csrc_machine.compiled_router(90)
 
 
 @pytest.fixture
@@ -126,19 +125,19 @@ def test_a_non_finite_row_affects_only_its_token_and_its_segments_losses(score, 
 @pytest.mark.parametrize(
     "sigmoid, renormalize, balance", [*itertools.product([False, True], [False, True], BALANCES)]
 )
-def test_a_non_finite_row_in_the_cpp_router(sigmoid, renormalize, balance, simt):
+def test_a_non_finite_row_in_the_cpp_router(sigmoid, renormalize, balance, router):
     options, together = dict(sigmoid=sigmoid, renormalize=renormalize, balance=balance), Tables()
     for row in ROWS.values():
         case = csrc_cases.make(20, 7, 2, segments=3, **options)
         case["source"][4] = torch.tensor(row)
-        check_cpp(together, case, simt, [4])
+        check_cpp(together, case, router, [4])
     together.check()
 
 
-def check_cpp(together, case, simt, invalid):
+def check_cpp(together, case, router, invalid):
     gradients = csrc_cases.upstream(case)
-    out = simt.forward(case)
-    out["d_logits"] = simt.backward(case, gradients, out)
+    out = router.forward(case)
+    out["d_logits"] = router.backward(case, gradients, out)
     exact, plain = (
         csrc_cases.expected(case, dtype, gradients) for dtype in (torch.float64, torch.float32)
     )
@@ -243,14 +242,14 @@ def test_values_out_of_range_make_their_tokens_nan(
     "sigmoid, renormalize, balance",
     [(False, True, "switch"), (True, False, "mse"), (True, True, "gshard")],
 )
-def test_values_out_of_range_in_the_cpp_router(sigmoid, renormalize, balance, simt):
+def test_values_out_of_range_in_the_cpp_router(sigmoid, renormalize, balance, router):
     together = Tables()
     for options, invalid in bad_values(11, 5, 2):
         case = csrc_cases.make(11, 5, 2, sigmoid=sigmoid, renormalize=renormalize, balance=balance)
         out = check_cpp(
             together,
             case | {name: getattr(x, "cpu", lambda x=x: x)() for name, x in options.items()},
-            simt,
+            router,
             invalid,
         )
         assert out["losses"].isnan().all() and out["d_logits"][invalid].isnan().all()
@@ -338,7 +337,7 @@ def test_errors_stay_within_the_budget_for_large_logits(score, renormalize, dtyp
 
 @pytest.mark.parametrize("sigmoid, renormalize", [*itertools.product([False, True], [True, False])])
 def test_errors_stay_within_the_budget_for_large_logits_in_the_cpp_router(
-    sigmoid, renormalize, simt
+    sigmoid, renormalize, router
 ):
     together = Tables()
     for size, balance in itertools.product((30, 1e3, 1e4), BALANCES):
@@ -350,8 +349,8 @@ def test_errors_stay_within_the_budget_for_large_logits_in_the_cpp_router(
             given = [
                 x if i in range(4)[only] else torch.zeros_like(x) for i, x in enumerate(gradients)
             ]
-            out = simt.forward(case)
-            d = simt.backward(case, given, out)
+            out = router.forward(case)
+            d = router.backward(case, given, out)
             replayed = case | dict(indices=out["indices"])
             exact, plain = (
                 csrc_cases.expected(replayed, to, given)["d_logits"]
@@ -398,13 +397,13 @@ def test_the_gradient_of_a_probability_near_1_keeps_its_digits(backend, k):
 
 
 @pytest.mark.parametrize("k", [1, 2])
-def test_the_gradient_of_a_probability_near_1_keeps_its_digits_in_the_cpp_router(k, simt):
+def test_the_gradient_of_a_probability_near_1_keeps_its_digits_in_the_cpp_router(k, router):
     case = csrc_cases.make(40, 5, k, sigmoid=False, renormalize=False)
     case["source"].copy_(near_1())
     weights, *losses = csrc_cases.upstream(case)
     upstream = [weights, *map(torch.zeros_like, losses)]
-    out = simt.forward(case)
-    got = simt.backward(case, upstream, out)
+    out = router.forward(case)
+    got = router.backward(case, upstream, out)
     want = csrc_cases.expected(case | dict(indices=out["indices"]), torch.float64, upstream)[
         "d_logits"
     ]
