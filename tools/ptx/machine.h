@@ -43,14 +43,15 @@ struct Copy {
   int size;
 };
 
-// wgmma of one warp, with the operands as they were when it was issued.
-struct Wgmma {
+// A wgmma of one warp, or a move of its result, which run at the latest at the wait.
+struct Delayed {
   const Instruction* instruction;
-  std::array<std::array<u32, 32>, 4> a;
-  u64 a_descriptor, b_descriptor;
-  bool accumulates;
-  int group;  // the number of the commit that will include it
-  bool done;  // it has computed; it is kept until its wait
+  int group;                                  // the number of the commit that includes it
+  void (*complete)(Warp&, const Delayed&);    // null if it has run; it is kept until its wait
+  std::array<std::array<u32, 32>, 4> a{};     // registers of A, or the value of a move in a[0]
+  u64 a_descriptor = 0, b_descriptor = 0;
+  bool accumulates = false;                   // a wgmma
+  bool value_known = false;                   // a move
 };
 
 enum class State { ready, at_barrier, blocked, done };
@@ -71,7 +72,7 @@ struct Warp {
   Clocks fenced{};               // those that a proxy fence has made visible to asynchronous reads
   std::vector<Copy> open_copies{};
   std::deque<std::vector<Copy>> copies{};
-  std::vector<Wgmma> wgmmas{};
+  std::vector<Delayed> delayed{};
   int wgmma_commits = 0;
 
   Stamp now() const { return stamp(id, clocks[id]); }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import array
 import ctypes
 import functools
+import weakref
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -137,10 +138,7 @@ class Program:
         self.parameter_offsets: list[int] = list(translator.parameter_offsets.values())
         granule_shift = translator.smallest_access.bit_length() - 1
         self._handle = self._load(granule_shift)
-
-    def __del__(self) -> None:
-        if getattr(self, "_handle", None):
-            library().ptx_free(self._handle)
+        weakref.finalize(self, library().ptx_free, self._handle)
 
     @property
     def name(self) -> str:

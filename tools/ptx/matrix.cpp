@@ -159,7 +159,7 @@ template <class T> void widen_chunk(const Warp& warp, u32 address, f32* out, int
   for (int k = 0; k < 8; ++k) out[k * step] = widen(T{values[k]});
 }
 
-template <class T> void compute(Warp& warp, const Wgmma& wgmma) {
+template <class T> void compute(Warp& warp, const Delayed& wgmma) {
   const Form form(*wgmma.instruction);
   constexpr int STRIDE = 256;
   static thread_local f32 a[16][K], b[K][STRIDE], c[16][STRIDE];
@@ -179,7 +179,7 @@ template <class T> void compute(Warp& warp, const Wgmma& wgmma) {
   write_accumulator(warp, registers, form.columns / 2, c);
 }
 
-template <class F> void for_each_read(const Warp& warp, const Wgmma& wgmma, F f) {
+template <class F> void for_each_read(const Warp& warp, const Delayed& wgmma, F f) {
   const Form form(*wgmma.instruction);
   const auto visit = [&](u32 address, int, int) {
     if (warp.machine.shared.all_valid(&address, 1, 16)) f(address);
@@ -188,7 +188,7 @@ template <class F> void for_each_read(const Warp& warp, const Wgmma& wgmma, F f)
   form.for_b(wgmma.b_descriptor, visit);
 }
 
-void check_reads(Warp& warp, const Wgmma& wgmma) {
+void check_reads(Warp& warp, const Delayed& wgmma) {
   SharedMemory& shared = warp.machine.shared;
   const Instruction& instruction = *wgmma.instruction;
   const auto visit = [&](u32 address, int, int) {
@@ -211,7 +211,7 @@ u64 uniform(Warp& warp, const Instruction& instruction, i32 operand) {
 template <class T> void wgmma(Warp& warp, const Instruction& instruction, u32 lanes) {
   expect_all(warp, instruction, lanes);
   const Form form(instruction);
-  Wgmma wgmma{&instruction, {}, 0, 0, false, warp.wgmma_commits + 1, false};
+  Delayed wgmma{&instruction, warp.wgmma_commits + 1, compute<T>};
   if (form.a_in_registers)
     for (int k = 0; k < 4; ++k) std::memcpy(wgmma.a[k].data(), warp.registers + form.a[k], 128);
   else
@@ -221,9 +221,9 @@ template <class T> void wgmma(Warp& warp, const Instruction& instruction, u32 la
   if (warp.machine.schedule.checks) check_reads(warp, wgmma);
   if (!warp.machine.schedule.late_wgmma) {
     compute<T>(warp, wgmma);
-    wgmma.done = true;
+    wgmma.complete = nullptr;
   }
-  warp.wgmmas.push_back(wgmma);
+  warp.delayed.push_back(wgmma);
 }
 
 const std::vector<Register> wgmma_opcodes = [] {
@@ -238,19 +238,48 @@ const std::vector<Register> wgmma_opcodes = [] {
 
 void commit(Warp& warp, const Instruction&, u32) { ++warp.wgmma_commits; }
 
+void move(Warp& warp, const Delayed& delayed) {
+  const i32* o = delayed.instruction->operands;
+  const u32* cells = delayed.value_known ? delayed.a[0].data() : warp.at<u32>(o[1]);
+  std::memcpy(warp.registers + o[0], cells, sizeof delayed.a[0]);
+}
+
+// The group of the last delayed instruction that will write a register, or 0.
+int writer_of(const Warp& warp, i32 operand) {
+  for (auto delayed = warp.delayed.rbegin(); delayed != warp.delayed.rend(); ++delayed) {
+    if (delayed->complete == nullptr) continue;
+    const int outputs = delayed->complete == move ? 1 : Form(*delayed->instruction).columns / 2;
+    const i32* registers = delayed->instruction->operands;
+    if (std::find(registers, registers + outputs, operand) != registers + outputs) return delayed->group;
+  }
+  return 0;
+}
+
+// LLVM copies accumulators between wgmmas that have not been waited for, and ptxas removes these copies: a copy of a result that does
+// not exist yet is delayed too.
+void move_accumulator(Warp& warp, const Instruction& instruction, u32 lanes) {
+  const i32* o = instruction.operands;
+  const int from = writer_of(warp, o[1]), to = writer_of(warp, o[0]);
+  if (from == 0 && to == 0) return put(warp.registers + o[0], warp.at<u32>(o[1]), lanes);
+  Delayed delayed{&instruction, std::max(from, to), move};
+  delayed.value_known = from == 0;
+  if (delayed.value_known) std::memcpy(delayed.a[0].data(), warp.registers + o[1], sizeof delayed.a[0]);
+  warp.delayed.push_back(delayed);
+}
+
 // Complete the groups of one warp up to a number.
 void finish(Warp& warp, int last) {
   std::size_t kept = 0;
-  for (Wgmma& wgmma : warp.wgmmas) {
-    if (wgmma.group > last) {
-      warp.wgmmas[kept++] = wgmma;
+  for (const Delayed& delayed : warp.delayed) {
+    if (delayed.group > last) {
+      warp.delayed[kept++] = delayed;
       continue;
     }
-    if (!wgmma.done) wgmma.instruction->function == Function(ptx::wgmma<bf16>) ? compute<bf16>(warp, wgmma) : compute<f16>(warp, wgmma);
-    if (warp.machine.schedule.checks)
-      for_each_read(warp, wgmma, [&](u32 address) { warp.machine.shared.begin_wgmma_read(address, *wgmma.instruction, -1); });
+    if (delayed.complete != nullptr) delayed.complete(warp, delayed);
+    if (warp.machine.schedule.checks && delayed.complete != move)
+      for_each_read(warp, delayed, [&](u32 address) { warp.machine.shared.begin_wgmma_read(address, *delayed.instruction, -1); });
   }
-  warp.wgmmas.resize(kept);
+  warp.delayed.resize(kept);
 }
 
 // Operand: how many groups may remain unfinished. A wgmma belongs to four warps and completes for all of them at once, so a warp that
@@ -274,6 +303,7 @@ const Register group_opcodes[] = {
     {"wgmma.fence", fence},
     {"wgmma.commit_group", commit},
     {"wgmma.wait_group", wait_group},
+    {"wgmma.move", move_accumulator},
 };
 
 }  // namespace

@@ -35,25 +35,31 @@ def place_registers(
         for bits, pc in spans:
             for k in _indices(bits):
                 first[k], last[k] = min(first[k], pc), max(last[k], pc)
+    for name in _written_late(instructions):
+        first[names.index(name)], last[names.index(name)] = 0, len(instructions)
     offsets, end = _place(names, [wide[name] for name in names], first, last, start)
     return offsets, end, [names[k] for k in _indices(live_in[0] if live_in else 0)]
+
+
+def _written_late(instructions: list[Instruction]) -> set[str]:
+    """Return the registers that an asynchronous wgmma writes, at any time until its wait."""
+    return {
+        str(operand.value)
+        for instruction in instructions
+        for operand in instruction.operands[: instruction.outputs]
+        if instruction.opcode.startswith(("wgmma.mma_async", "wgmma.move"))
+    }
 
 
 def _reads_and_writes(
     instructions: list[Instruction], bit: dict[str, int]
 ) -> tuple[list[int], list[int]]:
     """Return, as bits, the registers that each instruction reads and writes."""
-    accumulators = 0
-    for instruction in instructions:
-        if instruction.opcode.startswith("wgmma.mma_async"):
-            accumulators |= _bits(instruction.operands[: instruction.outputs], bit)
     reads, writes = [], []
-    for opcode, operands, outputs, reads_outputs, *_ in instructions:
+    for _, operands, outputs, reads_outputs, *_ in instructions:
         written, read = _bits(operands[:outputs], bit), _bits(operands[outputs:], bit)
         if reads_outputs:
             read |= written
-        if opcode == "wgmma.wait_group":  # an asynchronous wgmma may write as late as here
-            read |= accumulators
         reads.append(read)
         writes.append(written)
     return reads, writes

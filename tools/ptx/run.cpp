@@ -115,7 +115,7 @@ class Runner {
     warp.clocks[warp.id] = clock_ + 1;
     warp.open_copies.clear();
     warp.copies.clear();
-    warp.wgmmas.clear();
+    warp.delayed.clear();
     warp.wgmma_commits = 0;
     set_special_registers(warp);
   }

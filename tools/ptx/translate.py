@@ -18,6 +18,7 @@ SHARED_BASE = 1024  # SharedMemory::BASE
 SPECIAL = ("%tid.x", "%ctaid.x", "%ctaid.y", "%ctaid.z", "%nctaid.x", "%nctaid.y", "%nctaid.z")
 SPECIAL += ("%ntid.x", "%laneid", "%warpid")
 # Modifiers that make no difference on this machine.
+_MOVES = ("mov.b32", "mov.f32", "mov.u32")
 IGNORED = {"rn", "approx", "full", "uni", "sync", "aligned"}
 
 
@@ -72,6 +73,7 @@ class Translator:
             self._translate(self.statement)
         starts.append(len(self.instructions))
         self._resolve_labels(starts)
+        self._mark_moves_of_accumulators()
 
     def _translate(self, statement: Statement) -> None:
         words = statement.opcode.split(".")
@@ -90,6 +92,25 @@ class Translator:
             for k, operand in enumerate(instruction.operands):
                 if operand.kind == "label":
                     instruction.operands[k] = Operand("integer", places[operand.value])
+
+    def _mark_moves_of_accumulators(self) -> None:
+        """Replace moves of what a wgmma computes by "wgmma.move", which may wait for the result."""
+        accumulators = {
+            operand
+            for instruction in self.instructions
+            for operand in instruction.operands[: instruction.outputs]
+            if instruction.opcode.startswith("wgmma.mma_async")
+        }
+        moves = [k for k, i in enumerate(self.instructions) if accumulators and i.opcode in _MOVES]
+        changed = True
+        while changed:
+            changed = False
+            for k in moves:
+                to, value = self.instructions[k].operands
+                if value in accumulators and self.instructions[k].opcode != "wgmma.move":
+                    self.instructions[k] = self.instructions[k]._replace(opcode="wgmma.move")
+                    accumulators.add(to)
+                    changed = True
 
     def unsupported(self, why: str) -> None:
         """Raise UnsupportedPtx for the current statement."""
