@@ -18,7 +18,7 @@ FLAGS = ["-std=c++20", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-e
 
 
 def cache_folder() -> Path:
-    """Return the folder for the machine and for compiled kernels: MMFUSED_PTX_CACHE or a default."""
+    """Return the folder of the machine and of compiled kernels: MMFUSED_PTX_CACHE or a default."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = Path(os.environ.get("MMFUSED_PTX_CACHE") or root / "mmfused" / "ptx")
     folder.mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,7 @@ def _compile(found: str, sources: list[Path], folder: Path) -> Path:
             raise RuntimeError(f"{found} cannot build the PTX machine:\n{done.stderr}")
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        jobs = [pool.submit(run, "-c", s, "-o", o) for s, o in zip(sources, objects)]
+        jobs = [pool.submit(run, "-c", s, "-o", o) for s, o in zip(sources, objects, strict=True)]
         for job in jobs:
             job.result()
     run("-shared", *objects, "-o", folder / "machine.so")

@@ -9,38 +9,40 @@ from __future__ import annotations
 import array
 import ctypes
 import functools
+import re
 import weakref
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from .build import library
-from .parse import Kernel, Location, UnsupportedPtx, read_kernel
+from .parse import Kernel, UnsupportedPtx, read_kernel
 from .registers import place_registers
-from .translate import SPECIAL, Instruction, Operand, Translator
+from .translate import SHARED_BASE, SPECIAL, Instruction, Operand, Translator
 
 __all__ = ["IN_ORDER", "Fault", "Memory", "Program", "Schedule", "UnsupportedPtx"]
 
 _MOST_FAULTS = 100  # of one launch that are described
 _REGISTER_BYTES = 128
 
-# In the order of memory.h's Kind: a short name, and what happened.
+# In the order of memory.h's Kind: a short name, the space of the address, and what happened.
 KINDS = (
-    ("out of bounds", "touches global memory outside of every tensor"),
-    ("out of bounds", "touches shared memory outside of the block's"),
-    ("out of bounds", "reads a parameter outside of all parameters"),
-    ("misaligned", "has an address that is no multiple of the access's size"),
-    ("uninitialised read", "reads shared memory that nothing has written in this block"),
-    ("race", "reads shared memory that another warp wrote without a barrier in between"),
-    ("race", "writes shared memory that another warp read without a barrier in between"),
-    ("race", "writes shared memory that another warp wrote without a barrier in between"),
-    ("race", "touches shared memory of another lane of its warp without bar.warp.sync in between"),
-    ("copy in flight", "touches shared memory that an unfinished cp.async still writes"),
-    ("race", "writes shared memory that an unfinished wgmma still reads"),
-    ("missing proxy fence", "reads asynchronously what was written without fence.proxy.async"),
-    ("race", "touches global memory that another warp or block wrote or read meanwhile"),
-    ("divergence", "needs lanes that are elsewhere"),
-    ("descriptor", "has a descriptor that differs between lanes"),
-    ("deadlock", "waits forever"),
+    ("out of bounds", "global", "touches global memory outside of every tensor"),
+    ("out of bounds", "shared", "touches shared memory outside of the block's"),
+    ("out of bounds", "parameter", "reads outside of the parameters"),
+    ("misaligned", "global", "has an address that is no multiple of the access's size"),
+    ("misaligned", "shared", "has an address that is no multiple of the access's size"),
+    ("uninitialised read", "shared", "reads what nothing has written in this block"),
+    ("race", "shared", "reads what another warp wrote without a barrier in between"),
+    ("race", "shared", "writes what another warp read without a barrier in between"),
+    ("race", "shared", "writes what another warp wrote without a barrier in between"),
+    ("race", "shared", "touches what another lane touched without bar.warp.sync in between"),
+    ("copy in flight", "shared", "touches what an unfinished cp.async still writes"),
+    ("race", "shared", "writes what an unfinished wgmma still reads"),
+    ("missing proxy fence", "shared", "reads what was written without fence.proxy.async"),
+    ("race", "global", "touches what another warp or block wrote or read meanwhile"),
+    ("divergence", "", "needs lanes that are elsewhere"),
+    ("descriptor", "", "has a descriptor that differs between lanes"),
+    ("deadlock", "", "waits forever"),
 )
 
 
@@ -142,8 +144,14 @@ class Program:
 
     @property
     def name(self) -> str:
-        """The kernel's name."""
-        return self.kernel.name
+        """The kernel's name; of a C++ name, the last identifier."""
+        name = self.kernel.name
+        identifiers = []
+        while nested := re.match(r"(?:_ZN)?(\d+)", name):  # lengths precede identifiers
+            name = name[nested.end() :]
+            identifiers.append(name[: int(nested[1])])
+            name = name[int(nested[1]) :]
+        return identifiers[-1] if identifiers else name
 
     @property
     def threads(self) -> int | None:
@@ -236,11 +244,11 @@ class Program:
 
     def _describe(self, fault: _Fault, memory: list[Memory]) -> Fault:
         """Return a report that names kernel, source line, instruction, thread and address."""
-        kind, what = KINDS[fault.kind]
+        kind, space, what = KINDS[fault.kind]
         thread = f"block {fault.block}, warp {fault.warp}, lane {fault.lane}"
         where = ""
         if fault.size:
-            where = f", {fault.size} bytes at {_name_address(fault.address, memory)}"
+            where = f", {fault.size} bytes at {_name_address(fault.address, space, memory)}"
         text = f"{self.name}: {kind}: {self._place(fault.pc)} {what} ({thread}{where})"
         if fault.other_pc >= 0:
             text += f"; the other access: {self._place(fault.other_pc)}"
@@ -250,10 +258,6 @@ class Program:
     def _place(self, pc: int) -> str:
         statement = self.kernel.statements[self.code[pc].statement]
         return f"{statement.location} `{statement}`"
-
-    def location(self, pc: int) -> Location:
-        """Return the source line of an instruction."""
-        return self.kernel.statements[self.code[pc].statement].location
 
 
 def _place(
@@ -287,9 +291,13 @@ def merged(memory: list[Memory]) -> list[tuple[int, int]]:
     return spans
 
 
-def _name_address(address: int, memory: list[Memory]) -> str:
-    """Return an address as the tensor it is in or closest to, or as a number."""
-    near = [m for m in memory if m.start - 4096 <= address < m.end + 4096]
+def _name_address(address: int, space: str, memory: list[Memory]) -> str:
+    """Return an address by the space, or by the tensor that it is in or closest to."""
+    if space == "shared":
+        return f"shared{address - SHARED_BASE:+#x}"
+    if space == "parameter":
+        return f"parameters{address:+#x}"
+    near = [m for m in memory if m.start - 4096 <= address < m.end + 4096 and m.end > m.start]
     if not near:
         return f"{address:#x}"
     closest = min(near, key=lambda m: max(m.start - address, address - m.end + 1, 0))

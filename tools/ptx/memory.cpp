@@ -75,7 +75,7 @@ u32 SharedMemory::valid(Warp& warp, const Instruction& instruction, const u32* a
     const u32 address = addresses[lane];
     const bool inside = address >= BASE && u64(address) + size <= u64(BASE) + size_;
     if (inside && address % size == 0) continue;
-    warp.machine.faults.add(inside ? Kind::misaligned : Kind::shared_bounds, warp, instruction, lane, address, size);
+    warp.machine.faults.add(inside ? Kind::shared_misaligned : Kind::shared_bounds, warp, instruction, lane, address, size);
     lanes &= ~(1u << lane);
   }
   return lanes;
@@ -192,7 +192,7 @@ u32 GlobalMemory::valid(Warp& warp, const Instruction& instruction, const u64* a
     if (tensor != nullptr) instruction.tensor = int(tensor - tensors.data());
     const bool inside = tensor != nullptr && addresses[lane] + size <= tensor->end;
     if (inside && addresses[lane] % size == 0) continue;
-    warp.machine.faults.add(inside ? Kind::misaligned : Kind::global_bounds, warp, instruction, lane, addresses[lane], size);
+    warp.machine.faults.add(inside ? Kind::global_misaligned : Kind::global_bounds, warp, instruction, lane, addresses[lane], size);
     lanes &= ~(1u << lane);
   }
   return lanes;

@@ -23,9 +23,14 @@ class Location(NamedTuple):
 
     file: str
     line: int
+    caller: str = ""  # the place that the function of this line was inlined at
 
     def __str__(self) -> str:
-        return f"{'/'.join(self.file.split('/')[-2:])}:{self.line}"
+        return _place(self.file, self.line) + (f" (from {self.caller})" if self.caller else "")
+
+
+def _place(file: str, line: int | str) -> str:
+    return f"{'/'.join(file.split('/')[-2:])}:{line}"
 
 
 class Statement(NamedTuple):
@@ -39,7 +44,8 @@ class Statement(NamedTuple):
 
     def __str__(self) -> str:
         guard = f"@{'!' * self.negated}{self.guard} " if self.guard else ""
-        return f"{guard}{self.opcode} {', '.join(self.operands)}".rstrip()
+        operands = ", ".join(re.sub(r",(?:[^,]+,){3,}", ", ..., ", op) for op in self.operands)
+        return f"{guard}{self.opcode} {operands}".rstrip()
 
 
 @dataclass
@@ -130,7 +136,9 @@ def _pieces(body: str, files: dict[str, str]) -> Iterator[tuple[str, Location, l
         line = line.partition("//")[0].strip()
         if line.startswith(".loc"):
             _, file, number, *_ = line.replace(",", " ").split()
-            location = Location(files.get(file, "?"), int(number))
+            inlined = re.search(r"inlined_at (\d+) (\d+)", line)
+            caller = _place(files.get(inlined[1], "?"), inlined[2]) if inlined else ""
+            location = Location(files.get(file, "?"), int(number), caller)
             continue
         text += " " + line
         while text := text.strip():

@@ -1,6 +1,7 @@
-"""Place registers in the register file of a warp, so that values that are never needed at the same time share a place.
+"""Place registers in the register file of a warp.
 
-A kernel names thousands of registers of 128 or 256 bytes. With shared places a warp's registers fit into the caches.
+A kernel names thousands of registers of 128 or 256 bytes. Registers whose values are never needed
+at the same time share a place, so that the registers of a warp fit into the caches.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def place_registers(
     blocks = _basic_blocks(instructions)
     live_in, live_out = _liveness(instructions, blocks, reads, writes)
     first, last = [len(instructions)] * len(names), [-1] * len(names)
-    for (begin, end, _), entering, leaving in zip(blocks, live_in, live_out):
+    for (begin, end, _), entering, leaving in zip(blocks, live_in, live_out, strict=True):
         spans = [(entering, begin), (leaving, end - 1)]
         spans += [(reads[pc] | writes[pc], pc) for pc in range(begin, end)]
         for bits, pc in spans:
@@ -81,7 +82,7 @@ def _basic_blocks(instructions: list[Instruction]) -> list[tuple[int, int, list[
     begins = sorted({0, *targets.values(), *(pc + 1 for pc in jumps)} - {count})
     number = {begin: k for k, begin in enumerate(begins)}
     blocks = []
-    for begin, end in zip(begins, [*begins[1:], count]):
+    for begin, end in zip(begins, [*begins[1:], count], strict=True):
         last = instructions[end - 1]
         following = [targets[end - 1]] if end - 1 in targets else []
         if last.opcode not in ("bra", "ret") or last.guard:

@@ -1,7 +1,7 @@
 """Translate PTX statements into instructions of the machine.
 
-Most opcodes need nothing here: the C++ table gives the types of their operands (``OPCODE`` in lanes.h). Opcodes with
-another syntax, such as memory accesses, have a function in ``FAMILIES``, by the first word of the opcode.
+Most opcodes need nothing here: the C++ table gives the types of their operands (``OPCODE`` in
+lanes.h). Opcodes with another syntax, such as memory accesses, have a function in ``FAMILIES``.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ SHARED_BASE = 1024  # SharedMemory::BASE
 # In the order of run.cpp's Special.
 SPECIAL = ("%tid.x", "%ctaid.x", "%ctaid.y", "%ctaid.z", "%nctaid.x", "%nctaid.y", "%nctaid.z")
 SPECIAL += ("%ntid.x", "%laneid", "%warpid")
-# Modifiers that make no difference on this machine.
 _MOVES = ("mov.b32", "mov.f32", "mov.u32")
+# Modifiers that make no difference on this machine.
 IGNORED = {"rn", "approx", "full", "uni", "sync", "aligned"}
 
 
 class Operand(NamedTuple):
     """What an operand of an instruction stands for.
 
-    kind: "register", "predicate", "constant" (value: its bits), "special" (its number in SPECIAL), "integer" (a number
-    for the instruction itself), "label" or "none".
+    ``kind`` is "register", "predicate", "constant" (the value is its bits), "special" (a place in
+    SPECIAL), "integer" (a number for the instruction itself), "label" or "none".
     """
 
     kind: str
@@ -54,7 +54,7 @@ class Translator:
 
     Args:
         kernel: the kernel; temporary registers are added to it.
-        signatures: types of the operands of each opcode, "" for those that need a function of FAMILIES.
+        signatures: types of the operands of each opcode; "" if FAMILIES has a function for it.
     """
 
     def __init__(self, kernel: Kernel, signatures: dict[str, str]) -> None:
@@ -139,10 +139,12 @@ class Translator:
         elif len(types) != len(tokens):
             self.unsupported(f"has {len(tokens)} operands, expected {len(types)}")
         else:
-            sources = [self.source(token, kind) for token, kind in zip(tokens[1:], types[1:])]
+            sources = [
+                self.source(token, kind) for token, kind in zip(tokens[1:], types[1:], strict=True)
+            ]
             self.emit(opcode, [self.destination(tokens[0], types[0]), *sources])
 
-    # ---- operands ----------------------------------------------------------------------------------
+    # ---- operands --------------------------------------------------------------------------------
 
     def is_register(self, token: str) -> bool:
         """Return whether a token names a register."""
@@ -244,7 +246,7 @@ def registers_of(token: str) -> list[str]:
     return split(token[1:-1]) if token.startswith("{") else [token]
 
 
-# ---- moves and conversions ------------------------------------------------------------------------
+# ---- moves and conversions -----------------------------------------------------------------------
 
 
 def _mov(t: Translator, words: list[str], tokens: list[str]) -> None:
@@ -293,7 +295,7 @@ def _convert_integer(t: Translator, to: str, kind: str, tokens: list[str]) -> No
     t.extend(register, value, kind)
 
 
-# ---- memory ---------------------------------------------------------------------------------------
+# ---- memory --------------------------------------------------------------------------------------
 
 
 def _space(t: Translator, words: list[str]) -> str:
@@ -379,7 +381,7 @@ def _cp(t: Translator, words: list[str], tokens: list[str]) -> None:
     t.emit(f"cp.async.{size}", [*ends, bytes_copied], outputs=0)
 
 
-# ---- matrices -------------------------------------------------------------------------------------
+# ---- matrices ------------------------------------------------------------------------------------
 
 
 def _mma(t: Translator, words: list[str], tokens: list[str]) -> None:
@@ -405,7 +407,7 @@ def _wgmma(t: Translator, words: list[str], tokens: list[str]) -> None:
     t.emit(opcode, [*d, *a, *last], outputs=len(d), reads_outputs=tokens[3] != "0")
 
 
-# ---- control --------------------------------------------------------------------------------------
+# ---- control -------------------------------------------------------------------------------------
 
 
 def _bra(t: Translator, words: list[str], tokens: list[str]) -> None:
