@@ -6,100 +6,73 @@
 namespace ptx {
 namespace {
 
-using i128 = __int128;
-using u128 = unsigned __int128;
+// An integer of twice as many bits.
+template <class T>
+using Wide = std::conditional_t<
+    sizeof(T) == 8, std::conditional_t<std::is_signed_v<T>, __int128, unsigned __int128>,
+    std::conditional_t<std::is_signed_v<T>, std::conditional_t<sizeof(T) == 4, i64, i32>,
+                       std::conditional_t<sizeof(T) == 4, u64, u32>>>;
 
 OPCODE("mov.u16 mov.s16 mov.b16 mov.f16 mov.bf16", (u16 a) -> u16 { return a; })
 OPCODE("mov.u32 mov.s32 mov.b32 mov.f32", (u32 a) { return a; })
 OPCODE("mov.u64 mov.s64 mov.b64 mov.f64 cvta.to.global.u64 cvta.global.u64", (u64 a) { return a; })
 OPCODE("mov.pred", (bool a) { return a; })
 
-OPCODE("add.u16 add.s16", (u16 a, u16 b) -> u16 { return a + b; })
-OPCODE("add.u32 add.s32", (u32 a, u32 b) { return a + b; })
-OPCODE("add.u64 add.s64", (u64 a, u64 b) { return a + b; })
-OPCODE("sub.u16 sub.s16", (u16 a, u16 b) -> u16 { return a - b; })
-OPCODE("sub.u32 sub.s32", (u32 a, u32 b) { return a - b; })
-OPCODE("sub.u64 sub.s64", (u64 a, u64 b) { return a - b; })
-OPCODE("neg.s16", (u16 a) -> u16 { return -a; })
-OPCODE("neg.s32", (u32 a) { return 0 - a; })
-OPCODE("neg.s64", (u64 a) { return 0 - a; })
-OPCODE("abs.s32", (u32 a) { return i32(a) < 0 ? 0 - a : a; })
-OPCODE("abs.s64", (u64 a) { return i64(a) < 0 ? 0 - a : a; })
+// Opcodes of B = 16, 32 and 64 bits.
+#define FOR_EACH_WIDTH(B)                                                                     \
+  OPCODE("add.u" #B " add.s" #B, (u##B a, u##B b) -> u##B { return a + b; })                  \
+  OPCODE("sub.u" #B " sub.s" #B, (u##B a, u##B b) -> u##B { return a - b; })                  \
+  OPCODE("mul.lo.u" #B " mul.lo.s" #B, (u##B a, u##B b) -> u##B { return u##B(Wide<u##B>(a) * b); })       \
+  OPCODE("mad.lo.u" #B " mad.lo.s" #B, (u##B a, u##B b, u##B c) -> u##B { return u##B(Wide<u##B>(a) * b + c); }) \
+  OPCODE("neg.s" #B, (u##B a) -> u##B { return 0 - a; })                                      \
+  OPCODE("abs.s" #B, (u##B a) -> u##B { return i##B(a) < 0 ? 0 - a : a; })                    \
+  OPCODE("mul.hi.u" #B, (u##B a, u##B b) -> u##B { return Wide<u##B>(a) * b >> B; })                \
+  OPCODE("mul.hi.s" #B, (i##B a, i##B b) -> i##B { return Wide<i##B>(a) * b >> B; })                \
+  OPCODE("min.u" #B, (u##B a, u##B b) { return std::min(a, b); })                             \
+  OPCODE("min.s" #B, (i##B a, i##B b) { return std::min(a, b); })                             \
+  OPCODE("max.u" #B, (u##B a, u##B b) { return std::max(a, b); })                             \
+  OPCODE("max.s" #B, (i##B a, i##B b) { return std::max(a, b); })                             \
+  OPCODE("and.b" #B, (u##B a, u##B b) -> u##B { return a & b; })                              \
+  OPCODE("or.b" #B, (u##B a, u##B b) -> u##B { return a | b; })                               \
+  OPCODE("xor.b" #B, (u##B a, u##B b) -> u##B { return a ^ b; })                              \
+  OPCODE("not.b" #B, (u##B a) -> u##B { return ~a; })                                         \
+  /* Division by zero is unspecified in PTX; GPUs return all ones. */                         \
+  OPCODE("div.u" #B, (u##B a, u##B b) -> u##B { return b == 0 ? ~u##B(0) : a / b; })          \
+  OPCODE("div.s" #B, (i##B a, i##B b) -> i##B { return b == 0 ? i##B(-1) : i##B(Wide<i##B>(a) / b); }) \
+  OPCODE("rem.u" #B, (u##B a, u##B b) -> u##B { return b == 0 ? ~u##B(0) : a % b; })          \
+  OPCODE("rem.s" #B, (i##B a, i##B b) -> i##B { return b == 0 ? i##B(-1) : i##B(Wide<i##B>(a) % b); }) \
+  /* Shifts by the width or more give 0, or the sign. */                                      \
+  OPCODE("shl.b" #B, (u##B a, u32 b) -> u##B { return b >= B ? 0 : a << b; })                 \
+  OPCODE("shr.u" #B " shr.b" #B, (u##B a, u32 b) -> u##B { return b >= B ? 0 : a >> b; })     \
+  OPCODE("shr.s" #B, (i##B a, u32 b) -> i##B { return a >> std::min(b, B - 1u); })            \
+  OPCODE("setp.eq.u" #B " setp.eq.s" #B " setp.eq.b" #B, (u##B a, u##B b) { return a == b; }) \
+  OPCODE("setp.ne.u" #B " setp.ne.s" #B " setp.ne.b" #B, (u##B a, u##B b) { return a != b; }) \
+  OPCODE("setp.lt.u" #B " setp.lo.u" #B, (u##B a, u##B b) { return a < b; })                  \
+  OPCODE("setp.le.u" #B " setp.ls.u" #B, (u##B a, u##B b) { return a <= b; })                 \
+  OPCODE("setp.gt.u" #B " setp.hi.u" #B, (u##B a, u##B b) { return a > b; })                  \
+  OPCODE("setp.ge.u" #B " setp.hs.u" #B, (u##B a, u##B b) { return a >= b; })                 \
+  OPCODE("setp.lt.s" #B, (i##B a, i##B b) { return a < b; })                                  \
+  OPCODE("setp.le.s" #B, (i##B a, i##B b) { return a <= b; })                                 \
+  OPCODE("setp.gt.s" #B, (i##B a, i##B b) { return a > b; })                                  \
+  OPCODE("setp.ge.s" #B, (i##B a, i##B b) { return a >= b; })
+FOR_EACH_WIDTH(16)
+FOR_EACH_WIDTH(32)
+FOR_EACH_WIDTH(64)
 
-OPCODE("mul.lo.u16 mul.lo.s16", (u16 a, u16 b) -> u16 { return u32(a) * b; })
-OPCODE("mul.lo.u32 mul.lo.s32", (u32 a, u32 b) { return a * b; })
-OPCODE("mul.lo.u64 mul.lo.s64", (u64 a, u64 b) { return a * b; })
-OPCODE("mul.hi.u16", (u16 a, u16 b) -> u16 { return u32(a) * b >> 16; })
-OPCODE("mul.hi.u32", (u32 a, u32 b) -> u32 { return u64(a) * b >> 32; })
-OPCODE("mul.hi.s32", (i32 a, i32 b) -> i32 { return i64(a) * b >> 32; })
-OPCODE("mul.hi.u64", (u64 a, u64 b) -> u64 { return u128(a) * b >> 64; })
-OPCODE("mul.hi.s64", (i64 a, i64 b) -> i64 { return i128(a) * b >> 64; })
+OPCODE("min.relu.s32", (i32 a, i32 b) { return std::max(0, std::min(a, b)); })
+OPCODE("max.relu.s32", (i32 a, i32 b) { return std::max(0, std::max(a, b)); })
 OPCODE("mul.wide.u16", (u16 a, u16 b) -> u32 { return u32(a) * b; })
 OPCODE("mul.wide.s16", (i16 a, i16 b) -> i32 { return i32(a) * b; })
 OPCODE("mul.wide.u32", (u32 a, u32 b) -> u64 { return u64(a) * b; })
 OPCODE("mul.wide.s32", (i32 a, i32 b) -> i64 { return i64(a) * b; })
-OPCODE("mad.lo.u16 mad.lo.s16", (u16 a, u16 b, u16 c) -> u16 { return u32(a) * b + c; })
-OPCODE("mad.lo.u32 mad.lo.s32", (u32 a, u32 b, u32 c) { return a * b + c; })
-OPCODE("mad.lo.u64 mad.lo.s64", (u64 a, u64 b, u64 c) { return a * b + c; })
 OPCODE("mad.wide.u16", (u16 a, u16 b, u32 c) -> u32 { return u32(a) * b + c; })
 OPCODE("mad.wide.s16", (i16 a, i16 b, u32 c) -> u32 { return u32(i32(a) * b) + c; })
 OPCODE("mad.wide.u32", (u32 a, u32 b, u64 c) -> u64 { return u64(a) * b + c; })
 OPCODE("mad.wide.s32", (i32 a, i32 b, u64 c) -> u64 { return u64(i64(a) * b) + c; })
-
-// Division by zero is unspecified in PTX; GPUs return all ones.
-OPCODE("div.u16", (u16 a, u16 b) -> u16 { return b == 0 ? 0xffff : a / b; })
-OPCODE("div.u32", (u32 a, u32 b) { return b == 0 ? ~0u : a / b; })
-OPCODE("div.s32", (i32 a, i32 b) { return b == 0 ? -1 : i32(i64(a) / b); })
-OPCODE("div.u64", (u64 a, u64 b) { return b == 0 ? ~u64(0) : a / b; })
-OPCODE("div.s64", (i64 a, i64 b) { return b == 0 ? i64(-1) : i64(i128(a) / b); })
-OPCODE("rem.u16", (u16 a, u16 b) -> u16 { return b == 0 ? 0xffff : a % b; })
-OPCODE("rem.u32", (u32 a, u32 b) { return b == 0 ? ~0u : a % b; })
-OPCODE("rem.s32", (i32 a, i32 b) { return b == 0 ? -1 : i32(i64(a) % b); })
-OPCODE("rem.u64", (u64 a, u64 b) { return b == 0 ? ~u64(0) : a % b; })
-OPCODE("rem.s64", (i64 a, i64 b) { return b == 0 ? i64(-1) : i64(i128(a) % b); })
-
-OPCODE("min.u16", (u16 a, u16 b) { return std::min(a, b); })
-OPCODE("min.s16", (i16 a, i16 b) { return std::min(a, b); })
-OPCODE("min.u32", (u32 a, u32 b) { return std::min(a, b); })
-OPCODE("min.s32", (i32 a, i32 b) { return std::min(a, b); })
-OPCODE("min.relu.s32", (i32 a, i32 b) { return std::max(0, std::min(a, b)); })
-OPCODE("min.u64", (u64 a, u64 b) { return std::min(a, b); })
-OPCODE("min.s64", (i64 a, i64 b) { return std::min(a, b); })
-OPCODE("max.u16", (u16 a, u16 b) { return std::max(a, b); })
-OPCODE("max.s16", (i16 a, i16 b) { return std::max(a, b); })
-OPCODE("max.u32", (u32 a, u32 b) { return std::max(a, b); })
-OPCODE("max.s32", (i32 a, i32 b) { return std::max(a, b); })
-OPCODE("max.relu.s32", (i32 a, i32 b) { return std::max(0, std::max(a, b)); })
-OPCODE("max.u64", (u64 a, u64 b) { return std::max(a, b); })
-OPCODE("max.s64", (i64 a, i64 b) { return std::max(a, b); })
-
-OPCODE("and.b16", (u16 a, u16 b) -> u16 { return a & b; })
-OPCODE("and.b32", (u32 a, u32 b) { return a & b; })
-OPCODE("and.b64", (u64 a, u64 b) { return a & b; })
 OPCODE("and.pred", (bool a, bool b) { return a && b; })
-OPCODE("or.b16", (u16 a, u16 b) -> u16 { return a | b; })
-OPCODE("or.b32", (u32 a, u32 b) { return a | b; })
-OPCODE("or.b64", (u64 a, u64 b) { return a | b; })
 OPCODE("or.pred", (bool a, bool b) { return a || b; })
-OPCODE("xor.b16", (u16 a, u16 b) -> u16 { return a ^ b; })
-OPCODE("xor.b32", (u32 a, u32 b) { return a ^ b; })
-OPCODE("xor.b64", (u64 a, u64 b) { return a ^ b; })
 OPCODE("xor.pred", (bool a, bool b) { return a != b; })
-OPCODE("not.b16", (u16 a) -> u16 { return ~a; })
-OPCODE("not.b32", (u32 a) { return ~a; })
-OPCODE("not.b64", (u64 a) { return ~a; })
 OPCODE("not.pred", (bool a) { return !a; })
-
-// Shifts by the width or more give 0, or the sign.
-OPCODE("shl.b16", (u16 a, u32 b) -> u16 { return b > 15 ? 0 : a << b; })
-OPCODE("shl.b32", (u32 a, u32 b) { return b > 31 ? 0 : a << b; })
-OPCODE("shl.b64", (u64 a, u32 b) { return b > 63 ? 0 : a << b; })
-OPCODE("shr.u16 shr.b16", (u16 a, u32 b) -> u16 { return b > 15 ? 0 : a >> b; })
-OPCODE("shr.u32 shr.b32", (u32 a, u32 b) { return b > 31 ? 0 : a >> b; })
-OPCODE("shr.u64 shr.b64", (u64 a, u32 b) { return b > 63 ? 0 : a >> b; })
-OPCODE("shr.s16", (i16 a, u32 b) -> i16 { return a >> std::min(b, 15u); })
-OPCODE("shr.s32", (i32 a, u32 b) { return a >> std::min(b, 31u); })
-OPCODE("shr.s64", (i64 a, u32 b) { return a >> std::min(b, 63u); })
 OPCODE("shf.l.wrap.b32", (u32 a, u32 b, u32 c) -> u32 { return (u64(b) << 32 | a) << (c & 31) >> 32; })
 OPCODE("shf.r.wrap.b32", (u32 a, u32 b, u32 c) -> u32 { return (u64(b) << 32 | a) >> (c & 31); })
 
@@ -154,37 +127,6 @@ OPCODE("lop3.b32", (u32 a, u32 b, u32 c, u32 table) {
     if (table >> k & 1) result |= (k & 4 ? a : ~a) & (k & 2 ? b : ~b) & (k & 1 ? c : ~c);
   return result;
 })
-
-OPCODE("setp.eq.u16 setp.eq.s16 setp.eq.b16", (u16 a, u16 b) { return a == b; })
-OPCODE("setp.ne.u16 setp.ne.s16 setp.ne.b16", (u16 a, u16 b) { return a != b; })
-OPCODE("setp.lt.u16 setp.lo.u16", (u16 a, u16 b) { return a < b; })
-OPCODE("setp.le.u16 setp.ls.u16", (u16 a, u16 b) { return a <= b; })
-OPCODE("setp.gt.u16 setp.hi.u16", (u16 a, u16 b) { return a > b; })
-OPCODE("setp.ge.u16 setp.hs.u16", (u16 a, u16 b) { return a >= b; })
-OPCODE("setp.lt.s16", (i16 a, i16 b) { return a < b; })
-OPCODE("setp.le.s16", (i16 a, i16 b) { return a <= b; })
-OPCODE("setp.gt.s16", (i16 a, i16 b) { return a > b; })
-OPCODE("setp.ge.s16", (i16 a, i16 b) { return a >= b; })
-OPCODE("setp.eq.u32 setp.eq.s32 setp.eq.b32", (u32 a, u32 b) { return a == b; })
-OPCODE("setp.ne.u32 setp.ne.s32 setp.ne.b32", (u32 a, u32 b) { return a != b; })
-OPCODE("setp.lt.u32 setp.lo.u32", (u32 a, u32 b) { return a < b; })
-OPCODE("setp.le.u32 setp.ls.u32", (u32 a, u32 b) { return a <= b; })
-OPCODE("setp.gt.u32 setp.hi.u32", (u32 a, u32 b) { return a > b; })
-OPCODE("setp.ge.u32 setp.hs.u32", (u32 a, u32 b) { return a >= b; })
-OPCODE("setp.lt.s32", (i32 a, i32 b) { return a < b; })
-OPCODE("setp.le.s32", (i32 a, i32 b) { return a <= b; })
-OPCODE("setp.gt.s32", (i32 a, i32 b) { return a > b; })
-OPCODE("setp.ge.s32", (i32 a, i32 b) { return a >= b; })
-OPCODE("setp.eq.u64 setp.eq.s64 setp.eq.b64", (u64 a, u64 b) { return a == b; })
-OPCODE("setp.ne.u64 setp.ne.s64 setp.ne.b64", (u64 a, u64 b) { return a != b; })
-OPCODE("setp.lt.u64 setp.lo.u64", (u64 a, u64 b) { return a < b; })
-OPCODE("setp.le.u64 setp.ls.u64", (u64 a, u64 b) { return a <= b; })
-OPCODE("setp.gt.u64 setp.hi.u64", (u64 a, u64 b) { return a > b; })
-OPCODE("setp.ge.u64 setp.hs.u64", (u64 a, u64 b) { return a >= b; })
-OPCODE("setp.lt.s64", (i64 a, i64 b) { return a < b; })
-OPCODE("setp.le.s64", (i64 a, i64 b) { return a <= b; })
-OPCODE("setp.gt.s64", (i64 a, i64 b) { return a > b; })
-OPCODE("setp.ge.s64", (i64 a, i64 b) { return a >= b; })
 
 OPCODE("selp.b16 selp.u16 selp.s16", (u16 a, u16 b, bool p) -> u16 { return p ? a : b; })
 OPCODE("selp.b32 selp.u32 selp.s32 selp.f32", (u32 a, u32 b, bool p) { return p ? a : b; })

@@ -64,12 +64,10 @@ template <class F, class Result, class... Args> struct Lanewise<F, Result (F::*)
   }
 };
 
-#define PTX_JOIN_(a, b) a##b
-#define PTX_JOIN(a, b) PTX_JOIN_(a, b)
-
-#define OPCODE(spellings, ...)                                                                  \
-  using PTX_JOIN(Lanewise_, __LINE__) = Lanewise<decltype([] __VA_ARGS__)>;                     \
-  static const Register PTX_JOIN(registered_, __LINE__){spellings, PTX_JOIN(Lanewise_, __LINE__)::run, \
-                                                        PTX_JOIN(Lanewise_, __LINE__)::signature()};
+#define OPCODE(spellings, ...) PTX_OPCODE(__COUNTER__, spellings, __VA_ARGS__)
+#define PTX_OPCODE(number, ...) PTX_NUMBERED(number, __VA_ARGS__)
+#define PTX_NUMBERED(number, spellings, ...)                \
+  using Lanewise##number = Lanewise<decltype([] __VA_ARGS__)>; \
+  static const Register registered##number{spellings, Lanewise##number::run, Lanewise##number::signature()};
 
 }  // namespace ptx

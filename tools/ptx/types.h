@@ -69,12 +69,13 @@ inline bf16 to_bf16(f32 x) {
   return bf16{u16((bits & 0x7fffffff) > 0x7f800000 ? 0x7fff : rounded >> 16)};
 }
 
-#if defined(__FLT16_MAX__)
-inline f32 widen(f16 x) { return f32(std::bit_cast<_Float16>(x.bits)); }
-inline f16 to_f16(f32 x) { return f16{x != x ? u16(0x7fff) : std::bit_cast<u16>(_Float16(x))}; }
+#if defined(__aarch64__)
+using Half = __fp16;
 #else
-#error "the compiler lacks _Float16: use GCC 12 or newer, or Clang 15 or newer"
+using Half = _Float16;  // of GCC 12 and Clang 15
 #endif
+inline f32 widen(f16 x) { return f32(std::bit_cast<Half>(x.bits)); }
+inline f16 to_f16(f32 x) { return f16{x != x ? u16(0x7fff) : std::bit_cast<u16>(Half(x))}; }
 
 template <class T> inline u32 pack(T low, T high) { return low.bits | u32(high.bits) << 16; }
 
