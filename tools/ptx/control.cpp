@@ -36,6 +36,10 @@ void Warp::split(int other_pc, u32 lanes) {
   settle();
 }
 
+void expect_all(Warp& warp, const Instruction& instruction, u32 lanes) {
+  if (lanes != ALL) warp.machine.faults.add(Kind::divergence, warp, instruction, std::countr_one(lanes), 0, 0);
+}
+
 // ---- barriers -----------------------------------------------------------------------------------
 
 namespace {
@@ -74,10 +78,6 @@ void Machine::release_barriers() {
 }
 
 namespace {
-
-void expect_all(Warp& warp, const Instruction& instruction, u32 lanes) {
-  if (lanes != ALL) warp.machine.faults.add(Kind::divergence, warp, instruction, std::countr_one(lanes), 0, 0);
-}
 
 // Operands: barrier, threads (0: all).
 template <bool WAITS> void barrier(Warp& warp, const Instruction& instruction, u32 lanes) {

@@ -36,10 +36,6 @@ template <class T, int COUNT> struct Vectors {
   }
 };
 
-template <class F> void for_each_lane(u32 lanes, F f) {
-  for (; lanes != 0; lanes &= lanes - 1) f(std::countr_zero(lanes));
-}
-
 template <class T, int COUNT> struct Global {
   static constexpr int SIZE = sizeof(T) * COUNT;
 
@@ -218,11 +214,6 @@ struct Matrices {
     (transposed ? m[column + 1][row] : m[row][column + 1]) = u16(pair >> 16);
   }
 };
-
-// Whether all lanes execute a warp-wide instruction.
-void expect_all(Warp& warp, const Instruction& instruction, u32 lanes) {
-  if (lanes != ALL) warp.machine.faults.add(Kind::divergence, warp, instruction, std::countr_one(lanes), 0, 0);
-}
 
 template <int COUNT, bool TRANSPOSED> void ldmatrix(Warp& warp, const Instruction& instruction, u32 lanes) {
   expect_all(warp, instruction, lanes);

@@ -113,4 +113,11 @@ struct Machine {
   void release_barriers();
 };
 
+// Report a warp-wide instruction that some lanes do not execute.
+void expect_all(Warp& warp, const Instruction& instruction, u32 lanes);
+
+template <class F> void for_each_lane(u32 lanes, F f) {
+  for (; lanes != 0; lanes &= lanes - 1) f(std::countr_zero(lanes));
+}
+
 }  // namespace ptx

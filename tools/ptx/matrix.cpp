@@ -36,10 +36,6 @@ template <int STRIDE> void multiply(const f32 (*a)[K], const f32 (*b)[STRIDE], f
     }
 }
 
-void expect_all(Warp& warp, const Instruction& instruction, u32 lanes) {
-  if (lanes != ALL) warp.machine.faults.add(Kind::divergence, warp, instruction, std::countr_one(lanes), 0, 0);
-}
-
 template <int STRIDE> void read_accumulator(const Warp& warp, const i32* registers, int count, f32 (*c)[STRIDE]) {
   for (int k = 0; k < count; ++k) {
     const f32* cells = warp.at<f32>(registers[k]);
