@@ -27,8 +27,9 @@ SHARED_MEMORY = {
 # Options of every launch. The default of enable_fp_fusion differs by Triton version.
 OPTIONS = {"enable_fp_fusion": True}
 
-# The architecture that plans are chosen for, in place of the GPU's; set by recording.launches_for.
-pretended_arch: int | None = None
+# The architecture that plans are chosen for, in place of the GPU's; also set by
+# recording.launches_for. Tests set the variable to run the compiled kernels on a CPU (tools/ptx).
+pretended_arch: int | None = int(os.environ.get("MMFUSED_PTX_ARCH", 0)) or None
 
 
 def dense(tensor: torch.Tensor | None) -> torch.Tensor | None:

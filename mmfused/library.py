@@ -26,8 +26,10 @@ Router = Literal["triton", "cuda"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 ROUTERS: tuple[Router, ...] = get_args(Router)
 FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# For tests only: kernels run on CPU tensors.
+# For tests only: kernels run in Triton's interpreter.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# For tests only: kernels run on CPU tensors, in the interpreter or in the machine of tools/ptx.
+KERNELS_ON_CPU = INTERPRETED or "MMFUSED_PTX_ARCH" in os.environ
 # For debugging: values are asserted on CUDA and in compiled graphs too.
 CHECK_ON_DEVICE = os.environ.get("MMFUSED_CHECK", "") == "1"
 if os.environ.get("MMFUSED_CHECK", "") not in ("", "0", "1"):
@@ -174,7 +176,7 @@ def why_not_fused(device: torch.device | str, dtype: torch.dtype) -> list[str]:
         gpu = torch.cuda.get_device_properties(device.index or 0)  # a constant under torch.compile
         if gpu.major < 8:
             reasons.append(f"the GPU is sm_{gpu.major}{gpu.minor}, the kernels need sm_80 or newer")
-    elif not (device.type == "cpu" and INTERPRETED):
+    elif not (device.type == "cpu" and KERNELS_ON_CPU):
         reasons.append(f"the tensors are on {device.type} and the kernels need CUDA")
     if dtype not in FUSED_DTYPES:
         reasons.append(f"dtype {dtype} is not float32, float16 or bfloat16")
@@ -221,8 +223,8 @@ def choose(
         reasons.append("torch.func transforms need plain formulas")
     if graph == "onnx":
         reasons.append("ONNX has no such operator")
-    interpreted = device.type == "cpu"  # slow, so only on request
-    if not reasons and (asked == "fused" or not interpreted):
+    on_cpu = device.type == "cpu"  # slow, so only on request
+    if not reasons and (asked == "fused" or not on_cpu):
         return "fused"
     if asked == "fused":
         raise RuntimeError(f"{op}: backend 'fused' cannot run here: {'; '.join(reasons)}")
@@ -267,14 +269,14 @@ def operator(
     Args:
         schema, fake, flops: as for :func:`define`.
         devices: device types that the function supports. "cuda" is for kernels; under
-            ``TRITON_INTERPRET=1`` such an operator also runs on CPU tensors, so that tests reach
+            ``KERNELS_ON_CPU`` such an operator also runs on CPU tensors, so that tests reach
             the kernels through the public functions. "all" is for composed paths with
             data-dependent loops, which torch.compile cannot trace.
 
     A function that launches kernels must import the kernels in its body, so that importing mmfused
     does not need Triton, and must call its launcher under :func:`launching`.
     """
-    keys = {"cuda": ["CUDA", "CPU"] if INTERPRETED else ["CUDA"]}
+    keys = {"cuda": ["CUDA", "CPU"] if KERNELS_ON_CPU else ["CUDA"]}
     keys["all"] = ["CompositeExplicitAutograd"]
 
     def decorate(function: _Function) -> _Function:

@@ -1,6 +1,6 @@
 """Settings and fixtures for all tests.
 
-Without a GPU, kernels run under Triton's interpreter.
+Without a GPU, kernels run under Triton's interpreter, or with --ptx in the machine of tools/ptx.
 """
 
 import functools
@@ -11,14 +11,55 @@ import numpy as np
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # must be set before triton is imported
 
-# On first use, torch and its compiler cache references to torch's functions. Use both here, before
-# poison_empty_memory replaces some of these functions.
-with torch.device("meta"):
-    torch.empty(0)
-torch.compile(lambda x: x + 1, backend="eager")(torch.zeros(1))
+def pytest_addoption(parser):
+    group = parser.getgroup("mmfused")
+    group.addoption(
+        "--ptx",
+        type=int,
+        choices=(80, 90),
+        help="run the kernels as compiled for sm_80 or sm_90, on the CPU, in tools/ptx",
+    )
+    group.addoption(
+        "--ptx-schedules",
+        choices=("plain", "adversarial", "all"),
+        default="adversarial",
+        help="the orders of execution whose results must be equal (default: adversarial)",
+    )
+    group.addoption(
+        "--ptx-seed",
+        type=int,
+        default=1,
+        help="seed of the random order (default: 1)",
+    )
+
+
+def pytest_configure(config):
+    """Choose what runs the kernels, before any test module imports triton."""
+    if config.option.ptx:
+        import ptx_plugin
+
+        options = config.option
+        plugin = ptx_plugin.start(options.ptx, options.ptx_schedules, options.ptx_seed)
+        config.pluginmanager.register(plugin)
+    elif not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
+    if not config.option.ptx and os.environ.get("TRITON_INTERPRET") == "1":
+        import triton.runtime.interpreter
+
+        _speed_up(triton.runtime.interpreter)
+        _multiply_in_float64(triton.runtime.interpreter)
+    _fill_caches()
+
+
+def _fill_caches():
+    """Use two functions of torch once, which then cache references to torch's functions.
+
+    This must happen before poison_empty_memory replaces some of these functions.
+    """
+    with torch.device("meta"):
+        torch.empty(0)
+    torch.compile(lambda x: x + 1, backend="eager")(torch.zeros(1))
 
 
 def _speed_up(interpreter):
@@ -58,13 +99,6 @@ def _multiply_in_float64(interpreter):
         return interpreter.TensorHandle(product + acc.data, acc.dtype.scalar)
 
     interpreter.InterpreterBuilder.create_dot = create_dot
-
-
-if os.environ.get("TRITON_INTERPRET") == "1":
-    import triton.runtime.interpreter
-
-    _speed_up(triton.runtime.interpreter)
-    _multiply_in_float64(triton.runtime.interpreter)
 
 
 def _poisoned(allocate):

@@ -9,7 +9,7 @@ from triton import KernelInterface
 
 import mmfused
 from mmfused.benchmarks.sources import ROOT
-from mmfused.kernels.tiles import INTERPRETED
+from mmfused.library import KERNELS_ON_CPU
 
 DESIGN = (ROOT / "docs" / "design.md").read_text()
 CALLS = {
@@ -41,7 +41,7 @@ def stack_of(call, monkeypatch):
     return stack
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="needs kernels that run on a CPU")
+@pytest.mark.skipif(not KERNELS_ON_CPU, reason="needs kernels that run on a CPU")
 @pytest.mark.parametrize("module", CALLS)
 def test_module_reaches_its_first_kernel_in_at_most_six_calls_and_four_files(module, monkeypatch):
     stack = stack_of(CALLS[module], monkeypatch)

@@ -226,7 +226,7 @@ def test_bad_settings_are_refused_before_a_file_is_written(products, tmp_path, c
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="fused is refused only without a GPU")
 def test_fused_is_refused_before_training_without_a_gpu(products, tmp_path, monkeypatch):
-    monkeypatch.setattr(mmfused.library, "INTERPRETED", False)  # conftest enables the interpreter
+    monkeypatch.setattr(mmfused.library, "KERNELS_ON_CPU", False)  # conftest enables them
     with pytest.raises(ValueError, match="backend: 'fused' cannot run on cpu"):
         train(TrainConfig(**options(products, tmp_path / "run", backend="fused")))
     with pytest.raises(ValueError, match="device: got 'cuda'"):

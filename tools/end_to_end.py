@@ -81,7 +81,7 @@ def fake() -> Iterator[None]:
         return segment_linear(rows, weight, None, offsets)
 
     with (
-        mock.patch.object(library, "INTERPRETED", True),
+        mock.patch.object(library, "KERNELS_ON_CPU", True),
         mock.patch.object(fake_tensor, "CONSTANT_NUMEL_LIMIT", 1 << 16),
         mock.patch.object(torch_functions, "grouped_product", product),
         mock.patch.object(torch_modules, "grouped_product", product),

@@ -1,0 +1,254 @@
+"""A Triton driver that runs compiled kernels on CPU tensors, in the PTX machine.
+
+session = install(90, "adversarial")
+kernel[grid](cpu_tensor, ...)  # Triton compiles the kernel for sm_90 and launches it here
+assert not session.reports
+
+Triton's own runtime is used without changes: it specialises arguments, compiles and caches.
+"""
+
+from __future__ import annotations
+
+import functools
+import struct
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import triton
+from triton import knobs
+from triton.backends import backends
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+from triton.backends.nvidia.compiler import CUDABackend
+
+from .build import cache_folder
+from .machine import Fault, Program, Schedule
+from .schedules import MODES, Argument, run_all, schedules_of
+
+# Shared memory that one block may use, in bytes.
+SHARED_MEMORY = {80: 166_912, 90: 232_448}
+
+# How struct packs the types of Triton's signatures.
+_FORMATS = {
+    "i1": "?",
+    "u1": "?",
+    "i8": "b",
+    "u8": "B",
+    "i16": "h",
+    "u16": "H",
+    "i32": "i",
+    "u32": "I",
+    "i64": "q",
+    "u64": "Q",
+    "fp16": "e",
+    "fp32": "f",
+    "fp64": "d",
+}
+_NULL = bytes(8)
+
+
+@dataclass
+class Session:
+    """What the machine runs, and what it found."""
+
+    arch: int
+    mode: str
+    schedules: tuple[Schedule, ...]
+    reports: list[str] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)  # of launches and kernels
+    seconds: Counter[str] = field(default_factory=Counter)  # to compile, translate and run
+
+    def take_reports(self) -> list[str]:
+        """Return the reports since the last call."""
+        taken, self.reports = self.reports, []
+        return taken
+
+
+class PtxBackend(CUDABackend):
+    """Triton's compiler, which stops at PTX: the "cubin" holds the text."""
+
+    def hash(self) -> str:
+        """Return the compiler's part of the keys in Triton's cache."""
+        return f"{super().hash()}-ptx"
+
+    def make_cubin(self, src: str, *_: Any) -> bytes:
+        """Return the PTX in place of ptxas's result."""
+        return src.encode()
+
+
+class Utils:
+    """What Triton asks of a driver's utils."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        """Return the limit that Triton compares kernels with."""
+        return {"max_shared_mem": SHARED_MEMORY[self.arch]}
+
+    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple:
+        """Return module, function, registers, spills and most threads of a block."""
+        # Translated at the first launch: Triton would launch a kernel again whose loading failed.
+        return name, binary.decode(), 0, 0, 1024
+
+    def unload_module(self, module: str) -> None:
+        """Do nothing: Python frees the program."""
+
+
+class PtxDriver(DriverBase):
+    """The driver of a GPU whose memory is the CPU's."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.utils = Utils(session.arch)
+        self.launcher_cls = functools.partial(Launcher, session)
+
+    @classmethod
+    def is_active(cls) -> bool:
+        """Return False: Triton must not choose this driver by itself."""
+        return False
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        """Refuse: there is no launcher in C++."""
+        raise NotImplementedError(f"the PTX machine has no C++ type for {ty}")
+
+    def get_current_target(self) -> GPUTarget:
+        """Return what Triton compiles for."""
+        return GPUTarget("cuda", self.session.arch, 32)
+
+    def get_active_torch_device(self) -> torch.device:
+        """Return the device of the tensors."""
+        return torch.device("cpu")
+
+    def get_benchmarker(self) -> Any:
+        """Refuse: times of the machine say nothing about a GPU's."""
+        raise NotImplementedError("the PTX machine takes no times")
+
+    def get_current_device(self) -> int:
+        """Return the only device."""
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        """Return the only stream."""
+        return 0
+
+
+class Launcher:
+    """Launches one compiled kernel."""
+
+    def __init__(self, session: Session, source: Any, metadata: Any) -> None:
+        self.session = session
+        self.metadata = metadata
+        self.signature = source.signature
+
+    def __call__(self, x: int, y: int, z: int, stream: int, function: str, *rest: Any) -> None:
+        """Run the kernel; the arguments are those of Triton's CudaLauncher."""
+        _, _, _, _, *values = rest  # two kinds of metadata and two hooks
+        if 0 in (x, y, z):
+            return
+        session, shared = self.session, self.metadata.shared
+        program = _timed(session, "translate", _program, function)
+        parameters, arguments = self._parameters(values, x * y * z)
+        memory = [argument.memory for argument in arguments]
+        threads = 32 * self.metadata.num_warps
+
+        def run(schedule: Schedule) -> list[Fault]:
+            return program.run(
+                (x, y, z), parameters, memory, threads=threads, shared=shared, schedule=schedule
+            )
+
+        session.counts["launches"] += 1
+        session.reports += _timed(
+            session, "run", run_all, program.name, run, arguments, session.schedules
+        )
+
+    def _parameters(self, values: list[Any], blocks: int) -> tuple[list[bytes], list[Argument]]:
+        """Return the bytes of each parameter of the kernel, and the tensors among them."""
+        packed, arguments = [], []
+        for (name, kind), value in zip(self.signature.items(), values, strict=True):
+            for part, part_kind, part_value in _flattened(name, kind, value):
+                packed.append(_packed(self.metadata.name, part, part_kind, part_value))
+                if isinstance(part_value, torch.Tensor):
+                    arguments.append(Argument(part, part_value))
+        scratch_bytes = blocks * self.metadata.num_ctas * self.metadata.global_scratch_size
+        if scratch_bytes:
+            scratch = _aligned(scratch_bytes, self.metadata.global_scratch_align)
+            arguments.append(Argument("global_scratch", scratch))
+            return [*packed, struct.pack("Q", scratch.data_ptr()), _NULL], arguments
+        return [*packed, _NULL, _NULL], arguments  # global and profile scratch
+
+
+def _aligned(size: int, alignment: int) -> torch.Tensor:
+    memory = torch.zeros(size + alignment, dtype=torch.uint8)
+    return memory[-memory.data_ptr() % alignment :][:size]
+
+
+def _flattened(name: str, kind: Any, value: Any) -> Iterator[tuple[str, str, Any]]:
+    """Yield name, type and value of each parameter in an argument, which may be a nested tuple."""
+    if isinstance(kind, tuple):
+        fields = getattr(value, "_fields", range(len(kind)))
+        for part, part_kind, part_value in zip(fields, kind, value, strict=True):
+            yield from _flattened(f"{name}.{part}", part_kind, part_value)
+    elif kind != "constexpr":
+        yield name, kind, value
+
+
+def _packed(kernel: str, name: str, kind: str, value: Any) -> bytes:
+    """Return the bytes of one parameter."""
+    if kind.startswith("*"):
+        if not isinstance(value, torch.Tensor) or value.device.type != "cpu":
+            raise TypeError(f"{kernel}: {name}: the PTX machine expected a tensor on the CPU")
+        return struct.pack("Q", value.data_ptr())
+    if kind not in _FORMATS:
+        raise TypeError(f"{kernel}: {name}: the PTX machine cannot pass the type {kind}")
+    return struct.pack(_FORMATS[kind], value)
+
+
+@functools.cache
+def _program(text: str) -> Program:
+    return Program(text)
+
+
+def _timed(session: Session, what: str, function: Any, *args: Any) -> Any:
+    start = time.perf_counter()
+    try:
+        return function(*args)
+    finally:
+        session.seconds[what] += time.perf_counter() - start
+
+
+def install(arch: int, mode: str = "adversarial", seed: int = 1) -> Session:
+    """Launch all kernels of this process on the machine, and return what it will find.
+
+    Args:
+        arch: 80 or 90.
+        mode: one of ``MODES``; see :func:`ptx.schedules.schedules_of`.
+        seed: of the random order; a positive number.
+    """
+    if arch not in SHARED_MEMORY:
+        raise ValueError(
+            f"arch: got {arch!r}, expected one of {', '.join(map(str, SHARED_MEMORY))}"
+        )
+    if mode not in MODES:
+        raise ValueError(f"mode: got {mode!r}, expected one of {', '.join(MODES)}")
+    if seed < 1:
+        raise ValueError(f"seed: got {seed!r}, expected a positive number")
+    session = Session(arch, mode, schedules_of(mode, arch, seed))
+    knobs.propagate_env = False  # child processes compile for real, into Triton's own cache
+    knobs.cache.dir = str(cache_folder() / "triton")
+    knobs.compilation.store_binary_only = True
+    knobs.compilation.listener = functools.partial(_note_compiled, session)
+    knobs.runtime.interpret = False
+    knobs.propagate_env = True
+    backends["nvidia"] = replace(backends["nvidia"], compiler=PtxBackend)
+    triton.runtime.driver.set_active(PtxDriver(session))
+    return session
+
+
+def _note_compiled(session: Session, *, times: knobs.CompileTimes, **_: Any) -> None:
+    session.counts["kernels"] += 1
+    session.seconds["compile"] += times.total / 1e6
