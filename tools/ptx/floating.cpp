@@ -10,7 +10,7 @@
 namespace ptx {
 namespace {
 
-const f32 NAN32 = std::bit_cast<f32>(0x7fffffffu);  // the NaN that GPUs return
+const f32 NAN32 = std::bit_cast<f32>(CANONICAL_NAN);
 
 OPCODE("add.f32", (f32 a, f32 b) { return a + b; })
 OPCODE("add.ftz.f32", (f32 a, f32 b) { return flush(flush(a) + flush(b)); })

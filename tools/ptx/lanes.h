@@ -59,6 +59,8 @@ template <class F, class Result, class... Args> struct Lanewise<F, Result (F::*)
     } else {
       Cell<Result> cells[32];
       for (int lane = 0; lane < 32; ++lane) cells[lane] = to_cell<Result>(F{}(read<Args>(sources[I], lane)...));
+      if constexpr (std::is_same_v<Result, f32>)
+        for (u32& cell : cells) cell = canonical(cell);
       put(to, cells, lanes);
     }
   }

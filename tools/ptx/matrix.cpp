@@ -45,8 +45,8 @@ template <int STRIDE> void read_accumulator(const Warp& warp, const i32* registe
 
 template <int STRIDE> void write_accumulator(Warp& warp, const i32* registers, int count, const f32 (*c)[STRIDE]) {
   for (int k = 0; k < count; ++k) {
-    f32* cells = warp.at<f32>(registers[k]);
-    for (int lane = 0; lane < 32; ++lane) cells[lane] = c[row_of(lane, k)][column_of(lane, k)];
+    u32* cells = warp.at<u32>(registers[k]);
+    for (int lane = 0; lane < 32; ++lane) cells[lane] = canonical(std::bit_cast<u32>(c[row_of(lane, k)][column_of(lane, k)]));
   }
 }
 

@@ -79,6 +79,10 @@ inline f16 to_f16(f32 x) { return f16{x != x ? u16(0x7fff) : std::bit_cast<u16>(
 
 template <class T> inline u32 pack(T low, T high) { return low.bits | u32(high.bits) << 16; }
 
+// The NaN that GPUs return, whatever the operands were.
+constexpr u32 CANONICAL_NAN = 0x7fffffff;
+inline u32 canonical(u32 bits) { return (bits & 0x7fffffff) > 0x7f800000 ? CANONICAL_NAN : bits; }
+
 // A denormal becomes zero of the same sign (.ftz).
 inline f32 flush(f32 x) {
   const u32 bits = std::bit_cast<u32>(x);
