@@ -11,6 +11,7 @@ void Warp::settle() {
   if (active != 0) elsewhere.push_back({pc, active});
   if (elsewhere.empty()) {
     state = State::done;
+    if (machine.schedule.checks) report_unfinished();
     machine.release_barriers();
     return;
   }
@@ -36,15 +37,40 @@ void Warp::split(int other_pc, u32 lanes) {
   settle();
 }
 
-void expect_all(Warp& warp, const Instruction& instruction, u32 lanes) {
-  if (lanes != ALL) warp.machine.faults.add(Kind::divergence, warp, instruction, std::countr_one(lanes), 0, 0);
+// A warp must not end before its asynchronous work.
+void Warp::report_unfinished() {
+  const auto report = [&](const std::vector<Copy>& group) {
+    for (const Copy& copy : group) {
+      if (copy.lanes == 0) continue;
+      const int lane = std::countr_zero(copy.lanes);
+      machine.faults.add(Kind::unfinished, *this, *copy.instruction, lane, copy.to[lane], copy.size);
+    }
+  };
+  report(open_copies);
+  for (const std::vector<Copy>& group : copies) report(group);
+  for (const Delayed& late : delayed) machine.faults.add(Kind::unfinished, *this, *late.instruction, NO_LANE, 0, 0);
+}
+
+void Warp::tick() {
+  if (++clocks[id] >= LAST_CLOCK && machine.schedule.checks) throw ClockOverflow{};
+}
+
+u32 Warp::alive() const {
+  u32 lanes = active;
+  for (const Lanes& others : elsewhere) lanes |= others.mask;
+  return lanes;
+}
+
+void Warp::expect(const Instruction& instruction, u32 lanes, u32 needed) {
+  const u32 missing = needed & ~lanes;
+  if (missing != 0) machine.faults.add(Kind::divergence, *this, instruction, std::countr_zero(missing), 0, 0);
 }
 
 // ---- barriers -----------------------------------------------------------------------------------
 
 namespace {
-void join(Clocks& known, const Clocks& more) {
-  for (int k = 0; k < MAX_WARPS; ++k) known[k] = std::max(known[k], more[k]);
+template <class T> void join(T& known, const T& more) {
+  for (std::size_t k = 0; k < known.size(); ++k) known[k] = std::max(known[k], more[k]);
 }
 }  // namespace
 
@@ -54,7 +80,8 @@ void Machine::arrive(Warp& warp, int id, int expected, bool waits) {
   barrier.expected = expected;
   join(barrier.clocks, warp.clocks);
   join(barrier.fenced, warp.fenced);
-  ++warp.clocks[warp.id];
+  join(barrier.finished, warp.finished);
+  warp.tick();
   warp.barrier = id;
   if (waits) warp.state = State::at_barrier;
   release_barriers();
@@ -71,6 +98,7 @@ void Machine::release_barriers() {
       if (warp.state != State::at_barrier || warp.barrier != id) continue;
       join(warp.clocks, barrier.clocks);
       join(warp.fenced, barrier.fenced);
+      join(warp.finished, barrier.finished);
       warp.state = State::ready;
     }
     barrier = {};
@@ -81,29 +109,30 @@ namespace {
 
 // Operands: barrier, threads (0: all).
 template <bool WAITS> void barrier(Warp& warp, const Instruction& instruction, u32 lanes) {
-  if (!warp.elsewhere.empty()) expect_all(warp, instruction, lanes);
+  warp.expect(instruction, lanes, warp.alive());
+  if (WAITS) warp.sync_lanes();
   const int id = warp.at<u32>(instruction.operands[0])[0] & 15;
   const int threads = instruction.operands[1] < 0 ? 0 : int(warp.at<u32>(instruction.operands[1])[0]);
   warp.machine.arrive(warp, id, threads, WAITS);
 }
 
-// A mask names the lanes that must execute an instruction together. Operand: the mask.
+// A mask names the lanes that must execute an instruction together, unless they have returned. Operand: the mask.
 void expect_named(Warp& warp, const Instruction& instruction, u32 lanes, i32 operand) {
-  const u32* masks = warp.at<u32>(operand);
+  const u32 *masks = warp.at<u32>(operand), alive = warp.alive();
   for (int lane = 0; lane < 32; ++lane)
-    if ((lanes >> lane & 1) && ((masks[lane] & ~lanes) || !(masks[lane] >> lane & 1)))
-      return warp.machine.faults.add(Kind::divergence, warp, instruction, lane, masks[lane], 0);
+    if (lanes >> lane & 1) warp.expect(instruction, lanes & masks[lane], (masks[lane] & alive) | 1u << lane);
 }
 
 void warp_barrier(Warp& warp, const Instruction& instruction, u32 lanes) {
   expect_named(warp, instruction, lanes, instruction.operands[0]);
-  ++warp.clocks[warp.id];
+  warp.sync_lanes();
+  warp.tick();
 }
 
 // Accesses before this fence become visible to asynchronous reads; those after it need another.
 void proxy_fence(Warp& warp, const Instruction&, u32) {
   for (int k = 0; k < warp.machine.num_warps; ++k) warp.fenced[k] = std::max(warp.fenced[k], warp.clocks[k]);
-  ++warp.clocks[warp.id];
+  warp.tick();
 }
 
 void nothing(Warp&, const Instruction&, u32) {}
@@ -142,7 +171,7 @@ template <Shuffle MODE> void shuffle(Warp& warp, const Instruction& instruction,
   const i32* o = instruction.operands;
   expect_named(warp, instruction, lanes, o[5]);
   const u32 *values = warp.at<u32>(o[2]), *distances = warp.at<u32>(o[3]), *segments = warp.at<u32>(o[4]);
-  u32 cells[32], in_range = 0;
+  u32 cells[32], in_range = 0, sources = 0;
   for (int lane = 0; lane < 32; ++lane) {
     const int segment = segments[lane] >> 8 & 31, clamp = segments[lane] & 31, distance = distances[lane] & 31;
     const int first = lane & segment, last = first | (clamp & ~segment);
@@ -153,7 +182,9 @@ template <Shuffle MODE> void shuffle(Warp& warp, const Instruction& instruction,
     const bool ok = MODE == UP ? from >= last : from <= last;
     in_range |= u32(ok) << lane;
     cells[lane] = values[ok ? from : lane];
+    if (lanes >> lane & 1) sources |= 1u << (ok ? from : lane);
   }
+  warp.expect(instruction, lanes, sources);
   put(warp.registers + o[0], cells, lanes);
   if (o[1] >= 0) put_predicate(warp.registers + o[1], in_range, lanes);
 }
@@ -169,7 +200,7 @@ template <class T, class F> struct Reduction {
     for (int lane = 0; lane < 32; ++lane) {
       T sum = values[lane];
       for (int other = 0; other < 32; ++other)
-        if (other != lane && (masks[lane] >> other & 1)) sum = F{}(sum, values[other]);
+        if (other != lane && (masks[lane] & lanes) >> other & 1) sum = F{}(sum, values[other]);
       cells[lane] = u32(sum);
     }
     put(warp.registers + o[0], cells, lanes);
@@ -194,8 +225,9 @@ const bool reductions_registered = [] {
 // Operands: destination, predicate, mask.
 void ballot(Warp& warp, const Instruction& instruction, u32 lanes) {
   expect_named(warp, instruction, lanes, instruction.operands[2]);
+  const u32 votes = *warp.at<u32>(instruction.operands[1]) & lanes, *masks = warp.at<u32>(instruction.operands[2]);
   u32 cells[32];
-  std::fill_n(cells, 32, *warp.at<u32>(instruction.operands[1]) & lanes);
+  for (int lane = 0; lane < 32; ++lane) cells[lane] = votes & masks[lane];
   put(warp.registers + instruction.operands[0], cells, lanes);
 }
 

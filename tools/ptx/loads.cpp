@@ -105,7 +105,7 @@ template <class T, int COUNT> void load_parameter(Warp& warp, const Instruction&
   constexpr int size = sizeof(T) * COUNT;
   Vectors<T, COUNT> vectors{};
   for_each_lane(lanes, [&](int lane) {
-    if (addresses[lane] + size > u64(warp.machine.parameter_bytes))
+    if (addresses[lane] + size > u64(warp.machine.parameter_bytes) || addresses[lane] + size < size)
       warp.machine.faults.add(Kind::parameter_bounds, warp, instruction, lane, addresses[lane], size);
     else
       std::memcpy(vectors.values[lane], warp.machine.parameters + addresses[lane], size);
@@ -216,7 +216,7 @@ struct Matrices {
 };
 
 template <int COUNT, bool TRANSPOSED> void ldmatrix(Warp& warp, const Instruction& instruction, u32 lanes) {
-  expect_all(warp, instruction, lanes);
+  warp.expect(instruction, lanes, ALL);
   u32 addresses[32];
   addresses_of(warp, instruction.operands[COUNT], instruction.operands[COUNT + 1], addresses);
   SharedMemory& memory = warp.machine.shared;
@@ -236,7 +236,7 @@ template <int COUNT, bool TRANSPOSED> void ldmatrix(Warp& warp, const Instructio
 }
 
 template <int COUNT, bool TRANSPOSED> void stmatrix(Warp& warp, const Instruction& instruction, u32 lanes) {
-  expect_all(warp, instruction, lanes);
+  warp.expect(instruction, lanes, ALL);
   u32 addresses[32];
   addresses_of(warp, instruction.operands[0], instruction.operands[1], addresses);
   SharedMemory& memory = warp.machine.shared;
@@ -299,7 +299,9 @@ template <int SIZE> void cp_async(Warp& warp, const Instruction& instruction, u3
   warp.open_copies.push_back(std::move(copy));
 }
 
-void commit(Warp& warp, const Instruction&, u32) {
+// Groups are counted for a whole warp, so lanes that a branch divided cannot have different ones.
+void commit(Warp& warp, const Instruction& instruction, u32 lanes) {
+  warp.expect(instruction, lanes, warp.alive());
   warp.copies.push_back(std::move(warp.open_copies));
   warp.open_copies.clear();
 }
@@ -317,7 +319,8 @@ void finish(Warp& warp, const std::vector<Copy>& copies) {
 }
 
 // Operand: how many groups may remain unfinished.
-void wait_group(Warp& warp, const Instruction& instruction, u32) {
+void wait_group(Warp& warp, const Instruction& instruction, u32 lanes) {
+  warp.expect(instruction, lanes, warp.alive());
   for (; int(warp.copies.size()) > instruction.operands[0]; warp.copies.pop_front()) finish(warp, warp.copies.front());
 }
 

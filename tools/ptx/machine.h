@@ -70,16 +70,29 @@ struct Warp {
   int barrier = 0;               // the barrier that the warp waits at
   Clocks clocks{};               // accesses to memory that happened before this point
   Clocks fenced{};               // those that a proxy fence has made visible to asynchronous reads
+  Groups finished{};             // the groups of wgmmas of each warpgroup that ended before this point
   std::vector<Copy> open_copies{};
   std::deque<std::vector<Copy>> copies{};
   std::vector<Delayed> delayed{};
   int wgmma_commits = 0;
 
+  u32 lanes_synced = 0;          // the clock up to which the lanes of this warp have synchronised with each other
+
   Stamp now() const { return stamp(id, clocks[id]); }
+  // Whether another lane of this warp made an access that has not been synchronised with the lanes of this warp.
+  bool other_lane(Stamp s, u8 its_lane, u8 lane) const {
+    return warp_of(s) == id && clock_of(s) > lanes_synced && its_lane != lane && its_lane != NO_LANE && lane != NO_LANE;
+  }
+  void tick();                   // later accesses differ from earlier ones
+  void sync_lanes() { lanes_synced = clocks[id]; }
+  u32 alive() const;             // lanes that have not returned
+  // Report the first lane that an instruction needs and that does not execute it.
+  void expect(const Instruction& instruction, u32 lanes, u32 needed);
   template <class T> const T* at(i32 offset) const { return reinterpret_cast<const T*>(registers + offset); }
   template <class T> T* at(i32 offset) { return reinterpret_cast<T*>(registers + offset); }
   void settle();             // continue with the lanes that are furthest behind
   void split(int pc, u32 lanes);
+  void report_unfinished();
 };
 
 // How a launch runs, see Schedule in machine.py.
@@ -92,6 +105,7 @@ struct Barrier {
   int arrived = 0;   // threads
   int expected = 0;  // threads; 0: all threads that have not returned
   Clocks clocks{}, fenced{};  // what those that arrived know
+  Groups finished{};
 };
 
 struct Machine {
@@ -113,11 +127,11 @@ struct Machine {
   void release_barriers();
 };
 
-// Report a warp-wide instruction that some lanes do not execute.
-void expect_all(Warp& warp, const Instruction& instruction, u32 lanes);
-
 template <class F> void for_each_lane(u32 lanes, F f) {
   for (; lanes != 0; lanes &= lanes - 1) f(std::countr_zero(lanes));
 }
+
+// Thrown where a clock would overflow and checks would go wrong.
+struct ClockOverflow {};
 
 }  // namespace ptx

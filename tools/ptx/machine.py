@@ -23,6 +23,7 @@ __all__ = ["IN_ORDER", "Fault", "Memory", "Program", "Schedule", "UnsupportedPtx
 
 _MOST_FAULTS = 100  # of one launch that are described
 _REGISTER_BYTES = 128
+_NO_LANE, _OTHER_BLOCK = 255, -2  # of memory.h
 
 # In the order of memory.h's Kind: a short name, the space of the address, and what happened.
 KINDS = (
@@ -39,10 +40,11 @@ KINDS = (
     ("copy in flight", "shared", "touches what an unfinished cp.async still writes"),
     ("race", "shared", "writes what an unfinished wgmma still reads"),
     ("missing proxy fence", "shared", "reads what was written without fence.proxy.async"),
-    ("race", "global", "touches what another warp or block wrote or read meanwhile"),
+    ("race", "global", "touches what another thread wrote or read meanwhile"),
     ("divergence", "", "needs lanes that are elsewhere"),
     ("descriptor", "", "has a descriptor that differs between lanes"),
     ("deadlock", "", "waits forever"),
+    ("unfinished", "shared", "is not waited for before the warp ends"),
 )
 
 
@@ -240,19 +242,24 @@ class Program:
         )
         found = (_Fault * _MOST_FAULTS)()
         count = library().ptx_run(self._handle, ctypes.byref(launch), found, _MOST_FAULTS)
+        if count < 0:
+            raise OverflowError(f"{self.name} synchronises too often for checks: run it without")
         return [self._describe(fault, memory) for fault in found[: min(count, _MOST_FAULTS)]]
 
     def _describe(self, fault: _Fault, memory: list[Memory]) -> Fault:
         """Return a report that names kernel, source line, instruction, thread and address."""
         kind, space, what = KINDS[fault.kind]
-        thread = f"block {fault.block}, warp {fault.warp}, lane {fault.lane}"
+        lane = "all lanes" if fault.lane == _NO_LANE else f"lane {fault.lane}"
+        thread = f"block {fault.block}, warp {fault.warp}, {lane}"
         where = ""
         if fault.size:
             where = f", {fault.size} bytes at {_name_address(fault.address, space, memory)}"
         text = f"{self.name}: {kind}: {self._place(fault.pc)} {what} ({thread}{where})"
-        if fault.other_pc >= 0:
-            text += f"; the other access: {self._place(fault.other_pc)}"
-            text += f" of warp {fault.other_warp}" if fault.other_warp >= 0 else ""
+        other = [self._place(fault.other_pc)] if fault.other_pc >= 0 else []
+        if fault.other_warp != -1:
+            is_here = fault.other_warp != _OTHER_BLOCK
+            other.append(f"by warp {fault.other_warp}" if is_here else "by another block")
+        text += f"; the other access: {' '.join(other)}" if other else ""
         return Fault(kind, text + (f"; {fault.times} times" if fault.times > 1 else ""))
 
     def _place(self, pc: int) -> str:
@@ -296,7 +303,7 @@ def _name_address(address: int, space: str, memory: list[Memory]) -> str:
     if space == "shared":
         return f"shared{address - SHARED_BASE:+#x}"
     if space == "parameter":
-        return f"parameters{address:+#x}"
+        return f"parameters{ctypes.c_int64(address).value:+#x}"
     near = [m for m in memory if m.start - 4096 <= address < m.end + 4096 and m.end > m.start]
     if not near:
         return f"{address:#x}"

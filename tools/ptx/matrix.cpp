@@ -52,7 +52,7 @@ template <int STRIDE> void write_accumulator(Warp& warp, const i32* registers, i
 
 // Operands: 4 registers of D, 4 of A, 2 of B, 4 of C.
 template <class T> void mma(Warp& warp, const Instruction& instruction, u32 lanes) {
-  expect_all(warp, instruction, lanes);
+  warp.expect(instruction, lanes, ALL);
   const i32* o = instruction.operands;
   f32 a[16][K], b[K][8], c[16][8];
   a_fragment<T>({warp.at<u32>(o[4]), warp.at<u32>(o[5]), warp.at<u32>(o[6]), warp.at<u32>(o[7])}, a);
@@ -175,22 +175,12 @@ template <class T> void compute(Warp& warp, const Delayed& wgmma) {
   write_accumulator(warp, registers, form.columns / 2, c);
 }
 
-template <class F> void for_each_read(const Warp& warp, const Delayed& wgmma, F f) {
-  const Form form(*wgmma.instruction);
-  const auto visit = [&](u32 address, int, int) {
-    if (warp.machine.shared.all_valid(&address, 1, 16)) f(address);
-  };
-  form.for_a(warp, wgmma.a_descriptor, visit);
-  form.for_b(wgmma.b_descriptor, visit);
-}
-
 void check_reads(Warp& warp, const Delayed& wgmma) {
   SharedMemory& shared = warp.machine.shared;
   const Instruction& instruction = *wgmma.instruction;
   const auto visit = [&](u32 address, int, int) {
     if (shared.valid(warp, instruction, &address, 1, 16) == 0) return;
     shared.check_read(warp, instruction, NO_LANE, address, 16, Access::wgmma);
-    shared.begin_wgmma_read(address, instruction, 1);
   };
   const Form form(instruction);
   form.for_a(warp, wgmma.a_descriptor, visit);
@@ -205,7 +195,7 @@ u64 uniform(Warp& warp, const Instruction& instruction, i32 operand) {
 }
 
 template <class T> void wgmma(Warp& warp, const Instruction& instruction, u32 lanes) {
-  expect_all(warp, instruction, lanes);
+  warp.expect(instruction, lanes, ALL);
   const Form form(instruction);
   Delayed wgmma{&instruction, warp.wgmma_commits + 1, compute<T>};
   if (form.a_in_registers)
@@ -232,7 +222,10 @@ const std::vector<Register> wgmma_opcodes = [] {
   return all;
 }();
 
-void commit(Warp& warp, const Instruction&, u32) { ++warp.wgmma_commits; }
+void commit(Warp& warp, const Instruction& instruction, u32 lanes) {
+  warp.expect(instruction, lanes, ALL);
+  ++warp.wgmma_commits;
+}
 
 void move(Warp& warp, const Delayed& delayed) {
   const i32* o = delayed.instruction->operands;
@@ -272,15 +265,14 @@ void finish(Warp& warp, int last) {
       continue;
     }
     if (delayed.complete != nullptr) delayed.complete(warp, delayed);
-    if (warp.machine.schedule.checks && delayed.complete != move)
-      for_each_read(warp, delayed, [&](u32 address) { warp.machine.shared.begin_wgmma_read(address, *delayed.instruction, -1); });
   }
   warp.delayed.resize(kept);
 }
 
 // Operand: how many groups may remain unfinished. A wgmma belongs to four warps and completes for all of them at once, so a warp that
 // waits also waits until the other three have issued theirs.
-void wait_group(Warp& warp, const Instruction& instruction, u32) {
+void wait_group(Warp& warp, const Instruction& instruction, u32 lanes) {
+  warp.expect(instruction, lanes, ALL);
   Machine& machine = warp.machine;
   const int last = warp.wgmma_commits - instruction.operands[0];
   const int first = warp.id / 4 * 4, end = std::min(first + 4, machine.num_warps);
@@ -291,6 +283,7 @@ void wait_group(Warp& warp, const Instruction& instruction, u32) {
       return;
     }
   for (int id = first; id < end; ++id) finish(machine.warps[id], last);
+  warp.finished[warp.id / 4] = std::max(warp.finished[warp.id / 4], last);
 }
 
 void fence(Warp&, const Instruction&, u32) {}  // orders accesses to registers only

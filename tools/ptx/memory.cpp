@@ -22,10 +22,10 @@ void Shadow::resize(std::size_t granules) {
 }
 
 void Shadow::wrote(std::size_t g, Stamp now, int pc, u8 lane, bool is_atomic) {
+  atomic[g] = is_atomic && (atomic[g] || writer[g] != now);  // a plain write with the same stamp still counts
   writer[g] = now;
   writer_pc[g] = pc;
   writer_lane[g] = lane;
-  atomic[g] = is_atomic;
 }
 
 void Shadow::read(std::size_t g, Stamp now, int pc, u8 lane) {
@@ -45,7 +45,7 @@ void SharedMemory::resize(int bytes, int granule_shift, int num_warps, bool chec
   shadow_.resize(granules);
   read_clocks_.assign(num_warps, std::vector<u32>(granules, 0));
   copies_.assign(granules, 0);
-  wgmma_reads_.assign(bytes / 16 + 1, 0);
+  wgmma_groups_.assign((num_warps + 3) / 4, std::vector<int>(bytes / 16 + 1, 0));
   wgmma_pc_.assign(bytes / 16 + 1, -1);
 }
 
@@ -54,7 +54,7 @@ void SharedMemory::begin_block(u32 clock, bool checks) {
   if (!checks) return;
   std::fill(bytes_.begin(), bytes_.end(), 0xff);  // NaN in every float type
   std::fill(copies_.begin(), copies_.end(), 0);
-  std::fill(wgmma_reads_.begin(), wgmma_reads_.end(), 0);
+  for (auto& groups : wgmma_groups_) std::fill(groups.begin(), groups.end(), 0);
 }
 
 bool SharedMemory::all_valid(const u32* addresses, u32 lanes, int size) const {
@@ -96,13 +96,18 @@ void SharedMemory::check_read(Warp& warp, const Instruction& instruction, u8 lan
       faults.add(Kind::uninitialised, warp, instruction, lane, address, size);
     else if (!known(writer, warp.clocks))
       report(Kind::read_after_write);
-    else if (writer == now && lane != NO_LANE && shadow_.writer_lane[g] != lane)
+    else if (warp.other_lane(writer, shadow_.writer_lane[g], lane))
       report(Kind::lanes_of_a_warp);
     else if (access == Access::wgmma && !known(writer, warp.fenced))
       report(Kind::proxy_fence);
+    if (access == Access::wgmma) continue;
     read_clocks_[warp.id][g] = clock_of(now);
     shadow_.read(g, now, instruction.pc, lane);
   }
+  if (access != Access::wgmma) return;
+  const std::size_t chunk = (address - BASE) / 16;
+  wgmma_groups_[warp.id / 4][chunk] = warp.wgmma_commits + 1;
+  wgmma_pc_[chunk] = instruction.pc;
 }
 
 void SharedMemory::check_write(Warp& warp, const Instruction& instruction, u8 lane, u32 address, int size, const u8* data,
@@ -118,37 +123,43 @@ void SharedMemory::check_write(Warp& warp, const Instruction& instruction, u8 la
     const auto report = [&](Kind kind) {
       faults.add(kind, warp, instruction, lane, address, size, shadow_.writer_pc[g], warp_of(writer));
     };
-    if (copies_[g] && access != Access::copy)
+    if (copies_[g])
       report(Kind::copy_in_flight);
+    else if (atomic && clock_of(writer) <= block_start_)
+      faults.add(Kind::uninitialised, warp, instruction, lane, address, size);
     else if (!known(writer, warp.clocks) && !harmless)
       report(Kind::write_after_write);
-    else if (writer == now && shadow_.writer_lane[g] != lane && !harmless)
+    else if (warp.other_lane(writer, shadow_.writer_lane[g], lane) && !harmless)
       report(Kind::lanes_of_a_warp);
     check_readers(warp, instruction, lane, address, size, g);
     shadow_.wrote(g, now, instruction.pc, lane, atomic);
   }
+  check_wgmmas(warp, instruction, lane, address, size);
+}
+
+// A wgmma reads until one of the four warps that issued it has waited; barriers tell other warps.
+void SharedMemory::check_wgmmas(Warp& warp, const Instruction& instruction, u8 lane, u32 address, int size) {
   const std::size_t chunk = (address - BASE) / 16;
-  if (wgmma_reads_[chunk]) faults.add(Kind::wgmma_reads, warp, instruction, lane, address, size, wgmma_pc_[chunk]);
+  for (std::size_t k = 0; k < wgmma_groups_.size(); ++k)
+    if (wgmma_groups_[k][chunk] > warp.finished[k])
+      warp.machine.faults.add(Kind::wgmma_reads, warp, instruction, lane, address, size, wgmma_pc_[chunk]);
 }
 
 void SharedMemory::check_readers(Warp& warp, const Instruction& instruction, u8 lane, u32 address, int size, std::size_t g) {
   Faults& faults = warp.machine.faults;
-  for (int other = 0; other < int(read_clocks_.size()); ++other)
-    if (read_clocks_[other][g] > warp.clocks[other])
-      faults.add(Kind::write_after_read, warp, instruction, lane, address, size, shadow_.reader_pc[g], other);
-  const u8 reader_lane = shadow_.reader_lane[g];
-  if (shadow_.reader[g] == warp.now() && reader_lane != lane && reader_lane != NO_LANE && clock_of(warp.now()) > block_start_)
+  const Stamp reader = shadow_.reader[g];
+  for (int other = 0; other < int(read_clocks_.size()); ++other) {
+    if (read_clocks_[other][g] <= warp.clocks[other]) continue;
+    const int pc = warp_of(reader) == other ? shadow_.reader_pc[g] : -1;
+    faults.add(Kind::write_after_read, warp, instruction, lane, address, size, pc, other);
+  }
+  if (warp.other_lane(reader, shadow_.reader_lane[g], lane))
     faults.add(Kind::lanes_of_a_warp, warp, instruction, lane, address, size, shadow_.reader_pc[g], warp.id);
 }
 
 void SharedMemory::begin_copy(u32 address, int size, int change) {
   const std::size_t end = (address - BASE + size - 1) >> shift_;
   for (std::size_t g = (address - BASE) >> shift_; g <= end; ++g) copies_[g] += change;
-}
-
-void SharedMemory::begin_wgmma_read(u32 address, const Instruction& instruction, int change) {
-  wgmma_reads_[(address - BASE) / 16] += change;
-  wgmma_pc_[(address - BASE) / 16] = instruction.pc;
 }
 
 // ---- global memory ------------------------------------------------------------------------------
@@ -160,7 +171,7 @@ void GlobalMemory::add(u64 start, u64 end, bool checks) {
   if (!checks) return;
   const std::size_t granules = ((end - start) >> shift) + 2;
   tensor.shadow.resize(granules);
-  tensor.other_blocks_read.assign(granules, 0);
+  tensor.other_reader.assign(granules, 0);
 }
 
 Tensor* GlobalMemory::find(u64 address) {
@@ -198,17 +209,29 @@ u32 GlobalMemory::valid(Warp& warp, const Instruction& instruction, const u64* a
   return lanes;
 }
 
-// Blocks run one after the other here, and in any order on a GPU: an access of another block is never known.
+// Whether there was an access that may also happen after the warp's next one. Blocks run one after the other here, and in any order
+// on a GPU.
+bool GlobalMemory::concurrent(const Warp& warp, Stamp s) const {
+  return clock_of(s) != 0 && (clock_of(s) <= block_start || !known(s, warp.clocks));
+}
+
+void GlobalMemory::report_race(const Warp& warp, const Instruction& instruction, int lane, u64 address, int size, int other_pc,
+                               Stamp other) const {
+  const int other_warp = clock_of(other) <= block_start ? OTHER_BLOCK : warp_of(other);
+  warp.machine.faults.add(Kind::global_race, warp, instruction, lane, address, size, other_pc, other_warp);
+}
+
 void GlobalMemory::check_read(Warp& warp, const Instruction& instruction, int lane, u64 address, int size) {
   Tensor& tensor = *find(address);
   Shadow& shadow = tensor.shadow;
   const u64 first = tensor.start >> shift, end = ((address + size - 1) >> shift) - first;
   for (u64 g = (address >> shift) - first; g <= end; ++g) {
     const Stamp writer = shadow.writer[g];
-    if (clock_of(writer) != 0 && (clock_of(writer) <= block_start || !known(writer, warp.clocks)))
-      warp.machine.faults.add(Kind::global_race, warp, instruction, lane, address, size, shadow.writer_pc[g], warp_of(writer));
-    const Stamp reader = shadow.reader[g];
-    if (clock_of(reader) != 0 && clock_of(reader) <= block_start) tensor.other_blocks_read[g] = 1;
+    if (concurrent(warp, writer) || warp.other_lane(writer, shadow.writer_lane[g], u8(lane)))
+      report_race(warp, instruction, lane, address, size, shadow.writer_pc[g], writer);
+    Stamp& other = tensor.other_reader[g];
+    const bool is_final = other != 0 && clock_of(other) <= block_start;  // another block: no barrier will order it
+    if (!is_final && concurrent(warp, shadow.reader[g])) other = shadow.reader[g];
     shadow.read(g, warp.now(), instruction.pc, u8(lane));
   }
 }
@@ -218,15 +241,19 @@ void GlobalMemory::check_write(Warp& warp, const Instruction& instruction, int l
   Tensor& tensor = *find(address);
   Shadow& shadow = tensor.shadow;
   const bool same = data != nullptr && std::memcmp(reinterpret_cast<const void*>(address), data, size) == 0;
-  const auto concurrent = [&](Stamp s) { return clock_of(s) != 0 && (clock_of(s) <= block_start || !known(s, warp.clocks)); };
   const u64 first = tensor.start >> shift, end = ((address + size - 1) >> shift) - first;
   for (u64 g = (address >> shift) - first; g <= end; ++g) {
-    const Stamp writer = shadow.writer[g], reader = shadow.reader[g];
+    const Stamp writer = shadow.writer[g], reader = shadow.reader[g], other_reader = tensor.other_reader[g];
     const auto report = [&](int other_pc, Stamp other) {
-      warp.machine.faults.add(Kind::global_race, warp, instruction, lane, address, size, other_pc, warp_of(other));
+      report_race(warp, instruction, lane, address, size, other_pc, other);
     };
-    if (concurrent(writer) && !same && !(atomic && shadow.atomic[g])) report(shadow.writer_pc[g], writer);
-    if (concurrent(reader) || tensor.other_blocks_read[g]) report(shadow.reader_pc[g], reader);
+    const bool harmless = same || (atomic && shadow.atomic[g]);
+    if (!harmless && (concurrent(warp, writer) || warp.other_lane(writer, shadow.writer_lane[g], u8(lane))))
+      report(shadow.writer_pc[g], writer);
+    if (concurrent(warp, reader) || warp.other_lane(reader, shadow.reader_lane[g], u8(lane)))
+      report(shadow.reader_pc[g], reader);
+    else if (concurrent(warp, other_reader))
+      report(-1, other_reader);
     shadow.wrote(g, warp.now(), instruction.pc, u8(lane), atomic);
   }
 }

@@ -22,8 +22,10 @@ struct Machine;
 constexpr int MAX_WARPS = 32, CLOCK_BITS = 26;
 constexpr u32 LAST_CLOCK = (1u << CLOCK_BITS) - 1;
 constexpr u8 NO_LANE = 255, SEVERAL_LANES = 254;
+constexpr int OTHER_BLOCK = -2;  // instead of the warp of an access
 
 using Clocks = std::array<u32, MAX_WARPS>;
+using Groups = std::array<int, MAX_WARPS / 4>;  // the number of a group of wgmmas, for each warpgroup
 using Stamp = u32;  // of an access: the warp, and its clock
 
 inline Stamp stamp(int warp, u32 clock) { return u32(warp) << CLOCK_BITS | clock; }
@@ -50,12 +52,13 @@ enum class Kind : i32 {
   divergence,
   descriptor,
   deadlock,
+  unfinished,
 };
 
 struct Fault {
   Kind kind;
   i32 pc, block, warp, lane;
-  i32 other_pc, other_warp;  // the earlier access; -1: unknown
+  i32 other_pc, other_warp;  // the earlier access; -1: unknown, or none
   i32 size;
   u64 address;
   u64 times;
@@ -99,10 +102,10 @@ class SharedMemory {
   void check_write(Warp& warp, const Instruction& instruction, u8 lane, u32 address, int size, const u8* data,
                    Access access);
 
-  void begin_copy(u32 address, int size, int change);           // change: 1 begins, -1 ends
-  void begin_wgmma_read(u32 address, const Instruction& instruction, int change);  // 16 bytes
+  void begin_copy(u32 address, int size, int change);  // change: 1 begins, -1 ends
 
  private:
+  void check_wgmmas(Warp& warp, const Instruction& instruction, u8 lane, u32 address, int size);
   void check_readers(Warp& warp, const Instruction& instruction, u8 lane, u32 address, int size, std::size_t g);
 
   std::vector<u8> bytes_;
@@ -111,7 +114,7 @@ class SharedMemory {
   Shadow shadow_;
   std::vector<std::vector<u32>> read_clocks_;  // [warp][granule]
   std::vector<u8> copies_;                     // unfinished copies to each granule
-  std::vector<u8> wgmma_reads_;                // unfinished wgmmas that read each 16 bytes
+  std::vector<std::vector<int>> wgmma_groups_;  // [warpgroup][16 bytes]: the last group of wgmmas that reads them
   std::vector<i32> wgmma_pc_;
 };
 
@@ -119,7 +122,7 @@ class SharedMemory {
 struct Tensor {
   u64 start, end;
   Shadow shadow;
-  std::vector<u8> other_blocks_read;  // whether several blocks read a granule
+  std::vector<Stamp> other_reader;  // a read of each granule that does not happen before the last one
 };
 
 class GlobalMemory {
@@ -137,6 +140,9 @@ class GlobalMemory {
 
  private:
   Tensor* find(u64 address);
+  bool concurrent(const Warp& warp, Stamp s) const;
+  void report_race(const Warp& warp, const Instruction& instruction, int lane, u64 address, int size, int other_pc,
+                   Stamp other) const;
   bool all_in(const Tensor& tensor, const u64* addresses, u32 lanes, int size) const;
 };
 

@@ -112,7 +112,9 @@ class Runner {
     warp.merge_pc = std::numeric_limits<int>::max();
     warp.clocks.fill(clock_);
     warp.fenced.fill(clock_);
-    warp.clocks[warp.id] = clock_ + 1;
+    warp.finished.fill(0);
+    warp.tick();
+    warp.lanes_synced = clock_;
     warp.open_copies.clear();
     warp.copies.clear();
     warp.delayed.clear();
@@ -132,10 +134,7 @@ class Runner {
   // The warp that runs next, or null if all are done or wait for each other.
   Warp* next_warp() {
     Warp* found = choose(State::ready);
-    if (found != nullptr) {
-      rounds_ = 0;
-      return found;
-    }
+    if (found != nullptr) return found;
     // A blocked warp looks again whether it can go on.
     for (Warp& warp : machine_.warps)
       if (warp.state == State::blocked) warp.state = State::ready;
@@ -170,6 +169,7 @@ class Runner {
 
   void run_warp(Warp& warp, int turn) {
     const Instruction* const code = program_.code.data();
+    const int limit = turn;
     while (warp.state == State::ready && turn-- > 0) {
       const Instruction& instruction = code[warp.pc++];
       u32 lanes = warp.active;
@@ -180,6 +180,7 @@ class Runner {
       if (lanes != 0) instruction.function(warp, instruction, lanes);
       if (warp.pc >= warp.merge_pc && warp.state == State::ready) warp.settle();
     }
+    if (warp.state != State::blocked || limit - turn > 1) rounds_ = 0;  // it did more than to look again
   }
 
   struct Free {
@@ -230,12 +231,14 @@ void* ptx_program(const char* names, int count, const ptx::i32* guards, const pt
 
 void ptx_free(void* program) { delete static_cast<ptx::Program*>(program); }
 
-// Returns the number of faults, of which the first `capacity` are written.
-int ptx_run(const void* program, const ptx::Launch* launch, ptx::Fault* faults, int capacity) {
+// Returns the number of faults, of which the first `capacity` are written; -1: more synchronisations than the checks can count.
+int ptx_run(const void* program, const ptx::Launch* launch, ptx::Fault* faults, int capacity) try {
   ptx::Runner runner(*static_cast<const ptx::Program*>(program), *launch);
   const auto& found = runner.run().list;
   std::copy_n(found.begin(), std::min<std::size_t>(found.size(), capacity), faults);
   return int(found.size());
+} catch (const ptx::ClockOverflow&) {
+  return -1;
 }
 
 }  // extern "C"

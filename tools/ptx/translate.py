@@ -346,12 +346,13 @@ def _st(t: Translator, words: list[str], tokens: list[str]) -> None:
 def _atom(t: Translator, words: list[str], tokens: list[str]) -> None:
     space = _space(t, words)
     _shape(t, words, space)
-    to = t.destination(tokens.pop(0), words[-1]) if words[0] == "atom" else NONE
-    address = t.address(tokens[0], "u32" if space == "shared" else "u64")
+    to = t.destination(tokens[0], words[-1]) if words[0] == "atom" else NONE
+    at, value = tokens[-2:]
+    address = t.address(at, "u32" if space == "shared" else "u64")
     ignored = {"relaxed", "acquire", "release", "acq_rel", "cta", "gpu", "sys", "shared::cta"}
     name = [word for word in words if word not in ignored and word != space]
     opcode = ".".join([name[0], space, *name[1:]])
-    t.emit(opcode, [to, *address, t.source(tokens[1], words[-1])])
+    t.emit(opcode, [to, *address, t.source(value, words[-1])])
 
 
 def _matrix(t: Translator, words: list[str], tokens: list[str]) -> None:
