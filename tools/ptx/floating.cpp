@@ -34,7 +34,13 @@ OPCODE("abs.f32", (f32 a) { return __builtin_fabsf(a); })
 OPCODE("abs.ftz.f32", (f32 a) { return flush(__builtin_fabsf(a)); })
 OPCODE("abs.f64", (f64 a) { return __builtin_fabs(a); })
 
-// The exact result, rounded towards zero or down; a float64 holds the sum of most pairs exactly.
+// The sum, rounded to odd: rounded again to fewer bits, in any direction, it is what one rounding of the exact sum is.
+f64 sum_to_odd(f64 a, f64 b) {
+  const f64 sum = a + b, part = sum - a, error = (a - (sum - part)) + (b - part);
+  const u64 bits = std::bit_cast<u64>(sum);
+  if (error == 0 || !std::isfinite(sum) || (bits & 1)) return sum;
+  return std::bit_cast<f64>((error > 0) == (sum > 0) ? bits + 1 : bits - 1);
+}
 f32 toward_zero(f64 exact) {
   const f32 nearest = f32(exact);
   return std::fabs(f64(nearest)) > std::fabs(exact) ? std::nextafterf(nearest, 0.0f) : nearest;
@@ -43,8 +49,13 @@ f32 downward(f64 exact) {
   const f32 nearest = f32(exact);
   return f64(nearest) > exact ? std::nextafterf(nearest, -std::numeric_limits<f32>::infinity()) : nearest;
 }
-OPCODE("add.rz.f32", (f32 a, f32 b) { return toward_zero(f64(a) + f64(b)); })
-OPCODE("fma.rm.f32", (f32 a, f32 b, f32 c) { return downward(__builtin_fma(f64(a), f64(b), f64(c))); })
+f32 fma_downward(f32 a, f32 b, f32 c) {
+  const f64 product = f64(a) * b, sum = sum_to_odd(product, c);
+  if (sum == 0) return std::signbit(product) || std::signbit(c) ? -0.0f : 0.0f;
+  return downward(sum);
+}
+OPCODE("add.rz.f32", (f32 a, f32 b) { return toward_zero(sum_to_odd(a, b)); })
+OPCODE("fma.rm.f32", (f32 a, f32 b, f32 c) { return fma_downward(a, b, c); })
 
 OPCODE("ex2.f32", (f32 a) { return exp2f(a); })
 OPCODE("ex2.ftz.f32", (f32 a) { return flush(exp2f(flush(a))); })
@@ -60,25 +71,25 @@ OPCODE("rcp.ftz.f32", (f32 a) { return flush(1.0f / flush(a)); })
 OPCODE("rcp.f64", (f64 a) { return 1.0 / a; })
 OPCODE("tanh.f32", (f32 a) { return tanhf(a); })
 // GPUs return the upper 32 bits only; the code around refines them.
-OPCODE("rcp.ftz.f64", (f64 a) { return std::bit_cast<f64>(std::bit_cast<u64>(1.0 / a) >> 32 << 32); })
+OPCODE("rcp.ftz.f64", (f64 a) { return std::bit_cast<f64>(std::bit_cast<u64>(flush(1.0 / flush(a))) >> 32 << 32); })
 
 // Without .NaN, one NaN yields the other operand; -0 is less than +0.
-f32 larger(f32 a, f32 b) {
-  if (a == b) return std::bit_cast<f32>(std::bit_cast<u32>(a) & std::bit_cast<u32>(b));
-  return a != a ? (b != b ? NAN32 : b) : b != b || a > b ? a : b;
+template <class T> T larger(T a, T b) {
+  if (a == b) return std::signbit(a) ? b : a;
+  return b != b || a > b ? a : b;
 }
-f32 smaller(f32 a, f32 b) {
-  if (a == b) return std::bit_cast<f32>(std::bit_cast<u32>(a) | std::bit_cast<u32>(b));
-  return a != a ? (b != b ? NAN32 : b) : b != b || a < b ? a : b;
+template <class T> T smaller(T a, T b) {
+  if (a == b) return std::signbit(a) ? a : b;
+  return b != b || a < b ? a : b;
 }
 OPCODE("max.f32", (f32 a, f32 b) { return larger(a, b); })
 OPCODE("max.ftz.f32", (f32 a, f32 b) { return larger(flush(a), flush(b)); })
 OPCODE("max.NaN.f32", (f32 a, f32 b) { return a != a || b != b ? NAN32 : larger(a, b); })
-OPCODE("max.f64", (f64 a, f64 b) { return fmax(a, b); })
+OPCODE("max.f64", (f64 a, f64 b) { return larger(a, b); })
 OPCODE("min.f32", (f32 a, f32 b) { return smaller(a, b); })
 OPCODE("min.ftz.f32", (f32 a, f32 b) { return smaller(flush(a), flush(b)); })
 OPCODE("min.NaN.f32", (f32 a, f32 b) { return a != a || b != b ? NAN32 : smaller(a, b); })
-OPCODE("min.f64", (f64 a, f64 b) { return fmin(a, b); })
+OPCODE("min.f64", (f64 a, f64 b) { return smaller(a, b); })
 
 // Comparisons that end in u are true for NaN.
 OPCODE("setp.eq.f32", (f32 a, f32 b) { return a == b; })
@@ -147,11 +158,20 @@ OPCODE("cvt.rpi.s32.f32", (f32 a) { return to_s32(ceilf(a)); })
 OPCODE("cvt.rzi.u32.f32", (f32 a) { return to_u32(a); })
 OPCODE("cvt.rni.u32.f32", (f32 a) { return to_u32(nearbyintf(a)); })
 
-// ---- 16-bit arithmetic, rounded once from float32 -----------------------------------------------
+// ---- 16-bit arithmetic --------------------------------------------------------------------------
 
+// Round a float64 once: to float32 towards zero, with the last bit set if that was not exact, then to nearest.
+bf16 once(f64 exact) {
+  const f32 nearer = toward_zero(exact);
+  const bool inexact = nearer == nearer && f64(nearer) != exact;
+  return to_bf16(std::bit_cast<f32>(std::bit_cast<u32>(nearer) | u32(inexact)));
+}
+bf16 fused(bf16 a, bf16 b, bf16 c) { return once(sum_to_odd(f64(widen(a)) * widen(b), widen(c))); }
+
+// A sum, and a product of two f16, may be rounded to float32 first: that has more than twice as many digits.
 OPCODE("add.bf16", (bf16 a, bf16 b) { return to_bf16(widen(a) + widen(b)); })
 OPCODE("sub.bf16", (bf16 a, bf16 b) { return to_bf16(widen(a) - widen(b)); })
-OPCODE("mul.bf16", (bf16 a, bf16 b) { return to_bf16(widen(a) * widen(b)); })
+OPCODE("mul.bf16", (bf16 a, bf16 b) { return once(f64(widen(a)) * widen(b)); })
 OPCODE("add.f16", (f16 a, f16 b) { return to_f16(widen(a) + widen(b)); })
 OPCODE("sub.f16", (f16 a, f16 b) { return to_f16(widen(a) - widen(b)); })
 OPCODE("mul.f16", (f16 a, f16 b) { return to_f16(widen(a) * widen(b)); })
@@ -161,9 +181,6 @@ template <class T, class F> u32 each(u32 a, u32 b, F f) {
 }
 OPCODE("add.bf16x2", (u32 a, u32 b) { return each<bf16>(a, b, [](bf16 x, bf16 y) { return to_bf16(widen(x) + widen(y)); }); })
 OPCODE("add.f16x2", (u32 a, u32 b) { return each<f16>(a, b, [](f16 x, f16 y) { return to_f16(widen(x) + widen(y)); }); })
-
-// The exact product and sum lie in float64, which is rounded to float32 first: in rare ties twice.
-bf16 fused(bf16 a, bf16 b, bf16 c) { return to_bf16(f32(f64(widen(a)) * widen(b) + widen(c))); }
 OPCODE("fma.bf16", (bf16 a, bf16 b, bf16 c) { return fused(a, b, c); })
 OPCODE("fma.bf16x2", (u32 a, u32 b, u32 c) {
   return pack(fused(bf16{u16(a)}, bf16{u16(b)}, bf16{u16(c)}), fused(bf16{u16(a >> 16)}, bf16{u16(b >> 16)}, bf16{u16(c >> 16)}));

@@ -88,5 +88,6 @@ inline f32 flush(f32 x) {
   const u32 bits = std::bit_cast<u32>(x);
   return bits & 0x7f800000 ? x : std::bit_cast<f32>(bits & 0x80000000);
 }
+inline f64 flush(f64 x) { return std::fabs(x) < 0x1p-1022 ? std::copysign(0.0, x) : x; }
 
 }  // namespace ptx
