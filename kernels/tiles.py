@@ -135,6 +135,20 @@ def dot(
 
 
 @triton.jit
+def rounded_product(
+    a,
+    b,
+):
+    """Return a * b, rounded before it is added to anything.
+
+    For sums of products over lanes. The compiler may fuse a product with an addition, which then
+    uses the product of its own lane exactly and the product from another lane rounded. Two lanes
+    that hold the same sum would get different bits. A product that is an fma cannot be fused again.
+    """
+    return tl.fma(a, b, 0.0)
+
+
+@triton.jit
 def philox_keep(
     seed,
     rows,

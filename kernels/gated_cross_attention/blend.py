@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..tiles import philox_keep
+from ..tiles import philox_keep, rounded_product
 from .tokens import add_product, any_of, changed, pick, tile_at
 
 
@@ -264,7 +264,9 @@ def _blend_rows(
                 + load_tile(attn_out_ptr, at, cols, ok, D)
                 - mean[:, None]
             )
-            variance += tl.sum(tl.where(cols[None, :] < D, centred * centred, 0.0), 1) / D
+            variance += (
+                tl.sum(tl.where(cols[None, :] < D, rounded_product(centred, centred), 0.0), 1) / D
+            )
         rstd = 1.0 / tl.sqrt(variance + eps)
         tl.store(moments_ptr + r, mean, mask=ok)
         tl.store(moments_ptr + R + r, rstd, mask=ok)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tiles import dot
+from ..tiles import dot, rounded_product
 from . import attend, blend, block
 from .call import B_G, B_O, B_Q, FIELDS, W_G, W_O, W_Q, Call, bits, both, tile_options
 from .plans import Tile, power, tile_of_block_form
@@ -316,7 +316,7 @@ def _moments(
         inside = ok[:, None] & (k[None, :] < D)
         x = tl.load(x_ptr + at[:, None] + k[None, :], mask=inside, other=0.0).to(tl.float32)
         centred = tl.where(inside, x - mean[:, None], 0.0)
-        total += tl.sum(centred * centred, 1)
+        total += tl.sum(rounded_product(centred, centred), 1)
     return mean, 1.0 / tl.sqrt(total / D + eps)
 
 

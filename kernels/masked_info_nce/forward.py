@@ -189,6 +189,7 @@ def _store_softmax(
     if MERGE:
         old = tl.load(ptr + at, mask=at < N, other=float("-inf"))
         old_total = tl.load(ptr + N + at, mask=at < N, other=0.0)
+        tl.debug_barrier()  # several warps load an element, and one of them stores it
         m, total = _merge_softmax(old, old_total, m, total)
     tl.store(ptr + at, m, mask=at < N)
     tl.store(ptr + N + at, total, mask=at < N)
@@ -202,11 +203,13 @@ def _store_sums(
     sums,
     MERGE: tl.constexpr,
 ):
-    for i in tl.static_range(2):
-        value = sums[i]
-        if MERGE:
-            value += tl.load(ptr + i * N + at, mask=at < N, other=0.0)
-        tl.store(ptr + i * N + at, value, mask=at < N)
+    first, second = sums
+    if MERGE:
+        first += tl.load(ptr + at, mask=at < N, other=0.0)
+        second += tl.load(ptr + N + at, mask=at < N, other=0.0)
+        tl.debug_barrier()
+    tl.store(ptr + at, first, mask=at < N)
+    tl.store(ptr + N + at, second, mask=at < N)
 
 
 @triton.jit

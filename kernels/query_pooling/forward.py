@@ -37,6 +37,7 @@ from ..tiles import (
     load_rows_t,
     load_tokens,
     pack_padding,
+    rounded_product,
     store_rows_t,
     token_span,
     tokens_kept,
@@ -204,7 +205,9 @@ def moments_kernel(
         chunk_mean = tl.sum(x, 1) / width
         centred = tl.where(cols[None, :] < D, x - chunk_mean[:, None], 0.0)
         delta = chunk_mean - mean
-        m2 += tl.sum(centred * centred, 1) + delta * delta * (start * width / (start + width))
+        m2 += tl.sum(rounded_product(centred, centred), 1) + delta * delta * (
+            start * width / (start + width)
+        )
         mean += delta * (width / (start + width))
     # Stored for ignored tokens too, because an operator writes all of its outputs.
     tl.store(mean_ptr + b * N + n, mean, mask=n < N)

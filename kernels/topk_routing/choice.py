@@ -20,6 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..tiles import rounded_product
 from .scores import load_choice
 
 LEAST = tl.constexpr(-3.4028234663852886e38)  # the least finite float32
@@ -150,5 +151,5 @@ def store_statistics(
         tl.store(floats_ptr + s * E + experts, masses, mask=exists)
     tl.store(ints_ptr + experts, total, mask=exists)
     tl.store(ints_ptr + E, tl.sum(((n < T) & (keep == 0)).to(tl.int32), 0))
-    tl.store(floats_ptr + S * E, tl.sum(tl.where(keep, lse * lse, 0.0), 0))
+    tl.store(floats_ptr + S * E, tl.sum(tl.where(keep, rounded_product(lse, lse), 0.0), 0))
     tl.store(floats_ptr + S * E + 1, tl.sum(tl.where(keep, entropy, 0.0), 0))

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tiles import OPTIONS, arch_of, dense, dot, load_tokens, upcasts
+from ..tiles import OPTIONS, arch_of, dense, dot, load_tokens, rounded_product, upcasts
 from .choice import by_expert, choice_key, choose_experts, store_statistics
 from .order import Statistics, sort
 from .plans import parts_of, plan, width
@@ -181,7 +181,8 @@ def _route_block(
         broken = broken | choices_outside(given_ptr, n, keep, E, K)
     logits = tl.where((broken & keep)[:, None], float("nan"), logits)
     u, p, log_p, _, lse = scores(logits, allowed, SIGMOID)
-    entropy = tl.sum(p * tl.where(p > 0, -log_p, 0.0), 1)  # 0 log 0 = 0; NaN stays NaN
+    # 0 log 0 = 0; NaN stays NaN
+    entropy = tl.sum(rounded_product(p, tl.where(p > 0, -log_p, 0.0)), 1)
     score = p
     if SIGMOID:
         score = tl.where(allowed, tl.sigmoid(logits), 0.0)

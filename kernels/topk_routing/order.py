@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tiles import OPTIONS, arch_of, tile_block, tile_entries, tile_rows
+from ..tiles import OPTIONS, arch_of, rounded_product, tile_block, tile_entries, tile_rows
 from .plans import plan, width
 from .scores import as_bytes, load_choice, tokens_kept
 
@@ -393,7 +393,7 @@ def _losses(
             )
             difference = mean - target  # the mean of an unavailable expert is 0, or NaN
             slope = 2.0 * difference
-            loss = tl.sum(difference * difference, 0)
+            loss = tl.sum(rounded_product(difference, difference), 0)
         else:
             if BALANCE == "gshard":
                 times = tl.load(totals_ptr + FIRST_AT + s * E + experts, mask=exists, other=0) * K
@@ -402,7 +402,7 @@ def _losses(
                 * times.to(tl.float64)
                 / (K * tl.maximum(segment_tokens, 1).to(tl.float64))
             )
-            loss = tl.sum(slope * mean, 0)
+            loss = tl.sum(rounded_product(slope, mean), 0)
         balance += loss
         tl.store(coefficients_ptr + s * E + experts, (slope * share).to(tl.float32), mask=exists)
     per_token = 1.0 / tl.maximum(tokens, 1).to(tl.float64)
