@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..tiles import LOG2E, dot, philox_keep
+from ..tiles import LOG2E, dot, philox_keep, rounded_product
 from .attend import load_head, place, store_head
 from .tokens import key_span, pick, valid_keys, valid_span
 
@@ -182,7 +182,7 @@ def d_query_kernel(
                         UPCAST,
                     )[:2]
                     total += tl.sum(weight, 1)
-                    delta += tl.sum(weight * d_weight, 1)
+                    delta += tl.sum(rounded_product(weight, d_weight), 1)
                 delta = delta / total
                 tl.store(delta_ptr + (B * N).to(tl.int64) * H + lse_at, 1.0 / total, mask=n < N)
             else:
@@ -195,7 +195,7 @@ def d_query_kernel(
                     DH,
                     BH,
                 )
-                delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+                delta = tl.sum(rounded_product(do.to(tl.float32), o.to(tl.float32)), 1)
                 start = lo // BN * BN
                 if hi - start <= BN:
                     weight, d_weight = _tile(
@@ -225,7 +225,9 @@ def d_query_kernel(
                         DROPOUT,
                         UPCAST,
                     )[:2]
-                    delta = tl.sum(weight * d_weight, 1) / (total + tl.sum(weight, 1))
+                    delta = tl.sum(rounded_product(weight, d_weight), 1) / (
+                        total + tl.sum(weight, 1)
+                    )
             tl.store(delta_ptr + lse_at, delta, mask=n < N)
             for start in range(lo // BN * BN, hi, BN):
                 weight, d_weight, k = _tile(

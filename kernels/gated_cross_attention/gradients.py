@@ -17,6 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..tiles import rounded_product
 from .blend import dropped, gate_logits, has_keys, load_tile, load_vector, token_logit
 from .tokens import add_product, any_of, attends, changed, pick, tile_at, valid_keys
 
@@ -298,7 +299,7 @@ def d_rows_kernel(
                 BN,
                 INDICATOR,
             )
-            dz = tl.sum(d_out * (a - x), 1) * tl.sigmoid(z) * tl.sigmoid(-z)
+            dz = tl.sum(rounded_product(d_out, a - x), 1) * tl.sigmoid(z) * tl.sigmoid(-z)
             tl.store(pick(reverse, dz0_ptr, dz1_ptr) + r, tl.where(ok, dz, 0.0), mask=r < R)
             dx = (
                 d_out * tl.sigmoid(-z)[:, None] + dz[:, None] * load_vector(w_ptr, cols, D)[None, :]
@@ -313,7 +314,7 @@ def d_rows_kernel(
                 mean = tl.load(moments_ptr + r, mask=ok, other=0.0)
                 rstd = tl.load(moments_ptr + R + r, mask=ok, other=0.0)
                 normed = tl.where(cols[None, :] < D, (x + a - mean[:, None]) * rstd[:, None], 0.0)
-                d_gamma += tl.sum(d_out * normed, 0)
+                d_gamma += tl.sum(rounded_product(d_out, normed), 0)
                 d_beta += tl.sum(tl.where(ok[:, None], d_out, 0.0), 0)
                 dx = norm_backward(
                     d_out, normed, rstd, pick(reverse, gamma0_ptr, gamma1_ptr), cols, D
@@ -349,7 +350,7 @@ def norm_backward(
     """
     d = d_out * load_vector(gamma_ptr, cols, D)[None, :]
     mean = tl.sum(d, 1) / D
-    slope = tl.sum(d * normed, 1) / D
+    slope = tl.sum(rounded_product(d, normed), 1) / D
     return (d - mean[:, None] - normed * slope[:, None]) * rstd[:, None]
 
 
@@ -576,7 +577,7 @@ def d_tokens_kernel(
             mean = tl.load(moments_ptr + r, mask=ok, other=0.0)
             rstd = tl.load(moments_ptr + R + r, mask=ok, other=0.0)
             normed = tl.where(cols[None, :] < D, (x - mean[:, None]) * rstd[:, None], 0.0)
-            d_gamma += tl.sum(dx * normed, 0)
+            d_gamma += tl.sum(rounded_product(dx, normed), 0)
             d_beta += tl.sum(dx, 0)
             dx = norm_backward(dx, normed, rstd, gamma_ptr, cols, D)
             x = (

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tiles import OPTIONS, arch_of, dense, upcasts
+from ..tiles import OPTIONS, arch_of, dense, rounded_product, upcasts
 from .combine import RoutingGradient, combine_rows
 from .forward import multiply_rows, up_and_gate
 from .plans import plan
@@ -328,7 +328,7 @@ def _hidden_columns(
         h_ptr += tl.cast(R, tl.int64) * N
     h = tl.load(h_ptr + h_at, mask=inside, other=0.0).to(tl.float32)
     a, by_h, by_g = activate(h, gate, ACTIVATION)
-    ds = tl.sum(da * a, 1)
+    ds = tl.sum(rounded_product(da, a), 1)
     da *= w[:, None]
     if scaled_ptr is not None:
         at = rows[:, None].to(tl.int64) * N + cols[None, :]

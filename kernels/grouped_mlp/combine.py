@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tiles import OPTIONS, dense
+from ..tiles import OPTIONS, dense, rounded_product
 from .plans import combine_block
 from .rows import Rows
 
@@ -186,5 +186,5 @@ def _routing_gradient(
                 at = tokens[:, None].to(tl.int64) * stride_d + cols[None, :]
                 d = tl.load(d_out_ptr + at, mask=inside, other=0.0)
                 b = tl.load(bias_ptr + expert[:, None] * D + cols[None, :], mask=inside, other=0.0)
-                ds += tl.sum(d.to(tl.float32) * b.to(tl.float32), 1)
+                ds += tl.sum(rounded_product(d.to(tl.float32), b.to(tl.float32)), 1)
         tl.store(ds_ptr + a, ds, mask=tokens < T)

@@ -26,7 +26,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..tiles import dot
+from ..tiles import dot, rounded_product
 from .pairs import (
     SAFE_BOUND,
     block_range,
@@ -81,7 +81,7 @@ def _gradient(
 @triton.jit
 def _moment(ds, s):
     """Return dS S, which is 0 if s is -inf and dS is 0."""
-    return ds * tl.maximum(s, -3e38)
+    return rounded_product(ds, tl.maximum(s, -3e38))
 
 
 @triton.jit

@@ -196,7 +196,7 @@ def logits_kernel(
                 du += tl.where(here, (w * (g - mean - rest))[:, None], 0.0)
             else:
                 gp += tl.where(here, g[:, None], 0.0)
-    d = p * (gp - tl.sum(rounded_product(p, gp), 1)[:, None])
+    d = rounded_product(p, gp - tl.sum(rounded_product(p, gp), 1)[:, None])
     d += du - p * tl.sum(d, 1)[:, None]
     if SIGMOID:
         d *= tl.sigmoid(-logits)
