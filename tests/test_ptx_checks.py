@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import resource
 
+import numpy as np
 import pytest
 import torch
 from ptx_broken import BARRIERS, WGMMA_READS, WORDS, Case
@@ -143,6 +145,18 @@ def test_a_report_names_kernel_line_instruction_thread_and_address(name: str):
 
 def test_every_kind_of_fault_has_its_report_tested():
     assert {report.split(": ")[1] for report in REPORTS.values()} == {kind for kind, *_ in KINDS}
+
+
+def test_records_of_a_large_array_take_memory_only_where_it_is_touched():
+    large, before = np.empty(2**31, np.uint8), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = large.ctypes.data
+    text = Case("", "", "st.global.u32 [out], block;", threads=32).kernel(False).text
+    parameters = [bytes(8), (start + 2**31 - 8).to_bytes(8, "little")]
+    memory = [Memory(start, start + 2**31, "large")]
+    faults = Program(text).run((2, 1, 1), parameters, memory)
+    assert [fault.kind for fault in faults] == ["race"]
+    assert "4 bytes at large+0x7ffffff8 of 0x80000000" in str(faults[0])
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KB
 
 
 # ---- a pipeline ----------------------------------------------------------------------------------

@@ -242,7 +242,9 @@ class Program:
         )
         found = (_Fault * _MOST_FAULTS)()
         count = library().ptx_run(self._handle, ctypes.byref(launch), found, _MOST_FAULTS)
-        if count < 0:
+        if count == -2:
+            raise MemoryError(f"{self.name} needs too much memory for checks: run it without")
+        if count == -1:
             raise OverflowError(f"{self.name} synchronises too often for checks: run it without")
         return [self._describe(fault, memory) for fault in found[: min(count, _MOST_FAULTS)]]
 

@@ -1,6 +1,9 @@
 #include "memory.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
+#include <new>
 
 #include "machine.h"
 
@@ -15,24 +18,28 @@ void Faults::add(Kind kind, const Warp& warp, const Instruction& instruction, in
     ++list[place->second].times;
 }
 
-void Shadow::resize(std::size_t granules) {
-  for (auto* stamps : {&writer, &reader}) stamps->assign(granules, 0);
-  for (auto* pcs : {&writer_pc, &reader_pc}) pcs->assign(granules, -1);
-  for (auto* small : {&writer_lane, &reader_lane, &atomic}) small->assign(granules, 0);
+void Record::wrote(Stamp now, int pc, u8 lane, bool is_atomic) {
+  atomic = is_atomic && (atomic || writer != now);  // a plain write with the same stamp still counts
+  writer = now;
+  writer_pc = pc;
+  writer_lane = lane;
 }
 
-void Shadow::wrote(std::size_t g, Stamp now, int pc, u8 lane, bool is_atomic) {
-  atomic[g] = is_atomic && (atomic[g] || writer[g] != now);  // a plain write with the same stamp still counts
-  writer[g] = now;
-  writer_pc[g] = pc;
-  writer_lane[g] = lane;
+void Record::read(Stamp now, int pc, u8 lane) {
+  reader_lane = reader == now && reader_lane != lane ? SEVERAL_LANES : lane;
+  reader = now;
+  reader_pc = pc;
 }
 
-void Shadow::read(std::size_t g, Stamp now, int pc, u8 lane) {
-  reader_lane[g] = reader[g] == now && reader_lane[g] != lane ? SEVERAL_LANES : lane;
-  reader[g] = now;
-  reader_pc[g] = pc;
+Records::Records(std::size_t count) : records_(nullptr, {count * sizeof(Record)}) {
+  if (count == 0) return;
+  constexpr int access = PROT_READ | PROT_WRITE, how = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+  void* const mapped = mmap(nullptr, count * sizeof(Record), access, how, -1, 0);
+  if (mapped == MAP_FAILED) throw std::bad_alloc();
+  records_.reset(static_cast<Record*>(mapped));
 }
+
+void Records::Unmap::operator()(Record* records) const { munmap(records, bytes); }
 
 // ---- shared memory ------------------------------------------------------------------------------
 
@@ -42,7 +49,7 @@ void SharedMemory::resize(int bytes, int granule_shift, int num_warps, bool chec
   bytes_.assign(std::size_t(bytes) + 64, 0xff);
   if (!checks) return;
   const std::size_t granules = (std::size_t(bytes) >> shift_) + 1;
-  shadow_.resize(granules);
+  records_ = Records(granules);
   read_clocks_.assign(num_warps, std::vector<u32>(granules, 0));
   copies_.assign(granules, 0);
   wgmma_groups_.assign((num_warps + 3) / 4, std::vector<int>(bytes / 16 + 1, 0));
@@ -86,9 +93,10 @@ void SharedMemory::check_read(Warp& warp, const Instruction& instruction, u8 lan
   const Stamp now = warp.now();
   const std::size_t end = (address - BASE + size - 1) >> shift_;
   for (std::size_t g = (address - BASE) >> shift_; g <= end; ++g) {
-    const Stamp writer = shadow_.writer[g];
+    Record& record = records_[g];
+    const Stamp writer = record.writer;
     const auto report = [&](Kind kind) {
-      faults.add(kind, warp, instruction, lane, address, size, shadow_.writer_pc[g], warp_of(writer));
+      faults.add(kind, warp, instruction, lane, address, size, record.writer_pc, warp_of(writer));
     };
     if (copies_[g])
       report(Kind::copy_in_flight);
@@ -96,13 +104,13 @@ void SharedMemory::check_read(Warp& warp, const Instruction& instruction, u8 lan
       faults.add(Kind::uninitialised, warp, instruction, lane, address, size);
     else if (!known(writer, warp.clocks))
       report(Kind::read_after_write);
-    else if (warp.other_lane(writer, shadow_.writer_lane[g], lane))
+    else if (warp.other_lane(writer, record.writer_lane, lane))
       report(Kind::lanes_of_a_warp);
     else if (access == Access::wgmma && !known(writer, warp.fenced))
       report(Kind::proxy_fence);
     if (access == Access::wgmma) continue;
     read_clocks_[warp.id][g] = clock_of(now);
-    shadow_.read(g, now, instruction.pc, lane);
+    record.read(now, instruction.pc, lane);
   }
   if (access != Access::wgmma) return;
   const std::size_t chunk = (address - BASE) / 16;
@@ -118,10 +126,11 @@ void SharedMemory::check_write(Warp& warp, const Instruction& instruction, u8 la
   const bool atomic = access == Access::atomic;
   const std::size_t end = (address - BASE + size - 1) >> shift_;
   for (std::size_t g = (address - BASE) >> shift_; g <= end; ++g) {
-    const Stamp writer = shadow_.writer[g];
-    const bool harmless = same || (atomic && shadow_.atomic[g]);
+    Record& record = records_[g];
+    const Stamp writer = record.writer;
+    const bool harmless = same || (atomic && record.atomic);
     const auto report = [&](Kind kind) {
-      faults.add(kind, warp, instruction, lane, address, size, shadow_.writer_pc[g], warp_of(writer));
+      faults.add(kind, warp, instruction, lane, address, size, record.writer_pc, warp_of(writer));
     };
     if (copies_[g])
       report(Kind::copy_in_flight);
@@ -129,10 +138,10 @@ void SharedMemory::check_write(Warp& warp, const Instruction& instruction, u8 la
       faults.add(Kind::uninitialised, warp, instruction, lane, address, size);
     else if (!known(writer, warp.clocks) && !harmless)
       report(Kind::write_after_write);
-    else if (warp.other_lane(writer, shadow_.writer_lane[g], lane) && !harmless)
+    else if (warp.other_lane(writer, record.writer_lane, lane) && !harmless)
       report(Kind::lanes_of_a_warp);
     check_readers(warp, instruction, lane, address, size, g);
-    shadow_.wrote(g, now, instruction.pc, lane, atomic);
+    record.wrote(now, instruction.pc, lane, atomic);
   }
   check_wgmmas(warp, instruction, lane, address, size);
 }
@@ -147,14 +156,14 @@ void SharedMemory::check_wgmmas(Warp& warp, const Instruction& instruction, u8 l
 
 void SharedMemory::check_readers(Warp& warp, const Instruction& instruction, u8 lane, u32 address, int size, std::size_t g) {
   Faults& faults = warp.machine.faults;
-  const Stamp reader = shadow_.reader[g];
+  const Record& record = records_[g];
   for (int other = 0; other < int(read_clocks_.size()); ++other) {
     if (read_clocks_[other][g] <= warp.clocks[other]) continue;
-    const int pc = warp_of(reader) == other ? shadow_.reader_pc[g] : -1;
+    const int pc = warp_of(record.reader) == other ? record.reader_pc : -1;
     faults.add(Kind::write_after_read, warp, instruction, lane, address, size, pc, other);
   }
-  if (warp.other_lane(reader, shadow_.reader_lane[g], lane))
-    faults.add(Kind::lanes_of_a_warp, warp, instruction, lane, address, size, shadow_.reader_pc[g], warp.id);
+  if (warp.other_lane(record.reader, record.reader_lane, lane))
+    faults.add(Kind::lanes_of_a_warp, warp, instruction, lane, address, size, record.reader_pc, warp.id);
 }
 
 void SharedMemory::begin_copy(u32 address, int size, int change) {
@@ -168,10 +177,7 @@ void GlobalMemory::add(u64 start, u64 end, bool checks) {
   Tensor& tensor = tensors.emplace_back();
   tensor.start = start;
   tensor.end = end;
-  if (!checks) return;
-  const std::size_t granules = ((end - start) >> shift) + 2;
-  tensor.shadow.resize(granules);
-  tensor.other_reader.assign(granules, 0);
+  if (checks) tensor.records = Records(((end - start) >> shift) + 2);
 }
 
 Tensor* GlobalMemory::find(u64 address) {
@@ -223,38 +229,36 @@ void GlobalMemory::report_race(const Warp& warp, const Instruction& instruction,
 
 void GlobalMemory::check_read(Warp& warp, const Instruction& instruction, int lane, u64 address, int size) {
   Tensor& tensor = *find(address);
-  Shadow& shadow = tensor.shadow;
   const u64 first = tensor.start >> shift, end = ((address + size - 1) >> shift) - first;
   for (u64 g = (address >> shift) - first; g <= end; ++g) {
-    const Stamp writer = shadow.writer[g];
-    if (concurrent(warp, writer) || warp.other_lane(writer, shadow.writer_lane[g], u8(lane)))
-      report_race(warp, instruction, lane, address, size, shadow.writer_pc[g], writer);
-    Stamp& other = tensor.other_reader[g];
+    Record& record = tensor.records[g];
+    if (concurrent(warp, record.writer) || warp.other_lane(record.writer, record.writer_lane, u8(lane)))
+      report_race(warp, instruction, lane, address, size, record.writer_pc, record.writer);
+    Stamp& other = record.other_reader;
     const bool is_final = other != 0 && clock_of(other) <= block_start;  // another block: no barrier will order it
-    if (!is_final && concurrent(warp, shadow.reader[g])) other = shadow.reader[g];
-    shadow.read(g, warp.now(), instruction.pc, u8(lane));
+    if (!is_final && concurrent(warp, record.reader)) other = record.reader;
+    record.read(warp.now(), instruction.pc, u8(lane));
   }
 }
 
 void GlobalMemory::check_write(Warp& warp, const Instruction& instruction, int lane, u64 address, int size, const u8* data,
                                bool atomic) {
   Tensor& tensor = *find(address);
-  Shadow& shadow = tensor.shadow;
   const bool same = data != nullptr && std::memcmp(reinterpret_cast<const void*>(address), data, size) == 0;
   const u64 first = tensor.start >> shift, end = ((address + size - 1) >> shift) - first;
   for (u64 g = (address >> shift) - first; g <= end; ++g) {
-    const Stamp writer = shadow.writer[g], reader = shadow.reader[g], other_reader = tensor.other_reader[g];
+    Record& record = tensor.records[g];
     const auto report = [&](int other_pc, Stamp other) {
       report_race(warp, instruction, lane, address, size, other_pc, other);
     };
-    const bool harmless = same || (atomic && shadow.atomic[g]);
-    if (!harmless && (concurrent(warp, writer) || warp.other_lane(writer, shadow.writer_lane[g], u8(lane))))
-      report(shadow.writer_pc[g], writer);
-    if (concurrent(warp, reader) || warp.other_lane(reader, shadow.reader_lane[g], u8(lane)))
-      report(shadow.reader_pc[g], reader);
-    else if (concurrent(warp, other_reader))
-      report(-1, other_reader);
-    shadow.wrote(g, warp.now(), instruction.pc, u8(lane), atomic);
+    const bool harmless = same || (atomic && record.atomic);
+    if (!harmless && (concurrent(warp, record.writer) || warp.other_lane(record.writer, record.writer_lane, u8(lane))))
+      report(record.writer_pc, record.writer);
+    if (concurrent(warp, record.reader) || warp.other_lane(record.reader, record.reader_lane, u8(lane)))
+      report(record.reader_pc, record.reader);
+    else if (concurrent(warp, record.other_reader))
+      report(-1, record.other_reader);
+    record.wrote(warp.now(), instruction.pc, u8(lane), atomic);
   }
 }
 

@@ -8,6 +8,7 @@
 
 #include <array>
 #include <map>
+#include <memory>
 #include <utility>
 #include <vector>
 
@@ -72,15 +73,30 @@ struct Faults {
            int other_pc = -1, int other_warp = -1);
 };
 
-// The last write and the last read of each granule of memory. A granule is as large as the smallest access of the program.
-struct Shadow {
-  std::vector<Stamp> writer, reader;
-  std::vector<i32> writer_pc, reader_pc;
-  std::vector<u8> writer_lane, reader_lane;
-  std::vector<u8> atomic;  // whether the last write was atomic
-  void resize(std::size_t granules);
-  void wrote(std::size_t g, Stamp now, int pc, u8 lane, bool is_atomic);
-  void read(std::size_t g, Stamp now, int pc, u8 lane);
+// The last write and the last read of a granule of memory, which is as large as the smallest access of the program.
+struct Record {
+  Stamp writer, reader;
+  Stamp other_reader;  // of global memory: a read that does not happen before the last one
+  i32 writer_pc, reader_pc;
+  u8 writer_lane, reader_lane;
+  bool atomic;  // the last write was atomic
+
+  void wrote(Stamp now, int pc, u8 lane, bool is_atomic);
+  void read(Stamp now, int pc, u8 lane);
+};
+
+// Records of 0, which take memory when they are first touched: most of a large tensor never is.
+class Records {
+ public:
+  explicit Records(std::size_t count = 0);
+  Record& operator[](std::size_t k) { return records_[k]; }
+
+ private:
+  struct Unmap {
+    std::size_t bytes;
+    void operator()(Record* records) const;
+  };
+  std::unique_ptr<Record[], Unmap> records_;
 };
 
 enum class Access { plain, atomic, copy, wgmma };
@@ -111,7 +127,7 @@ class SharedMemory {
   std::vector<u8> bytes_;
   int shift_ = 0, size_ = 0;
   u32 block_start_ = 0;
-  Shadow shadow_;
+  Records records_;
   std::vector<std::vector<u32>> read_clocks_;  // [warp][granule]
   std::vector<u8> copies_;                     // unfinished copies to each granule
   std::vector<std::vector<int>> wgmma_groups_;  // [warpgroup][16 bytes]: the last group of wgmmas that reads them
@@ -121,8 +137,7 @@ class SharedMemory {
 // A range of memory that the kernel may touch.
 struct Tensor {
   u64 start, end;
-  Shadow shadow;
-  std::vector<Stamp> other_reader;  // a read of each granule that does not happen before the last one
+  Records records;
 };
 
 class GlobalMemory {

@@ -231,7 +231,8 @@ void* ptx_program(const char* names, int count, const ptx::i32* guards, const pt
 
 void ptx_free(void* program) { delete static_cast<ptx::Program*>(program); }
 
-// Returns the number of faults, of which the first `capacity` are written; -1: more synchronisations than the checks can count.
+// Returns the number of faults, of which the first `capacity` are written; -1: more synchronisations than the checks can count;
+// -2: not enough memory.
 int ptx_run(const void* program, const ptx::Launch* launch, ptx::Fault* faults, int capacity) try {
   ptx::Runner runner(*static_cast<const ptx::Program*>(program), *launch);
   const auto& found = runner.run().list;
@@ -239,6 +240,8 @@ int ptx_run(const void* program, const ptx::Launch* launch, ptx::Fault* faults, 
   return int(found.size());
 } catch (const ptx::ClockOverflow&) {
   return -1;
+} catch (const std::bad_alloc&) {
+  return -2;
 }
 
 }  // extern "C"
