@@ -336,4 +336,6 @@ def _each_half(function: Callable, kind: str) -> Callable:
 for _kind in ("f16", "bf16"):
     EXACT[f"cvt.{_kind}x2.f32"] = lambda high, low, kind=_kind: _pair(low, high, kind)
     EXACT[f"add.{_kind}x2"] = _each_half(EXACT[f"add.{_kind}"], _kind)
+for _kind in ("u16x2", "s16x2"):
+    EXACT[f"add.{_kind}"] = lambda a, b: (a + b) & 0xFFFF | ((a >> 16) + (b >> 16) & 0xFFFF) << 16
 EXACT["fma.bf16x2"] = _each_half(fused, "bf16")

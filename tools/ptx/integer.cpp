@@ -59,6 +59,7 @@ FOR_EACH_WIDTH(16)
 FOR_EACH_WIDTH(32)
 FOR_EACH_WIDTH(64)
 
+OPCODE("add.u16x2 add.s16x2", (u32 a, u32 b) { return ((a + b) & 0xffff) | ((a >> 16) + (b >> 16)) << 16; })
 OPCODE("min.relu.s32", (i32 a, i32 b) { return std::max(0, std::min(a, b)); })
 OPCODE("max.relu.s32", (i32 a, i32 b) { return std::max(0, std::max(a, b)); })
 OPCODE("mul.wide.u16", (u16 a, u16 b) -> u32 { return u32(a) * b; })

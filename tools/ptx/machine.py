@@ -181,7 +181,7 @@ class Program:
         wide = {
             op.value: self.kernel.width(op.value) == 64 for op in operands if op.kind == "register"
         }
-        offsets, at, self.undefined = place_registers(self.code, wide, at)
+        offsets, at = place_registers(self.code, wide, at)
         names = [op.value for op in operands if op.kind == "predicate"]
         for name in dict.fromkeys([*names, *(i.guard for i in self.code if i.guard)]):
             places[name] = at

@@ -9,15 +9,15 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator
 
-from .translate import Instruction
+from .translate import Instruction, Operand
 
 
 def place_registers(
     instructions: list[Instruction],
     wide: dict[str, bool],
     start: int,
-) -> tuple[dict[str, int], int, list[str]]:
-    """Return the byte offset of each register, the end, and the registers read before any write.
+) -> tuple[dict[str, int], int]:
+    """Return the byte offset of each register, and the end.
 
     Args:
         instructions: the kernel's code.
@@ -36,20 +36,19 @@ def place_registers(
         for bits, pc in spans:
             for k in _indices(bits):
                 first[k], last[k] = min(first[k], pc), max(last[k], pc)
-    for name in _written_late(instructions):
-        first[names.index(name)], last[names.index(name)] = 0, len(instructions)
-    offsets, end = _place(names, [wide[name] for name in names], first, last, start)
-    return offsets, end, [names[k] for k in _indices(live_in[0] if live_in else 0)]
+    for k in _indices(_bits(_written_late(instructions), bit)):
+        first[k], last[k] = 0, len(instructions)
+    return _place(names, [wide[name] for name in names], first, last, start)
 
 
-def _written_late(instructions: list[Instruction]) -> set[str]:
+def _written_late(instructions: list[Instruction]) -> list[Operand]:
     """Return the registers that an asynchronous wgmma writes, at any time until its wait."""
-    return {
-        str(operand.value)
+    return [
+        operand
         for instruction in instructions
         for operand in instruction.operands[: instruction.outputs]
         if instruction.opcode.startswith(("wgmma.mma_async", "wgmma.move"))
-    }
+    ]
 
 
 def _reads_and_writes(
@@ -66,7 +65,7 @@ def _reads_and_writes(
     return reads, writes
 
 
-def _bits(operands: list, bit: dict[str, int]) -> int:
+def _bits(operands: list[Operand], bit: dict[str, int]) -> int:
     bits = 0
     for operand in operands:
         if operand.kind == "register":

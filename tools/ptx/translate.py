@@ -295,6 +295,24 @@ def _convert_integer(t: Translator, to: str, kind: str, tokens: list[str]) -> No
     t.extend(register, value, kind)
 
 
+def _setp(t: Translator, words: list[str], tokens: list[str]) -> None:
+    """Write ``p|q``: the results of both halves of packed floats, or a result and its inverse."""
+    to, _, second = tokens[0].partition("|")
+    if not second:
+        return t.generic(spelling(words), tokens)
+    predicates = [t.destination(name.strip(), "pred") for name in (to, second)]
+    if not words[-1].endswith("x2"):
+        t.generic(spelling(words), [to.strip(), *tokens[1:]])
+        return t.emit("not.pred", [predicates[1], predicates[0]])
+    sources = [t.source(token, "b32") for token in tokens[1:]]
+    opcode = spelling(words).removesuffix("x2")
+    for k, predicate in enumerate(predicates):
+        halves = [t.temporary(16) for _ in sources]
+        for half, source in zip(halves, sources, strict=True):
+            t.emit("unpack.2x16", [half, source, Operand("constant", k)])
+        t.emit(opcode, [predicate, *halves])
+
+
 # ---- memory --------------------------------------------------------------------------------------
 
 
@@ -329,10 +347,20 @@ def _ld(t: Translator, words: list[str], tokens: list[str]) -> None:
         loaded.append(register if exact else t.temporary(32))
         if not exact:
             extended.append((register, loaded[-1]))
-    address = t.address(tokens[1], "u32" if space == "shared" else "u64")
+    address = _ld_address(t, space, tokens[1])
     t.emit(f"ld.{space}.{bits}x{count}", [*loaded, *address], outputs=count)
     for register, value in extended:
         t.extend(register, value, kind)
+
+
+def _ld_address(t: Translator, space: str, token: str) -> list[Operand]:
+    base = token.strip("[] ").split("+")[0].strip()
+    if space != "param" or not t.is_register(base) or t.kernel.width(base) == 64:
+        return t.address(token, "u32" if space == "shared" else "u64")
+    narrow, offset = t.address(token, "u32")  # Triton 3.9 keeps addresses of parameters in 32 bits
+    wide = t.temporary(64)
+    t.emit("extend.u32", [wide, narrow])
+    return [wide, offset]
 
 
 def _st(t: Translator, words: list[str], tokens: list[str]) -> None:
@@ -449,6 +477,7 @@ def _fence(t: Translator, words: list[str], tokens: list[str]) -> None:
 FAMILIES: dict[str, Callable[[Translator, list[str], list[str]], None]] = {
     "mov": _mov,
     "cvt": _cvt,
+    "setp": _setp,
     "ld": _ld,
     "st": _st,
     "atom": _atom,
