@@ -157,9 +157,10 @@ class Launcher:
         threads = 32 * self.metadata.num_warps
 
         def run(schedule: Schedule) -> list[Fault]:
-            return program.run(
+            faults = program.run(
                 (x, y, z), parameters, memory, threads=threads, shared=shared, schedule=schedule
             )
+            return [fault for fault in faults if not _is_known(fault)]
 
         session.counts["launches"] += 1
         session.reports += _timed(
@@ -180,6 +181,12 @@ class Launcher:
             arguments.append(Argument("global_scratch", scratch))
             return [*packed, struct.pack("Q", scratch.data_ptr()), _NULL], arguments
         return [*packed, _NULL, _NULL], arguments  # global and profile scratch
+
+
+def _is_known(fault: Fault) -> bool:
+    """Return whether a fault is Triton's own: 3.6 puts no proxy fence between cp.async and wgmma."""
+    missing = fault.kind == "missing proxy fence" and "`cp.async" in fault.text
+    return missing and triton.__version__.startswith("3.6.")
 
 
 def _aligned(size: int, alignment: int) -> torch.Tensor:
