@@ -105,7 +105,7 @@ def execute(
 def run(body: str, *inputs: np.ndarray, out: np.ndarray, **options) -> np.ndarray:
     """Return what the statements ``body`` write to ``out``; see :func:`execute`."""
     outcome = execute(body, *inputs, out=out, **options)
-    assert outcome.faults == []
+    assert not outcome.faults, outcome.faults
     return outcome.out
 
 

@@ -290,9 +290,13 @@ def _convert_integer(t: Translator, to: str, kind: str, tokens: list[str]) -> No
         low = t.temporary(32)
         t.emit("truncate.u64", [low, value])
         return t.extend(register, low, to)
-    if WIDTHS[to] < WIDTHS[kind]:
-        return t.extend(register, value, to)
-    t.extend(register, value, kind)
+    if WIDTHS[to] > WIDTHS[kind]:
+        if to[0] == kind[0] or t.kernel.width(tokens[0]) <= WIDTHS[to]:
+            return t.extend(register, value, kind)
+        narrow = t.temporary(32)
+        t.extend(narrow, value, kind)
+        value = narrow
+    t.extend(register, value, to)  # a register wider than its type is extended by that type
 
 
 def _setp(t: Translator, words: list[str], tokens: list[str]) -> None:
