@@ -176,6 +176,7 @@ def count_products(monkeypatch, call):
     return counted[0], result
 
 
+@pytest.mark.not_on_ptx("counts the products of the interpreter")
 def test_skipped_samples_need_no_products(monkeypatch):
     check_skip(monkeypatch)
 
@@ -199,6 +200,7 @@ def check_skip(monkeypatch):
         assert torch.equal(value, want), name
 
 
+@pytest.mark.not_on_ptx("counts the calls of a jit function in the interpreter")
 @pytest.mark.parametrize("missing", ["skip", "zero"])
 def test_attention_computes_only_tiles_with_valid_keys(monkeypatch, missing):
     """Tiles are computed only for present samples, and only up to the last valid key."""

@@ -128,7 +128,15 @@ def test_linear_stays_within_the_budget(gather, combine, dtype):
 
 
 @pytest.mark.parametrize(
-    "height, arch", [(16, 90), (32, 90), (64, 80), (64, 90), (128, 80), (128, 90), ("long", 90)]
+    "height, arch",
+    [
+        *((16, 90), (32, 90), (64, 80), (64, 90), (128, 80), (128, 90)),
+        pytest.param(
+            "long",
+            90,
+            marks=pytest.mark.not_on_ptx("tiles in float32 need more shared memory than a GPU has"),
+        ),
+    ],
 )
 @pytest.mark.parametrize("variant", ["gelu", "swiglu"])
 def test_16_bit_plans_keep_the_budget_in_float32(monkeypatch, variant, height, arch):

@@ -145,6 +145,7 @@ def test_non_contiguous_inputs_give_the_same_bits():
     assert all(torch.equal(got[name], want[name]) for name in want)
 
 
+@pytest.mark.not_on_ptx("counts the calls of a jit function in the interpreter")
 @pytest.mark.skipif(CUDA, reason="only the interpreter can count the computed tiles")
 def test_tiles_without_pairs_are_skipped(monkeypatch):
     """With four sorted keys, each sweep computes 8 of the 8 x 4 tiles.

@@ -385,6 +385,7 @@ def test_tile_map_and_tile_rows():
 # ---- layouts, registration, behavior -------------------------------------------------------------
 
 
+@pytest.mark.not_on_ptx("other strides may compile to another order of a sum")
 def test_strided_inputs():
     dense = torch.randn(137, 13, device=DEVICE)
     views = [
