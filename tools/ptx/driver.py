@@ -184,7 +184,7 @@ class Launcher:
 
 
 def _is_known(fault: Fault) -> bool:
-    """Return whether a fault is Triton's own: 3.6 puts no proxy fence between cp.async and wgmma."""
+    """Return whether Triton is at fault: 3.6 puts no proxy fence between cp.async and wgmma."""
     missing = fault.kind == "missing proxy fence" and "`cp.async" in fault.text
     return missing and triton.__version__.startswith("3.6.")
 
