@@ -19,7 +19,7 @@ std::map<std::string, Opcode>& opcodes();
 
 // Registers an opcode by its spellings in PTX, separated by spaces.
 struct Register {
-  Register(const char* spellings, Function function, const std::string& signature = "");
+  Register(const std::string& spellings, Function function, const std::string& signature = "");
 };
 
 template <class T> std::string name_of() {

@@ -36,148 +36,85 @@ template <class T, int COUNT> struct Vectors {
   }
 };
 
-template <class T, int COUNT> struct Global {
-  static constexpr int SIZE = sizeof(T) * COUNT;
+// What loads, stores and atomics need of a memory; parameters are only loaded.
+template <class Memory> Memory& memory_of(Warp& warp) {
+  if constexpr (std::is_same_v<Memory, SharedMemory>) return warp.machine.shared;
+  if constexpr (std::is_same_v<Memory, GlobalMemory>) return warp.machine.global;
+  if constexpr (std::is_same_v<Memory, Parameters>) return warp.machine.parameters;
+}
 
-  static void load(Warp& warp, const Instruction& instruction, u32 lanes) {
-    u64 addresses[32];
-    addresses_of(warp, instruction.operands[COUNT], instruction.operands[COUNT + 1], addresses);
-    GlobalMemory& memory = warp.machine.global;
-    const u32 valid = memory.valid(warp, instruction, addresses, lanes, SIZE);
-    Vectors<T, COUNT> vectors;
-    if (valid != ALL) std::memset(&vectors, 0xff, sizeof vectors);
-    for_each_lane(valid, [&](int lane) {
-      if (warp.machine.schedule.checks) memory.check_read(warp, instruction, lane, addresses[lane], SIZE);
-      std::memcpy(vectors.values[lane], reinterpret_cast<const void*>(addresses[lane]), SIZE);
-    });
-    vectors.to_registers(warp, instruction.operands, lanes);
-  }
-
-  static void store(Warp& warp, const Instruction& instruction, u32 lanes) {
-    u64 addresses[32];
-    addresses_of(warp, instruction.operands[0], instruction.operands[1], addresses);
-    GlobalMemory& memory = warp.machine.global;
-    Vectors<T, COUNT> vectors;
-    vectors.from_registers(warp, instruction.operands + 2);
-    for_each_lane(memory.valid(warp, instruction, addresses, lanes, SIZE), [&](int lane) {
-      if (warp.machine.schedule.checks)
-        memory.check_write(warp, instruction, lane, addresses[lane], SIZE, vectors.bytes(lane), false);
-      std::memcpy(reinterpret_cast<void*>(addresses[lane]), vectors.values[lane], SIZE);
-    });
-  }
-};
-
-template <class T, int COUNT> struct Shared {
-  static constexpr int SIZE = sizeof(T) * COUNT;
-
-  static void load(Warp& warp, const Instruction& instruction, u32 lanes) {
-    u32 addresses[32];
-    addresses_of(warp, instruction.operands[COUNT], instruction.operands[COUNT + 1], addresses);
-    SharedMemory& memory = warp.machine.shared;
-    const u32 valid = memory.valid(warp, instruction, addresses, lanes, SIZE);
-    Vectors<T, COUNT> vectors;
-    if (valid != ALL) std::memset(&vectors, 0xff, sizeof vectors);
-    for_each_lane(valid, [&](int lane) {
-      if (warp.machine.schedule.checks) memory.check_read(warp, instruction, lane, addresses[lane], SIZE, Access::plain);
-      std::memcpy(vectors.values[lane], memory.at(addresses[lane]), SIZE);
-    });
-    vectors.to_registers(warp, instruction.operands, lanes);
-  }
-
-  static void store(Warp& warp, const Instruction& instruction, u32 lanes) {
-    u32 addresses[32];
-    addresses_of(warp, instruction.operands[0], instruction.operands[1], addresses);
-    SharedMemory& memory = warp.machine.shared;
-    Vectors<T, COUNT> vectors;
-    vectors.from_registers(warp, instruction.operands + 2);
-    for_each_lane(memory.valid(warp, instruction, addresses, lanes, SIZE), [&](int lane) {
-      if (warp.machine.schedule.checks)
-        memory.check_write(warp, instruction, lane, addresses[lane], SIZE, vectors.bytes(lane), Access::plain);
-      std::memcpy(memory.at(addresses[lane]), vectors.values[lane], SIZE);
-    });
-  }
-};
-
-// Addresses of parameters count from the first parameter.
-template <class T, int COUNT> void load_parameter(Warp& warp, const Instruction& instruction, u32 lanes) {
-  u64 addresses[32];
-  addresses_of(warp, instruction.operands[COUNT], instruction.operands[COUNT + 1], addresses);
+template <class Memory, class T, int COUNT> void load(Warp& warp, const Instruction& instruction, u32 lanes) {
   constexpr int size = sizeof(T) * COUNT;
-  Vectors<T, COUNT> vectors{};
-  for_each_lane(lanes, [&](int lane) {
-    if (addresses[lane] + size > u64(warp.machine.parameter_bytes) || addresses[lane] + size < size)
-      warp.machine.faults.add(Kind::parameter_bounds, warp, instruction, lane, addresses[lane], size);
-    else
-      std::memcpy(vectors.values[lane], warp.machine.parameters + addresses[lane], size);
+  Memory& memory = memory_of<Memory>(warp);
+  typename Memory::Address addresses[32];
+  addresses_of(warp, instruction.operands[COUNT], instruction.operands[COUNT + 1], addresses);
+  const u32 valid = memory.valid(warp, instruction, addresses, lanes, size);
+  Vectors<T, COUNT> vectors;
+  if (valid != ALL) std::memset(&vectors, 0xff, sizeof vectors);
+  for_each_lane(valid, [&](int lane) {
+    if (warp.machine.schedule.checks) memory.check_read(warp, instruction, lane, addresses[lane], size, Access::plain);
+    std::memcpy(vectors.values[lane], memory.at(addresses[lane]), size);
   });
   vectors.to_registers(warp, instruction.operands, lanes);
 }
 
-template <class T, int COUNT> void register_size(const std::string& size) {
-  Register(("ld.global." + size).c_str(), Global<T, COUNT>::load);
-  Register(("st.global." + size).c_str(), Global<T, COUNT>::store);
-  Register(("ld.shared." + size).c_str(), Shared<T, COUNT>::load);
-  Register(("st.shared." + size).c_str(), Shared<T, COUNT>::store);
-  Register(("ld.param." + size).c_str(), load_parameter<T, COUNT>);
+template <class Memory, class T, int COUNT> void store(Warp& warp, const Instruction& instruction, u32 lanes) {
+  constexpr int size = sizeof(T) * COUNT;
+  Memory& memory = memory_of<Memory>(warp);
+  typename Memory::Address addresses[32];
+  addresses_of(warp, instruction.operands[0], instruction.operands[1], addresses);
+  Vectors<T, COUNT> vectors;
+  vectors.from_registers(warp, instruction.operands + 2);
+  for_each_lane(memory.valid(warp, instruction, addresses, lanes, size), [&](int lane) {
+    if (warp.machine.schedule.checks)
+      memory.check_write(warp, instruction, lane, addresses[lane], size, vectors.bytes(lane), Access::plain);
+    std::memcpy(memory.at(addresses[lane]), vectors.values[lane], size);
+  });
 }
 
-template <class T> void register_sizes() {
-  const std::string bits = std::to_string(8 * sizeof(T));
-  register_size<T, 1>(bits + "x1");
-  register_size<T, 2>(bits + "x2");
-  if constexpr (sizeof(T) < 8) register_size<T, 4>(bits + "x4");
+template <class T, int COUNT> void register_size() {
+  const std::string size = std::to_string(8 * sizeof(T)) + "x" + std::to_string(COUNT);
+  Register("ld.global." + size, load<GlobalMemory, T, COUNT>);
+  Register("st.global." + size, store<GlobalMemory, T, COUNT>);
+  Register("ld.shared." + size, load<SharedMemory, T, COUNT>);
+  Register("st.shared." + size, store<SharedMemory, T, COUNT>);
+  Register("ld.param." + size, load<Parameters, T, COUNT>);
 }
 
-const bool sizes_registered = (register_sizes<u8>(), register_sizes<u16>(), register_sizes<u32>(), register_sizes<u64>(), true);
+template <class... T> bool register_sizes() {
+  (register_size<T, 1>(), ...);
+  (register_size<T, 2>(), ...);
+  (register_size<T, 4>(), ...);
+  return true;
+}
+const bool sizes_registered = register_sizes<u8, u16, u32, u64>();
 
 // ---- atomics ------------------------------------------------------------------------------------
 
-// Operands: destination (-1 for red), base address, offset, value.
-template <class T, class F> struct Atomic {
-  static void shared(Warp& warp, const Instruction& instruction, u32 lanes) {
-    u32 addresses[32];
-    addresses_of(warp, instruction.operands[1], instruction.operands[2], addresses);
-    SharedMemory& memory = warp.machine.shared;
-    const u32 valid = memory.valid(warp, instruction, addresses, lanes, sizeof(T));
-    update(warp, instruction, lanes, valid, [&](int lane) {
-      if (warp.machine.schedule.checks)
-        memory.check_write(warp, instruction, u8(lane), addresses[lane], sizeof(T), nullptr, Access::atomic);
-      return memory.at(addresses[lane]);
-    });
-  }
-
-  static void global(Warp& warp, const Instruction& instruction, u32 lanes) {
-    u64 addresses[32];
-    addresses_of(warp, instruction.operands[1], instruction.operands[2], addresses);
-    GlobalMemory& memory = warp.machine.global;
-    const u32 valid = memory.valid(warp, instruction, addresses, lanes, sizeof(T));
-    update(warp, instruction, lanes, valid, [&](int lane) {
-      if (warp.machine.schedule.checks)
-        memory.check_write(warp, instruction, lane, addresses[lane], sizeof(T), nullptr, true);
-      return reinterpret_cast<u8*>(addresses[lane]);
-    });
-  }
-
-  template <class Place>
-  static void update(Warp& warp, const Instruction& instruction, u32 lanes, u32 valid, Place place) {
-    const Cell<T>* values = warp.at<Cell<T>>(instruction.operands[3]);
-    Cell<T> old[32] = {};
-    for_each_lane(valid, [&](int lane) {
-      u8* const at = place(lane);
-      T before;
-      std::memcpy(&before, at, sizeof before);
-      const T after = F{}(before, from_cell<T>(values[lane]));
-      std::memcpy(at, &after, sizeof after);
-      old[lane] = to_cell<T>(before);
-    });
-    if (instruction.operands[0] >= 0) put(warp.registers + instruction.operands[0], old, lanes);
-  }
-};
+// Operands: destination (-1 for red), base address, offset, value. F computes the new value.
+template <class Memory, class T, class F> void atomic(Warp& warp, const Instruction& instruction, u32 lanes) {
+  const i32* o = instruction.operands;
+  Memory& memory = memory_of<Memory>(warp);
+  typename Memory::Address addresses[32];
+  addresses_of(warp, o[1], o[2], addresses);
+  const Cell<T>* values = warp.at<Cell<T>>(o[3]);
+  Cell<T> old[32] = {};
+  for_each_lane(memory.valid(warp, instruction, addresses, lanes, sizeof(T)), [&](int lane) {
+    if (warp.machine.schedule.checks)
+      memory.check_write(warp, instruction, lane, addresses[lane], sizeof(T), nullptr, Access::atomic);
+    T before;
+    std::memcpy(&before, memory.at(addresses[lane]), sizeof before);
+    const T after = F{}(before, from_cell<T>(values[lane]));
+    std::memcpy(memory.at(addresses[lane]), &after, sizeof after);
+    old[lane] = to_cell<T>(before);
+  });
+  if (o[0] >= 0) put(warp.registers + o[0], old, lanes);
+}
 
 template <class T, class F> void register_atomic(const std::string& name, F) {
-  for (const std::string& kind : {std::string("atom"), std::string("red")}) {
-    Register((kind + ".shared." + name).c_str(), Atomic<T, F>::shared);
-    Register((kind + ".global." + name).c_str(), Atomic<T, F>::global);
+  for (const char* kind : {"atom", "red"}) {
+    Register(std::string(kind) + ".shared." + name, atomic<SharedMemory, T, F>);
+    Register(std::string(kind) + ".global." + name, atomic<GlobalMemory, T, F>);
   }
 }
 
@@ -283,8 +220,8 @@ template <int SIZE> void cp_async(Warp& warp, const Instruction& instruction, u3
     fetching |= u32(bytes[lane] > 0) << lane;
   }
   for_each_lane(machine.global.valid(warp, instruction, from, lanes & fetching, SIZE), [&](int lane) {
-    if (machine.schedule.checks) machine.global.check_read(warp, instruction, lane, from[lane], SIZE);
-    std::memcpy(copy.data[lane].data(), reinterpret_cast<const void*>(from[lane]), bytes[lane]);
+    if (machine.schedule.checks) machine.global.check_read(warp, instruction, lane, from[lane], SIZE, Access::copy);
+    std::memcpy(copy.data[lane].data(), machine.global.at(from[lane]), bytes[lane]);
   });
   copy.lanes = machine.shared.valid(warp, instruction, copy.to.data(), lanes, SIZE);
   if (machine.schedule.checks)

@@ -116,8 +116,7 @@ struct Machine {
   std::array<i32, 3> grid;
   std::vector<Warp> warps;
   std::array<Barrier, 16> barriers;
-  const u8* parameters;
-  i64 parameter_bytes;
+  Parameters parameters;
   SharedMemory shared;
   GlobalMemory global;
   Faults faults;

@@ -216,8 +216,8 @@ const std::vector<Register> wgmma_opcodes = [] {
   std::vector<Register> all;
   for (int columns = 8; columns <= 256; columns += 8) {
     const std::string shape = "wgmma.mma_async.m64n" + std::to_string(columns) + "k16.f32.";
-    all.emplace_back((shape + "bf16.bf16").c_str(), wgmma<bf16>);
-    all.emplace_back((shape + "f16.f16").c_str(), wgmma<f16>);
+    all.emplace_back(shape + "bf16.bf16", wgmma<bf16>);
+    all.emplace_back(shape + "f16.f16", wgmma<f16>);
   }
   return all;
 }();

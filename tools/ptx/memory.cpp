@@ -171,6 +171,15 @@ void SharedMemory::begin_copy(u32 address, int size, int change) {
   for (std::size_t g = (address - BASE) >> shift_; g <= end; ++g) copies_[g] += change;
 }
 
+u32 Parameters::valid(Warp& warp, const Instruction& instruction, const u64* addresses, u32 lanes, int length) {
+  for_each_lane(lanes, [&](int lane) {
+    if (addresses[lane] <= u64(size) && addresses[lane] + length <= u64(size)) return;
+    warp.machine.faults.add(Kind::parameter_bounds, warp, instruction, lane, addresses[lane], length);
+    lanes &= ~(1u << lane);
+  });
+  return lanes;
+}
+
 // ---- global memory ------------------------------------------------------------------------------
 
 void GlobalMemory::add(u64 start, u64 end, bool checks) {
@@ -227,7 +236,7 @@ void GlobalMemory::report_race(const Warp& warp, const Instruction& instruction,
   warp.machine.faults.add(Kind::global_race, warp, instruction, lane, address, size, other_pc, other_warp);
 }
 
-void GlobalMemory::check_read(Warp& warp, const Instruction& instruction, int lane, u64 address, int size) {
+void GlobalMemory::check_read(Warp& warp, const Instruction& instruction, int lane, u64 address, int size, Access) {
   Tensor& tensor = *find(address);
   const u64 first = tensor.start >> shift, end = ((address + size - 1) >> shift) - first;
   for (u64 g = (address >> shift) - first; g <= end; ++g) {
@@ -242,7 +251,8 @@ void GlobalMemory::check_read(Warp& warp, const Instruction& instruction, int la
 }
 
 void GlobalMemory::check_write(Warp& warp, const Instruction& instruction, int lane, u64 address, int size, const u8* data,
-                               bool atomic) {
+                               Access access) {
+  const bool atomic = access == Access::atomic;
   Tensor& tensor = *find(address);
   const bool same = data != nullptr && std::memcmp(reinterpret_cast<const void*>(address), data, size) == 0;
   const u64 first = tensor.start >> shift, end = ((address + size - 1) >> shift) - first;

@@ -103,13 +103,14 @@ enum class Access { plain, atomic, copy, wgmma };
 
 class SharedMemory {
  public:
+  using Address = u32;
   static constexpr u32 BASE = 1024;  // of its addresses; aligned for the swizzles of wgmma
 
   void resize(int bytes, int granule_shift, int num_warps, bool checks);
   void begin_block(u32 clock, bool checks);
   u8* at(u32 address) { return bytes_.data() + (address - BASE); }
 
-  // Whether all addresses are inside and aligned; if not, `report` names the lane and returns the lanes that are.
+  // The lanes whose access is inside and aligned; `valid` reports the others.
   bool all_valid(const u32* addresses, u32 lanes, int size) const;
   u32 valid(Warp& warp, const Instruction& instruction, const u32* addresses, u32 lanes, int size);
 
@@ -142,16 +143,17 @@ struct Tensor {
 
 class GlobalMemory {
  public:
+  using Address = u64;
   std::vector<Tensor> tensors;  // sorted, without overlaps
   int shift = 0;
   u32 block_start = 0;
 
   void add(u64 start, u64 end, bool checks);
-  // The lanes whose access is inside a tensor and aligned; the others are reported.
+  u8* at(u64 address) { return reinterpret_cast<u8*>(address); }
   u32 valid(Warp& warp, const Instruction& instruction, const u64* addresses, u32 lanes, int size);
-  void check_read(Warp& warp, const Instruction& instruction, int lane, u64 address, int size);
+  void check_read(Warp& warp, const Instruction& instruction, int lane, u64 address, int size, Access access);
   void check_write(Warp& warp, const Instruction& instruction, int lane, u64 address, int size, const u8* data,
-                   bool atomic);
+                   Access access);
 
  private:
   Tensor* find(u64 address);
@@ -159,6 +161,18 @@ class GlobalMemory {
   void report_race(const Warp& warp, const Instruction& instruction, int lane, u64 address, int size, int other_pc,
                    Stamp other) const;
   bool all_in(const Tensor& tensor, const u64* addresses, u32 lanes, int size) const;
+};
+
+// Addresses count from the first parameter.
+class Parameters {
+ public:
+  using Address = u64;
+  const u8* bytes;
+  i64 size;
+
+  const u8* at(u64 address) const { return bytes + address; }
+  u32 valid(Warp& warp, const Instruction& instruction, const u64* addresses, u32 lanes, int size);
+  void check_read(Warp&, const Instruction&, int, u64, int, Access) {}
 };
 
 }  // namespace ptx

@@ -3,6 +3,7 @@
 #include <limits>
 #include <memory>
 #include <numeric>
+#include <sstream>
 
 #include "lanes.h"
 
@@ -13,12 +14,9 @@ std::map<std::string, Opcode>& opcodes() {
   return table;
 }
 
-Register::Register(const char* spellings, Function function, const std::string& signature) {
-  for (const char* at = spellings; *at != '\0';) {
-    const std::size_t length = std::strcspn(at, " ");
-    opcodes()[std::string(at, length)] = {function, signature};
-    at += length + std::strspn(at + length, " ");
-  }
+Register::Register(const std::string& spellings, Function function, const std::string& signature) {
+  std::istringstream words(spellings);
+  for (std::string spelling; words >> spelling;) opcodes()[spelling] = {function, signature};
 }
 
 // In the order of machine.py's SPECIAL.
@@ -62,8 +60,7 @@ class Runner {
     machine_.random_state = launch.seed * 0x9e3779b97f4a7c15ull | 1;
     machine_.num_warps = (launch.threads + 31) / 32;
     std::copy_n(launch.grid, 3, machine_.grid.begin());
-    machine_.parameters = launch.parameters;
-    machine_.parameter_bytes = launch.parameter_bytes;
+    machine_.parameters = {launch.parameters, launch.parameter_bytes};
     machine_.shared.resize(launch.shared_bytes, program.granule_shift, machine_.num_warps, machine_.schedule.checks);
     machine_.global.shift = program.granule_shift;
     for (i64 k = 0; k < launch.num_ranges; ++k)
