@@ -189,6 +189,21 @@ ASYNCHRONOUS = {
         """,
         threads=128,
     ),
+    "a fence of global memory only": Case(
+        *NO_FENCE,
+        """
+        st.shared.v4.u32 [at16], {0, 0, 0, 0};
+        st.shared.v4.u32 [at16+2048], {0, 0, 0, 0};
+      - fence.proxy.async.global;
+      + fence.proxy.async.shared::cta;
+        bar.sync 0;
+        wgmma.fence.sync.aligned;
+      ! WGMMA;
+        wgmma.commit_group.sync.aligned;
+        wgmma.wait_group.sync.aligned 0;
+        """,
+        threads=128,
+    ),
     "a fence before the copies have arrived": Case(
         *NO_FENCE,
         """

@@ -184,8 +184,9 @@ def test_one_buffer_too_few_is_reported_in_every_order_and_changes_late_results(
 
 
 def test_more_synchronisations_than_clocks_count_are_refused():
-    sixteen = "bar.warp.sync -1;\n" * 16
-    body = f"mov.u32 %r1, 0;\nagain:\n{sixteen}add.u32 %r1, %r1, 1;\nsetp.lt.u32 %p1, %r1, 4200000;"
-    text = Case("", "", body + "\n@%p1 bra again;", threads=32).kernel(False).text
+    fences = "fence.proxy.async;\n" * 64  # 2^20 times
+    loop = "add.u32 %r1, %r1, 1;\nsetp.lt.u32 %p1, %r1, 1048576;\n@%p1 bra again;"
+    body = f"mov.u32 %r1, 0;\nagain:\n{fences}{loop}"
+    text = Case("", "", body, threads=32).kernel(False).text
     with pytest.raises(OverflowError, match="broken synchronises too often for checks"):
         run(text, Schedule())

@@ -474,7 +474,7 @@ def _exchange(t: Translator, words: list[str], tokens: list[str]) -> None:
 
 
 def _fence(t: Translator, words: list[str], tokens: list[str]) -> None:
-    is_proxy = words[1:3] == ["proxy", "async"]
+    is_proxy = words[1:3] == ["proxy", "async"] and "global" not in words
     t.emit("fence.proxy.async" if is_proxy else "nothing", [], outputs=0)
 
 
