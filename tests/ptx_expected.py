@@ -13,7 +13,6 @@ from fractions import Fraction
 import numpy as np
 from ptx_numbers import from_bits, rounded, signed, to_bits, unsigned
 
-NAN = math.nan
 EXACT: dict[str, Callable] = {}
 APPROXIMATE: dict[
     str, Callable
@@ -216,31 +215,33 @@ ARITHMETIC = {
     "sqrt": np.sqrt,
     "rcp": lambda a: 1.0 / a,
 }
+
+
+def _is_nan(a: float, b: float) -> bool:
+    return a != a or b != b
+
+
 ORDERED = {
-    **{
-        f"setp.{n}": lambda a, b, f=f: f(a, b) and a == a and b == b for n, f in COMPARISONS.items()
-    },
-    "setp.num": lambda a, b: a == a and b == b,
-    "setp.nan": lambda a, b: a != a or b != b,
+    f"setp.{n}": lambda a, b, f=f: f(a, b) and not _is_nan(a, b) for n, f in COMPARISONS.items()
 }
+ORDERED |= {"setp.num": lambda a, b: not _is_nan(a, b), "setp.nan": _is_nan}
 UNORDERED = {
-    f"setp.{n}u": lambda a, b, f=f: f(a, b) or a != a or b != b for n, f in COMPARISONS.items()
+    f"setp.{n}u": lambda a, b, f=f: f(a, b) or _is_nan(a, b) for n, f in COMPARISONS.items()
 }
 EXACT |= {f"{name}.f32": f for name, f in {**ARITHMETIC, **ORDERED, **UNORDERED}.items()}
 EXACT |= {f"{name}.f64": f for name, f in {**ARITHMETIC, **ORDERED}.items()}
 EXACT["setp.neu.f64"] = UNORDERED["setp.neu"]
 EXACT |= {f"{name}.ftz.f32": _flushed(function) for name, function in ARITHMETIC.items()}
 for _kind in ("f16", "bf16"):
-    EXACT |= {
-        f"setp.{name}.{_kind}": ORDERED[f"setp.{name}"] for name in "eq lt gt num nan".split()
-    }
+    for _name in ("eq", "lt", "gt", "num", "nan"):
+        EXACT[f"setp.{_name}.{_kind}"] = ORDERED[f"setp.{_name}"]
     # A float64 does not hold every sum of two such numbers exactly.
     EXACT |= {f"add.{_kind}": _total, f"sub.{_kind}": lambda a, b: _total(a, -b)}
     EXACT[f"mul.{_kind}"] = ARITHMETIC["mul"]
 EXACT["fma.bf16"] = fused
 for _name in ("max", "min"):
     EXACT[f"{_name}.NaN.f32"] = lambda a, b, f=ARITHMETIC[_name]: (
-        f(a, b) if a == a and b == b else NAN
+        math.nan if _is_nan(a, b) else f(a, b)
     )
 EXACT |= {f"mov.{kind}": lambda a: a for kind in ("f16", "bf16", "f32", "f64")}
 EXACT |= {f"selp.{kind}": lambda a, b, p: a if p else b for kind in ("f32", "f64")}
@@ -255,10 +256,11 @@ def _directed(function: Callable, how: str) -> Callable:
 
 
 def _fused_down(a: float, b: float, c: float) -> float:
+    """Round a * b + c down; where the terms cancel, that is -0."""
     result = _directed(fused, "down")(a, b, c)
-    if result != 0 or c != -(a * b):
-        return result
-    return math.copysign(0.0, -1 if math.copysign(1, a * b) + math.copysign(1, c) < 2 else 1)
+    if result == 0 and c == -(a * b):
+        return 0.0 if math.copysign(1, a * b) == math.copysign(1, c) == 1 else -0.0
+    return result
 
 
 def _reciprocal_of_upper_half(a: float) -> float:

@@ -91,8 +91,8 @@ def execute(
         shared: bytes of dynamic shared memory.
         schedule: the order of execution.
     """
-    arrays = {f"in{k}": np.ascontiguousarray(array) for k, array in enumerate(inputs)}
-    arrays["out"] = out = out.copy()
+    arrays = {f"in{k}": aligned(array) for k, array in enumerate(inputs)}
+    arrays["out"] = out = aligned(out)
     bytes_each = {name: array.nbytes // (threads * blocks) for name, array in arrays.items()}
     program = Program(module(body, bytes_each, threads))
     starts = {name: array.ctypes.data for name, array in arrays.items()}
@@ -112,3 +112,12 @@ def run(body: str, *inputs: np.ndarray, out: np.ndarray, **options) -> np.ndarra
 def zeros(*shape: int, dtype: type = np.uint32) -> np.ndarray:
     """Return an array for ``out``."""
     return np.zeros(shape, dtype)
+
+
+def aligned(array: np.ndarray) -> np.ndarray:
+    """Return a copy that starts at a multiple of 64 bytes."""
+    memory = np.empty(array.nbytes + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    copy = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy

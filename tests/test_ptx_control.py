@@ -160,6 +160,23 @@ def test_the_numbers_of_a_block_count_along_x_first():
     assert out.tolist() == [3, 4]
 
 
+def test_setp_writes_a_second_predicate():
+    body = """
+        ld.global.v2.b32 {%r1, %r2}, [in0_at];
+        setp.gt.bf16x2 %p1|%p2, %r1, %r2;
+        setp.lt.u32 %p3|%p4, %r1, %r2;
+        selp.u32 %r3, 1, 0, %p1;
+        selp.u32 %r4, 1, 0, %p2;
+        selp.u32 %r5, 1, 0, %p3;
+        selp.u32 %r6, 1, 0, %p4;
+        st.global.v4.u32 [out_at], {%r3, %r4, %r5, %r6};"""
+    operands = random(32, 2) & 0xBFFFBFFF  # no NaN
+    low, high = ((operands >> shift << 16).view(np.float32) for shift in (0, 16))
+    less = operands[:, 0] < operands[:, 1]
+    expected = [low[:, 0] > low[:, 1], high[:, 0] > high[:, 1], less, ~less]
+    np.testing.assert_array_equal(run(body, operands, out=zeros(32, 4)).T, expected)
+
+
 # ---- barriers and fences -------------------------------------------------------------------------
 
 
@@ -198,7 +215,8 @@ def test_producers_arrive_and_consumers_wait(seed: int):
     np.testing.assert_array_equal(found[:32], LANES + 32)
 
 
-FENCES = ["fence.proxy.async", "fence.proxy.async.shared::cta", "fence.acq_rel.gpu", "membar.gl"]
+FENCES = ["fence.proxy.async", "fence.proxy.async.shared::cta", "fence.proxy.async.global"]
+FENCES += ["fence.acq_rel.gpu", "membar.gl"]
 
 
 @pytest.mark.parametrize("fence", FENCES)
@@ -224,7 +242,10 @@ def shuffled(mode: str, lane: int, distance: int, limits: int) -> tuple[int, boo
     return (j if in_range else lane), in_range
 
 
-LIMITS = {"up": [0, 0x1800, 0x1C00, 0x1E00], "other": [0x1F, 0x181F, 0x1C1F, 0x1E1F, 0x0F, 0x1807]}
+LIMITS = {
+    "up": [0, 0x1800, 0x1C00, 0x1E00, 5, 0x1803],
+    "other": [0x1F, 0x181F, 0x1C1F, 0x1E1F, 0x0F, 0x1807],
+}
 
 
 @pytest.mark.parametrize("mode", ["up", "down", "bfly", "idx"])

@@ -7,7 +7,7 @@ import re
 
 import numpy as np
 import pytest
-from ptx_kernels import HAS_COMPILER, NO_COMPILER, run, zeros
+from ptx_kernels import HAS_COMPILER, NO_COMPILER, aligned, run, zeros
 from ptx_numbers import signed
 
 from mmfused.tools.ptx.machine import IN_ORDER, Memory, Program, Schedule, signatures
@@ -15,7 +15,7 @@ from mmfused.tools.ptx.machine import IN_ORDER, Memory, Program, Schedule, signa
 pytestmark = pytest.mark.skipif(not HAS_COMPILER, reason=NO_COMPILER)
 
 SHAPES = [(8, 1), (8, 2), (8, 4), (16, 1), (16, 2), (16, 4), (32, 1), (32, 2), (32, 4)]
-SHAPES += [(64, 1), (64, 2)]
+SHAPES += [(64, 1), (64, 2), (64, 4)]
 CLASS = {8: "%rs", 16: "%rs", 32: "%r", 64: "%rd"}
 LATE = Schedule(seed=5, late_copies=True)
 
@@ -63,7 +63,7 @@ def test_values_of_every_width_pass_through_global_and_shared_memory(bits: int, 
         ld.shared{form} {group(bits, count, 5)}, [%r10+64];
         st.global{form} [out_at], {group(bits, count, 5)};"""
     data = random(64, size, dtype=np.uint8)
-    found = run(body, data, out=np.zeros_like(data), threads=64, shared=2048)
+    found = run(body, data, out=np.zeros_like(data), threads=64, shared=4096)
     np.testing.assert_array_equal(found, data)
 
 
@@ -136,7 +136,10 @@ PARAMETERS = """.version 8.0
     ld.param.v2.u32 {%r3, %r4}, [f+8];
     st.global.v2.b32 [%rd1+32], {%r3, %r4};
     mov.b64 %rd4, f;
-    ld.param.b64 %rd5, [%rd4+16];
+    ld.param.b32 %r5, [%rd4+16];
+    mov.b32 %r6, f;
+    ld.param.b32 %r7, [%r6+20];
+    mov.b64 %rd5, {%r5, %r7};
     st.global.b64 [%rd1+40], %rd5;
     ret;
 }
@@ -144,7 +147,7 @@ PARAMETERS = """.version 8.0
 
 
 def test_parameters_of_every_type_are_read():
-    out, structure = np.zeros(6, np.uint64), random(24, dtype=np.uint8).tobytes()
+    out, structure = aligned(zeros(6, dtype=np.uint64)), random(24, dtype=np.uint8).tobytes()
     values = [(out.ctypes.data, 8), (0xAB, 1), (0xCDEF, 2), (2**32 - 5, 4), (0x40490FDB, 4)]
     packed = [value.to_bytes(size, "little") for value, size in [*values, (2**63 + 9, 8)]]
     program = Program(PARAMETERS)
@@ -157,9 +160,9 @@ def test_parameters_of_every_type_are_read():
 
 @pytest.mark.parametrize(("bits", "count"), SHAPES)
 def test_a_parameter_is_read_in_every_width(bits: int, count: int):
-    structure = random(16, dtype=np.uint8).tobytes()
+    structure = random(32, dtype=np.uint8).tobytes()
     text = f"""
-.visible .entry kernel(.param .u64 out, .param .align 16 .b8 s[16])
+.visible .entry kernel(.param .u64 out, .param .align 32 .b8 s[32])
 .reqntid 32
 {{
     .reg .b16 %rs<9>; .reg .b32 %r<9>; .reg .b64 %rd<9>;
@@ -169,12 +172,12 @@ def test_a_parameter_is_read_in_every_width(bits: int, count: int):
     ret;
 }}
 """
-    out = np.zeros(16, np.uint8)
-    memory = [Memory(out.ctypes.data, out.ctypes.data + 16, "out")]
+    out = aligned(zeros(32, dtype=np.uint8))
+    memory = [Memory(out.ctypes.data, out.ctypes.data + 32, "out")]
     start = out.ctypes.data.to_bytes(8, "little")
     assert Program(text).run((1, 1, 1), [start, structure], memory) == []
     size = bits // 8 * count
-    assert out.tobytes() == structure[:size] + bytes(16 - size)
+    assert out.tobytes() == structure[:size] + bytes(32 - size)
 
 
 # ---- cp.async ------------------------------------------------------------------------------------
