@@ -22,8 +22,8 @@ from torch import Tensor
 
 import mmfused
 from mmfused.benchmarks.sources import ROOT
-from mmfused.kernels import tiles
 from mmfused.kernels.recording import launches_made
+from mmfused.library import KERNELS_ON_CPU
 from mmfused.ops import OPS
 
 CONTROL = "control"
@@ -50,7 +50,7 @@ def launches_of(op: str) -> Iterator[Callable[[], None]]:
 
 def launch(op: str) -> Counter:
     """Make all calls of ``op``; return the number of launches of each "module.kernel"."""
-    if DEVICE == "cpu" and not tiles.INTERPRETED:
+    if DEVICE == "cpu" and not KERNELS_ON_CPU:
         raise ValueError(
             "--launch needs a CUDA GPU, or TRITON_INTERPRET=1 to run the kernels on a CPU"
         )
