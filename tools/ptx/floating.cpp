@@ -12,27 +12,69 @@ namespace {
 
 const f32 NAN32 = std::bit_cast<f32>(CANONICAL_NAN);
 
-OPCODE("add.f32", (f32 a, f32 b) { return a + b; })
-OPCODE("add.ftz.f32", (f32 a, f32 b) { return flush(flush(a) + flush(b)); })
-OPCODE("add.f64", (f64 a, f64 b) { return a + b; })
-OPCODE("sub.f32", (f32 a, f32 b) { return a - b; })
-OPCODE("sub.ftz.f32", (f32 a, f32 b) { return flush(flush(a) - flush(b)); })
-OPCODE("sub.f64", (f64 a, f64 b) { return a - b; })
-OPCODE("mul.f32", (f32 a, f32 b) { return a * b; })
-OPCODE("mul.ftz.f32", (f32 a, f32 b) { return flush(flush(a) * flush(b)); })
-OPCODE("mul.f64", (f64 a, f64 b) { return a * b; })
-OPCODE("fma.f32 mad.f32", (f32 a, f32 b, f32 c) { return __builtin_fmaf(a, b, c); })
-OPCODE("fma.ftz.f32 mad.ftz.f32", (f32 a, f32 b, f32 c) { return flush(__builtin_fmaf(flush(a), flush(b), flush(c))); })
-OPCODE("fma.f64 mad.f64", (f64 a, f64 b, f64 c) { return __builtin_fma(a, b, c); })
-OPCODE("div.f32", (f32 a, f32 b) { return a / b; })
-OPCODE("div.ftz.f32", (f32 a, f32 b) { return flush(flush(a) / flush(b)); })
-OPCODE("div.f64", (f64 a, f64 b) { return a / b; })
-OPCODE("neg.f32", (f32 a) { return -a; })
-OPCODE("neg.ftz.f32", (f32 a) { return flush(-a); })
-OPCODE("neg.f64", (f64 a) { return -a; })
-OPCODE("abs.f32", (f32 a) { return __builtin_fabsf(a); })
-OPCODE("abs.ftz.f32", (f32 a) { return flush(__builtin_fabsf(a)); })
-OPCODE("abs.f64", (f64 a) { return __builtin_fabs(a); })
+// Without .NaN, one NaN yields the other operand; -0 is less than +0.
+template <class T> T larger(T a, T b) {
+  if (a == b) return std::signbit(a) ? b : a;
+  return b != b || a > b ? a : b;
+}
+template <class T> T smaller(T a, T b) {
+  if (a == b) return std::signbit(a) ? a : b;
+  return b != b || a < b ? a : b;
+}
+// Opcodes of a type T; FLUSH makes zero of denormal operands and results (.ftz).
+#define ARITHMETIC(T, FTZ, FLUSH)                                                             \
+  OPCODE("add" FTZ "." #T, (T a, T b) { return FLUSH(FLUSH(a) + FLUSH(b)); })                 \
+  OPCODE("sub" FTZ "." #T, (T a, T b) { return FLUSH(FLUSH(a) - FLUSH(b)); })                 \
+  OPCODE("mul" FTZ "." #T, (T a, T b) { return FLUSH(FLUSH(a) * FLUSH(b)); })                 \
+  OPCODE("div" FTZ "." #T, (T a, T b) { return FLUSH(FLUSH(a) / FLUSH(b)); })                 \
+  OPCODE("fma" FTZ "." #T " mad" FTZ "." #T,                                                  \
+         (T a, T b, T c) { return FLUSH(std::fma(FLUSH(a), FLUSH(b), FLUSH(c))); })           \
+  OPCODE("neg" FTZ "." #T, (T a) { return FLUSH(-a); })                                       \
+  OPCODE("abs" FTZ "." #T, (T a) { return FLUSH(std::fabs(a)); })                             \
+  OPCODE("sqrt" FTZ "." #T, (T a) { return std::sqrt(FLUSH(a)); })                            \
+  OPCODE("max" FTZ "." #T, (T a, T b) { return larger(FLUSH(a), FLUSH(b)); })                 \
+  OPCODE("min" FTZ "." #T, (T a, T b) { return smaller(FLUSH(a), FLUSH(b)); })
+ARITHMETIC(f32, "", )
+ARITHMETIC(f32, ".ftz", flush)
+ARITHMETIC(f64, "", )
+
+OPCODE("max.NaN.f32", (f32 a, f32 b) { return a != a || b != b ? NAN32 : larger(a, b); })
+OPCODE("min.NaN.f32", (f32 a, f32 b) { return a != a || b != b ? NAN32 : smaller(a, b); })
+
+#define APPROXIMATED(FTZ, FLUSH)                                              \
+  OPCODE("ex2" FTZ ".f32", (f32 a) { return FLUSH(exp2f(FLUSH(a))); })        \
+  OPCODE("lg2" FTZ ".f32", (f32 a) { return log2f(FLUSH(a)); })               \
+  OPCODE("rsqrt" FTZ ".f32", (f32 a) { return 1.0f / sqrtf(FLUSH(a)); })      \
+  OPCODE("rcp" FTZ ".f32", (f32 a) { return FLUSH(1.0f / FLUSH(a)); })
+APPROXIMATED("", )
+APPROXIMATED(".ftz", flush)
+OPCODE("tanh.f32", (f32 a) { return tanhf(a); })
+OPCODE("rcp.f64", (f64 a) { return 1.0 / a; })
+// GPUs return the upper 32 bits only; the code around refines them.
+OPCODE("rcp.ftz.f64", (f64 a) { return std::bit_cast<f64>(std::bit_cast<u64>(flush(1.0 / flush(a))) >> 32 << 32); })
+
+// Comparisons that end in u are true for NaN.
+f32 widen(f32 x) { return x; }
+f64 widen(f64 x) { return x; }
+#define COMPARISONS(T)                                                                        \
+  OPCODE("setp.eq." #T, (T a, T b) { return widen(a) == widen(b); })                          \
+  OPCODE("setp.ne." #T, (T a, T b) { return widen(a) < widen(b) || widen(a) > widen(b); })    \
+  OPCODE("setp.lt." #T, (T a, T b) { return widen(a) < widen(b); })                           \
+  OPCODE("setp.le." #T, (T a, T b) { return widen(a) <= widen(b); })                          \
+  OPCODE("setp.gt." #T, (T a, T b) { return widen(a) > widen(b); })                           \
+  OPCODE("setp.ge." #T, (T a, T b) { return widen(a) >= widen(b); })                          \
+  OPCODE("setp.equ." #T, (T a, T b) { return !(widen(a) < widen(b) || widen(a) > widen(b)); }) \
+  OPCODE("setp.neu." #T, (T a, T b) { return !(widen(a) == widen(b)); })                      \
+  OPCODE("setp.ltu." #T, (T a, T b) { return !(widen(a) >= widen(b)); })                      \
+  OPCODE("setp.leu." #T, (T a, T b) { return !(widen(a) > widen(b)); })                       \
+  OPCODE("setp.gtu." #T, (T a, T b) { return !(widen(a) <= widen(b)); })                      \
+  OPCODE("setp.geu." #T, (T a, T b) { return !(widen(a) < widen(b)); })                       \
+  OPCODE("setp.num." #T, (T a, T b) { return widen(a) == widen(a) && widen(b) == widen(b); }) \
+  OPCODE("setp.nan." #T, (T a, T b) { return widen(a) != widen(a) || widen(b) != widen(b); })
+COMPARISONS(f32)
+COMPARISONS(f64)
+COMPARISONS(f16)
+COMPARISONS(bf16)
 
 // The sum, rounded to odd: rounded again to fewer bits, in any direction, it is what one rounding of the exact sum is.
 f64 sum_to_odd(f64 a, f64 b) {
@@ -56,65 +98,6 @@ f32 fma_downward(f32 a, f32 b, f32 c) {
 }
 OPCODE("add.rz.f32", (f32 a, f32 b) { return toward_zero(sum_to_odd(a, b)); })
 OPCODE("fma.rm.f32", (f32 a, f32 b, f32 c) { return fma_downward(a, b, c); })
-
-OPCODE("ex2.f32", (f32 a) { return exp2f(a); })
-OPCODE("ex2.ftz.f32", (f32 a) { return flush(exp2f(flush(a))); })
-OPCODE("lg2.f32", (f32 a) { return log2f(a); })
-OPCODE("lg2.ftz.f32", (f32 a) { return log2f(flush(a)); })
-OPCODE("sqrt.f32", (f32 a) { return sqrtf(a); })
-OPCODE("sqrt.ftz.f32", (f32 a) { return sqrtf(flush(a)); })
-OPCODE("sqrt.f64", (f64 a) { return sqrt(a); })
-OPCODE("rsqrt.f32", (f32 a) { return 1.0f / sqrtf(a); })
-OPCODE("rsqrt.ftz.f32", (f32 a) { return 1.0f / sqrtf(flush(a)); })
-OPCODE("rcp.f32", (f32 a) { return 1.0f / a; })
-OPCODE("rcp.ftz.f32", (f32 a) { return flush(1.0f / flush(a)); })
-OPCODE("rcp.f64", (f64 a) { return 1.0 / a; })
-OPCODE("tanh.f32", (f32 a) { return tanhf(a); })
-// GPUs return the upper 32 bits only; the code around refines them.
-OPCODE("rcp.ftz.f64", (f64 a) { return std::bit_cast<f64>(std::bit_cast<u64>(flush(1.0 / flush(a))) >> 32 << 32); })
-
-// Without .NaN, one NaN yields the other operand; -0 is less than +0.
-template <class T> T larger(T a, T b) {
-  if (a == b) return std::signbit(a) ? b : a;
-  return b != b || a > b ? a : b;
-}
-template <class T> T smaller(T a, T b) {
-  if (a == b) return std::signbit(a) ? a : b;
-  return b != b || a < b ? a : b;
-}
-OPCODE("max.f32", (f32 a, f32 b) { return larger(a, b); })
-OPCODE("max.ftz.f32", (f32 a, f32 b) { return larger(flush(a), flush(b)); })
-OPCODE("max.NaN.f32", (f32 a, f32 b) { return a != a || b != b ? NAN32 : larger(a, b); })
-OPCODE("max.f64", (f64 a, f64 b) { return larger(a, b); })
-OPCODE("min.f32", (f32 a, f32 b) { return smaller(a, b); })
-OPCODE("min.ftz.f32", (f32 a, f32 b) { return smaller(flush(a), flush(b)); })
-OPCODE("min.NaN.f32", (f32 a, f32 b) { return a != a || b != b ? NAN32 : smaller(a, b); })
-OPCODE("min.f64", (f64 a, f64 b) { return smaller(a, b); })
-
-// Comparisons that end in u are true for NaN.
-OPCODE("setp.eq.f32", (f32 a, f32 b) { return a == b; })
-OPCODE("setp.ne.f32", (f32 a, f32 b) { return a < b || a > b; })
-OPCODE("setp.lt.f32", (f32 a, f32 b) { return a < b; })
-OPCODE("setp.le.f32", (f32 a, f32 b) { return a <= b; })
-OPCODE("setp.gt.f32", (f32 a, f32 b) { return a > b; })
-OPCODE("setp.ge.f32", (f32 a, f32 b) { return a >= b; })
-OPCODE("setp.equ.f32", (f32 a, f32 b) { return !(a < b || a > b); })
-OPCODE("setp.neu.f32", (f32 a, f32 b) { return !(a == b); })
-OPCODE("setp.ltu.f32", (f32 a, f32 b) { return !(a >= b); })
-OPCODE("setp.leu.f32", (f32 a, f32 b) { return !(a > b); })
-OPCODE("setp.gtu.f32", (f32 a, f32 b) { return !(a <= b); })
-OPCODE("setp.geu.f32", (f32 a, f32 b) { return !(a < b); })
-OPCODE("setp.num.f32", (f32 a, f32 b) { return a == a && b == b; })
-OPCODE("setp.nan.f32", (f32 a, f32 b) { return a != a || b != b; })
-OPCODE("setp.eq.f64", (f64 a, f64 b) { return a == b; })
-OPCODE("setp.ne.f64", (f64 a, f64 b) { return a < b || a > b; })
-OPCODE("setp.neu.f64", (f64 a, f64 b) { return !(a == b); })
-OPCODE("setp.lt.f64", (f64 a, f64 b) { return a < b; })
-OPCODE("setp.le.f64", (f64 a, f64 b) { return a <= b; })
-OPCODE("setp.gt.f64", (f64 a, f64 b) { return a > b; })
-OPCODE("setp.ge.f64", (f64 a, f64 b) { return a >= b; })
-OPCODE("setp.num.f64", (f64 a, f64 b) { return a == a && b == b; })
-OPCODE("setp.nan.f64", (f64 a, f64 b) { return a != a || b != b; })
 
 // ---- conversions --------------------------------------------------------------------------------
 
@@ -185,17 +168,6 @@ OPCODE("fma.bf16", (bf16 a, bf16 b, bf16 c) { return fused(a, b, c); })
 OPCODE("fma.bf16x2", (u32 a, u32 b, u32 c) {
   return pack(fused(bf16{u16(a)}, bf16{u16(b)}, bf16{u16(c)}), fused(bf16{u16(a >> 16)}, bf16{u16(b >> 16)}, bf16{u16(c >> 16)}));
 })
-
-OPCODE("setp.lt.bf16", (bf16 a, bf16 b) { return widen(a) < widen(b); })
-OPCODE("setp.gt.bf16", (bf16 a, bf16 b) { return widen(a) > widen(b); })
-OPCODE("setp.eq.bf16", (bf16 a, bf16 b) { return widen(a) == widen(b); })
-OPCODE("setp.nan.bf16", (bf16 a, bf16 b) { return widen(a) != widen(a) || widen(b) != widen(b); })
-OPCODE("setp.num.bf16", (bf16 a, bf16 b) { return widen(a) == widen(a) && widen(b) == widen(b); })
-OPCODE("setp.lt.f16", (f16 a, f16 b) { return widen(a) < widen(b); })
-OPCODE("setp.gt.f16", (f16 a, f16 b) { return widen(a) > widen(b); })
-OPCODE("setp.eq.f16", (f16 a, f16 b) { return widen(a) == widen(b); })
-OPCODE("setp.nan.f16", (f16 a, f16 b) { return widen(a) != widen(a) || widen(b) != widen(b); })
-OPCODE("setp.num.f16", (f16 a, f16 b) { return widen(a) == widen(a) && widen(b) == widen(b); })
 
 }  // namespace
 }  // namespace ptx
