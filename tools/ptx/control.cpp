@@ -15,19 +15,13 @@ void Warp::settle() {
     machine.release_barriers();
     return;
   }
-  pc = std::min_element(elsewhere.begin(), elsewhere.end(), [](const Lanes& a, const Lanes& b) { return a.pc < b.pc; })->pc;
+  const auto first = [](const Lanes& a, const Lanes& b) { return a.pc < b.pc; };
+  pc = std::min_element(elsewhere.begin(), elsewhere.end(), first)->pc;
   active = 0;
-  merge_pc = std::numeric_limits<int>::max();
-  std::size_t kept = 0;
-  for (const Lanes& lanes : elsewhere) {
-    if (lanes.pc == pc) {
-      active |= lanes.mask;
-    } else {
-      merge_pc = std::min(merge_pc, lanes.pc);
-      elsewhere[kept++] = lanes;
-    }
-  }
-  elsewhere.resize(kept);
+  for (const Lanes& lanes : elsewhere) active |= lanes.pc == pc ? lanes.mask : 0;
+  std::erase_if(elsewhere, [&](const Lanes& lanes) { return lanes.pc == pc; });
+  const auto next = std::min_element(elsewhere.begin(), elsewhere.end(), first);
+  merge_pc = next == elsewhere.end() ? std::numeric_limits<int>::max() : next->pc;
 }
 
 // The given lanes continue at another pc, the other active lanes here.
@@ -43,12 +37,14 @@ void Warp::report_unfinished() {
     for (const Copy& copy : group) {
       if (copy.lanes == 0) continue;
       const int lane = std::countr_zero(copy.lanes);
-      machine.faults.add(Kind::unfinished, *this, *copy.instruction, lane, copy.to[lane], copy.size);
+      machine.faults.add(Kind::unfinished, *this, *copy.instruction, lane, copy.to[lane],
+                         copy.size);
     }
   };
   report(open_copies);
   for (const std::vector<Copy>& group : copies) report(group);
-  for (const Delayed& late : delayed) machine.faults.add(Kind::unfinished, *this, *late.instruction, NO_LANE, 0, 0);
+  for (const Delayed& late : delayed)
+    machine.faults.add(Kind::unfinished, *this, *late.instruction, NO_LANE, 0, 0);
 }
 
 void Warp::tick() {
@@ -63,7 +59,8 @@ u32 Warp::alive() const {
 
 void Warp::expect(const Instruction& instruction, u32 lanes, u32 needed) {
   const u32 missing = needed & ~lanes;
-  if (missing != 0) machine.faults.add(Kind::divergence, *this, instruction, std::countr_zero(missing), 0, 0);
+  if (missing != 0)
+    machine.faults.add(Kind::divergence, *this, instruction, std::countr_zero(missing), 0, 0);
 }
 
 // ---- barriers -----------------------------------------------------------------------------------
@@ -87,13 +84,15 @@ void Machine::arrive(Warp& warp, int id, int expected, bool waits) {
   release_barriers();
 }
 
-// Let the warps of complete barriers continue. Each then knows all that the others did before the barrier.
+// Let the warps of complete barriers continue. Each then knows all that the others did before the
+// barrier.
 void Machine::release_barriers() {
   int threads = 0;
   for (const Warp& warp : warps) threads += warp.state == State::done ? 0 : 32;
   for (int id = 0; id < int(barriers.size()); ++id) {
     Barrier& barrier = barriers[id];
-    if (barrier.arrived == 0 || barrier.arrived < (barrier.expected ? barrier.expected : threads)) continue;
+    if (barrier.arrived == 0 || barrier.arrived < (barrier.expected ? barrier.expected : threads))
+      continue;
     for (Warp& warp : warps) {
       if (warp.state != State::at_barrier || warp.barrier != id) continue;
       join(warp.clocks, barrier.clocks);
@@ -112,15 +111,18 @@ template <bool WAITS> void barrier(Warp& warp, const Instruction& instruction, u
   warp.expect(instruction, lanes, warp.alive());
   if (WAITS) warp.sync_lanes();
   const int id = warp.at<u32>(instruction.operands[0])[0] & 15;
-  const int threads = instruction.operands[1] < 0 ? 0 : int(warp.at<u32>(instruction.operands[1])[0]);
+  const int threads =
+      instruction.operands[1] < 0 ? 0 : int(warp.at<u32>(instruction.operands[1])[0]);
   warp.machine.arrive(warp, id, threads, WAITS);
 }
 
-// A mask names the lanes that must execute an instruction together, unless they have returned. Operand: the mask.
+// A mask names the lanes that must execute an instruction together, unless they have returned.
+// Operand: the mask.
 void expect_named(Warp& warp, const Instruction& instruction, u32 lanes, i32 operand) {
   const u32 *masks = warp.at<u32>(operand), alive = warp.alive();
   for (int lane = 0; lane < 32; ++lane)
-    if (lanes >> lane & 1) warp.expect(instruction, lanes & masks[lane], (masks[lane] & alive) | 1u << lane);
+    if (lanes >> lane & 1)
+      warp.expect(instruction, lanes & masks[lane], (masks[lane] & alive) | 1u << lane);
 }
 
 void warp_barrier(Warp& warp, const Instruction& instruction, u32 lanes) {
@@ -131,7 +133,8 @@ void warp_barrier(Warp& warp, const Instruction& instruction, u32 lanes) {
 
 // Accesses before this fence become visible to asynchronous reads; those after it need another.
 void proxy_fence(Warp& warp, const Instruction&, u32) {
-  for (int k = 0; k < warp.machine.num_warps; ++k) warp.fenced[k] = std::max(warp.fenced[k], warp.clocks[k]);
+  for (int k = 0; k < warp.machine.num_warps; ++k)
+    warp.fenced[k] = std::max(warp.fenced[k], warp.clocks[k]);
   warp.tick();
 }
 
@@ -166,17 +169,20 @@ const Register control_opcodes[] = {
 
 enum Shuffle { UP, DOWN, BUTTERFLY, INDEX };
 
-// Operands: destination, predicate "the source is in range" (-1: not wanted), value, distance, segment, mask.
+// Operands: destination, predicate "the source is in range" (-1: not wanted), value, distance,
+// segment, mask.
 template <Shuffle MODE> void shuffle(Warp& warp, const Instruction& instruction, u32 lanes) {
   const i32* o = instruction.operands;
   expect_named(warp, instruction, lanes, o[5]);
-  const u32 *values = warp.at<u32>(o[2]), *distances = warp.at<u32>(o[3]), *segments = warp.at<u32>(o[4]);
+  const u32 *values = warp.at<u32>(o[2]), *distances = warp.at<u32>(o[3]),
+            *segments = warp.at<u32>(o[4]);
   u32 cells[32], in_range = 0, sources = 0;
   for (int lane = 0; lane < 32; ++lane) {
-    const int segment = segments[lane] >> 8 & 31, clamp = segments[lane] & 31, distance = distances[lane] & 31;
+    const int segment = segments[lane] >> 8 & 31, clamp = segments[lane] & 31,
+              distance = distances[lane] & 31;
     const int first = lane & segment, last = first | (clamp & ~segment);
-    const int from = MODE == UP ? lane - distance
-                     : MODE == DOWN ? lane + distance
+    const int from = MODE == UP          ? lane - distance
+                     : MODE == DOWN      ? lane + distance
                      : MODE == BUTTERFLY ? lane ^ distance
                                          : first | (distance & ~segment);
     const bool ok = MODE == UP ? from >= last : from <= last;
@@ -189,60 +195,51 @@ template <Shuffle MODE> void shuffle(Warp& warp, const Instruction& instruction,
   if (o[1] >= 0) put_predicate(warp.registers + o[1], in_range, lanes);
 }
 
-// Operands: destination, value, mask.
-template <class T, class F> struct Reduction {
+// Operands: destination, value or predicate, mask. F computes the result of a lane from the lanes
+// in the mask.
+template <class F> struct Exchange {
   static void run(Warp& warp, const Instruction& instruction, u32 lanes) {
     const i32* o = instruction.operands;
     expect_named(warp, instruction, lanes, o[2]);
-    const T* values = warp.at<T>(o[1]);
     const u32* masks = warp.at<u32>(o[2]);
     u32 cells[32];
-    for (int lane = 0; lane < 32; ++lane) {
-      T sum = values[lane];
-      for (int other = 0; other < 32; ++other)
-        if (other != lane && (masks[lane] & lanes) >> other & 1) sum = F{}(sum, values[other]);
-      cells[lane] = u32(sum);
-    }
+    for (int lane = 0; lane < 32; ++lane)
+      cells[lane] = F{}(warp.at<u32>(o[1]), lane, masks[lane] & lanes);
     put(warp.registers + o[0], cells, lanes);
   }
 };
 
-template <class T, class F> void register_reduction(const char* name, F) { Register(name, Reduction<T, F>::run); }
+template <class F> void register_exchange(const std::string& name, F) {
+  Register(name, Exchange<F>::run);
+}
 
-const bool reductions_registered = [] {
-  register_reduction<u32>("redux.add.s32", [](u32 a, u32 b) { return a + b; });
-  register_reduction<u32>("redux.add.u32", [](u32 a, u32 b) { return a + b; });
-  register_reduction<i32>("redux.max.s32", [](i32 a, i32 b) { return std::max(a, b); });
-  register_reduction<i32>("redux.min.s32", [](i32 a, i32 b) { return std::min(a, b); });
-  register_reduction<u32>("redux.max.u32", [](u32 a, u32 b) { return std::max(a, b); });
-  register_reduction<u32>("redux.min.u32", [](u32 a, u32 b) { return std::min(a, b); });
-  register_reduction<u32>("redux.and.b32", [](u32 a, u32 b) { return a & b; });
-  register_reduction<u32>("redux.or.b32", [](u32 a, u32 b) { return a | b; });
-  register_reduction<u32>("redux.xor.b32", [](u32 a, u32 b) { return a ^ b; });
+template <class T, class F> void register_reduction(const std::string& name, F) {
+  register_exchange("redux." + name, [](const u32* values, int lane, u32 others) {
+    T sum = T(values[lane]);
+    for_each_lane(others & ~(1u << lane), [&](int other) { sum = F{}(sum, T(values[other])); });
+    return u32(sum);
+  });
+}
+
+const bool exchanges_registered = [] {
+  register_reduction<u32>("add.s32", [](u32 a, u32 b) { return a + b; });
+  register_reduction<u32>("add.u32", [](u32 a, u32 b) { return a + b; });
+  register_reduction<i32>("max.s32", [](i32 a, i32 b) { return std::max(a, b); });
+  register_reduction<i32>("min.s32", [](i32 a, i32 b) { return std::min(a, b); });
+  register_reduction<u32>("max.u32", [](u32 a, u32 b) { return std::max(a, b); });
+  register_reduction<u32>("min.u32", [](u32 a, u32 b) { return std::min(a, b); });
+  register_reduction<u32>("and.b32", [](u32 a, u32 b) { return a & b; });
+  register_reduction<u32>("or.b32", [](u32 a, u32 b) { return a | b; });
+  register_reduction<u32>("xor.b32", [](u32 a, u32 b) { return a ^ b; });
+  register_exchange("vote.ballot.b32",
+                    [](const u32* votes, int, u32 others) { return *votes & others; });
+  register_exchange("match.any.b32", [](const u32* values, int lane, u32 others) {
+    u32 equal = 0;
+    for_each_lane(others, [&](int other) { equal |= u32(values[other] == values[lane]) << other; });
+    return equal;
+  });
   return true;
 }();
-
-// Operands: destination, predicate, mask.
-void ballot(Warp& warp, const Instruction& instruction, u32 lanes) {
-  expect_named(warp, instruction, lanes, instruction.operands[2]);
-  const u32 votes = *warp.at<u32>(instruction.operands[1]) & lanes, *masks = warp.at<u32>(instruction.operands[2]);
-  u32 cells[32];
-  for (int lane = 0; lane < 32; ++lane) cells[lane] = votes & masks[lane];
-  put(warp.registers + instruction.operands[0], cells, lanes);
-}
-
-// Operands: destination, value, mask.
-void match_any(Warp& warp, const Instruction& instruction, u32 lanes) {
-  expect_named(warp, instruction, lanes, instruction.operands[2]);
-  const u32 *values = warp.at<u32>(instruction.operands[1]), *masks = warp.at<u32>(instruction.operands[2]);
-  u32 cells[32];
-  for (int lane = 0; lane < 32; ++lane) {
-    cells[lane] = 0;
-    for (int other = 0; other < 32; ++other) cells[lane] |= u32(values[other] == values[lane]) << other;
-    cells[lane] &= masks[lane] & lanes;
-  }
-  put(warp.registers + instruction.operands[0], cells, lanes);
-}
 
 void active_mask(Warp& warp, const Instruction& instruction, u32 lanes) {
   u32 cells[32];
@@ -251,12 +248,8 @@ void active_mask(Warp& warp, const Instruction& instruction, u32 lanes) {
 }
 
 const Register exchange_opcodes[] = {
-    {"shfl.up.b32", shuffle<UP>},
-    {"shfl.down.b32", shuffle<DOWN>},
-    {"shfl.bfly.b32", shuffle<BUTTERFLY>},
-    {"shfl.idx.b32", shuffle<INDEX>},
-    {"vote.ballot.b32", ballot},
-    {"match.any.b32", match_any},
+    {"shfl.up.b32", shuffle<UP>},          {"shfl.down.b32", shuffle<DOWN>},
+    {"shfl.bfly.b32", shuffle<BUTTERFLY>}, {"shfl.idx.b32", shuffle<INDEX>},
     {"activemask.b32", active_mask},
 };
 

@@ -19,47 +19,50 @@ OPCODE("mov.u64 mov.s64 mov.b64 mov.f64 cvta.to.global.u64 cvta.global.u64", (u6
 OPCODE("mov.pred", (bool a) { return a; })
 
 // Opcodes of B = 16, 32 and 64 bits.
-#define FOR_EACH_WIDTH(B)                                                                     \
-  OPCODE("add.u" #B " add.s" #B, (u##B a, u##B b) -> u##B { return a + b; })                  \
-  OPCODE("sub.u" #B " sub.s" #B, (u##B a, u##B b) -> u##B { return a - b; })                  \
-  OPCODE("mul.lo.u" #B " mul.lo.s" #B, (u##B a, u##B b) -> u##B { return u##B(Wide<u##B>(a) * b); })       \
-  OPCODE("mad.lo.u" #B " mad.lo.s" #B, (u##B a, u##B b, u##B c) -> u##B { return u##B(Wide<u##B>(a) * b + c); }) \
-  OPCODE("neg.s" #B, (u##B a) -> u##B { return 0 - a; })                                      \
-  OPCODE("abs.s" #B, (u##B a) -> u##B { return i##B(a) < 0 ? 0 - a : a; })                    \
-  OPCODE("mul.hi.u" #B, (u##B a, u##B b) -> u##B { return Wide<u##B>(a) * b >> B; })                \
-  OPCODE("mul.hi.s" #B, (i##B a, i##B b) -> i##B { return Wide<i##B>(a) * b >> B; })                \
-  OPCODE("min.u" #B, (u##B a, u##B b) { return std::min(a, b); })                             \
-  OPCODE("min.s" #B, (i##B a, i##B b) { return std::min(a, b); })                             \
-  OPCODE("max.u" #B, (u##B a, u##B b) { return std::max(a, b); })                             \
-  OPCODE("max.s" #B, (i##B a, i##B b) { return std::max(a, b); })                             \
-  OPCODE("and.b" #B, (u##B a, u##B b) -> u##B { return a & b; })                              \
-  OPCODE("or.b" #B, (u##B a, u##B b) -> u##B { return a | b; })                               \
-  OPCODE("xor.b" #B, (u##B a, u##B b) -> u##B { return a ^ b; })                              \
-  OPCODE("not.b" #B, (u##B a) -> u##B { return ~a; })                                         \
-  /* Division by zero is unspecified in PTX; GPUs return all ones. */                         \
-  OPCODE("div.u" #B, (u##B a, u##B b) -> u##B { return b == 0 ? ~u##B(0) : a / b; })          \
-  OPCODE("div.s" #B, (i##B a, i##B b) -> i##B { return b == 0 ? i##B(-1) : i##B(Wide<i##B>(a) / b); }) \
-  OPCODE("rem.u" #B, (u##B a, u##B b) -> u##B { return b == 0 ? ~u##B(0) : a % b; })          \
-  OPCODE("rem.s" #B, (i##B a, i##B b) -> i##B { return b == 0 ? i##B(-1) : i##B(Wide<i##B>(a) % b); }) \
-  /* Shifts by the width or more give 0, or the sign. */                                      \
-  OPCODE("shl.b" #B, (u##B a, u32 b) -> u##B { return b >= B ? 0 : a << b; })                 \
-  OPCODE("shr.u" #B " shr.b" #B, (u##B a, u32 b) -> u##B { return b >= B ? 0 : a >> b; })     \
-  OPCODE("shr.s" #B, (i##B a, u32 b) -> i##B { return a >> std::min(b, B - 1u); })            \
-  OPCODE("setp.eq.u" #B " setp.eq.s" #B " setp.eq.b" #B, (u##B a, u##B b) { return a == b; }) \
-  OPCODE("setp.ne.u" #B " setp.ne.s" #B " setp.ne.b" #B, (u##B a, u##B b) { return a != b; }) \
-  OPCODE("setp.lt.u" #B " setp.lo.u" #B, (u##B a, u##B b) { return a < b; })                  \
-  OPCODE("setp.le.u" #B " setp.ls.u" #B, (u##B a, u##B b) { return a <= b; })                 \
-  OPCODE("setp.gt.u" #B " setp.hi.u" #B, (u##B a, u##B b) { return a > b; })                  \
-  OPCODE("setp.ge.u" #B " setp.hs.u" #B, (u##B a, u##B b) { return a >= b; })                 \
-  OPCODE("setp.lt.s" #B, (i##B a, i##B b) { return a < b; })                                  \
-  OPCODE("setp.le.s" #B, (i##B a, i##B b) { return a <= b; })                                 \
-  OPCODE("setp.gt.s" #B, (i##B a, i##B b) { return a > b; })                                  \
+#define FOR_EACH_WIDTH(B)                                                                          \
+  OPCODE("add.u" #B " add.s" #B, (u##B a, u##B b) -> u##B { return a + b; })                       \
+  OPCODE("sub.u" #B " sub.s" #B, (u##B a, u##B b) -> u##B { return a - b; })                       \
+  OPCODE("mul.lo.u" #B " mul.lo.s" #B, (u##B a, u##B b) -> u##B { return Wide<u##B>(a) * b; })     \
+  OPCODE("mad.lo.u" #B " mad.lo.s" #B,                                                             \
+         (u##B a, u##B b, u##B c) -> u##B { return Wide<u##B>(a) * b + c; })                       \
+  OPCODE("neg.s" #B, (u##B a) -> u##B { return 0 - a; })                                           \
+  OPCODE("abs.s" #B, (u##B a) -> u##B { return i##B(a) < 0 ? 0 - a : a; })                         \
+  OPCODE("mul.hi.u" #B, (u##B a, u##B b) -> u##B { return Wide<u##B>(a) * b >> B; })               \
+  OPCODE("mul.hi.s" #B, (i##B a, i##B b) -> i##B { return Wide<i##B>(a) * b >> B; })               \
+  OPCODE("min.u" #B, (u##B a, u##B b) { return std::min(a, b); })                                  \
+  OPCODE("min.s" #B, (i##B a, i##B b) { return std::min(a, b); })                                  \
+  OPCODE("max.u" #B, (u##B a, u##B b) { return std::max(a, b); })                                  \
+  OPCODE("max.s" #B, (i##B a, i##B b) { return std::max(a, b); })                                  \
+  OPCODE("and.b" #B, (u##B a, u##B b) -> u##B { return a & b; })                                   \
+  OPCODE("or.b" #B, (u##B a, u##B b) -> u##B { return a | b; })                                    \
+  OPCODE("xor.b" #B, (u##B a, u##B b) -> u##B { return a ^ b; })                                   \
+  OPCODE("not.b" #B, (u##B a) -> u##B { return ~a; })                                              \
+  /* Division by zero is unspecified in PTX; GPUs return all ones. */                              \
+  OPCODE("div.u" #B, (u##B a, u##B b) -> u##B { return b == 0 ? ~u##B(0) : a / b; })               \
+  OPCODE("div.s" #B, (i##B a, i##B b) -> i##B { return b == 0 ? -1 : Wide<i##B>(a) / b; })         \
+  OPCODE("rem.u" #B, (u##B a, u##B b) -> u##B { return b == 0 ? ~u##B(0) : a % b; })               \
+  OPCODE("rem.s" #B, (i##B a, i##B b) -> i##B { return b == 0 ? -1 : Wide<i##B>(a) % b; })         \
+  /* Shifts by the width or more give 0, or the sign. */                                           \
+  OPCODE("shl.b" #B, (u##B a, u32 b) -> u##B { return b >= B ? 0 : a << b; })                      \
+  OPCODE("shr.u" #B " shr.b" #B, (u##B a, u32 b) -> u##B { return b >= B ? 0 : a >> b; })          \
+  OPCODE("shr.s" #B, (i##B a, u32 b) -> i##B { return a >> std::min(b, B - 1u); })                 \
+  OPCODE("setp.eq.u" #B " setp.eq.s" #B " setp.eq.b" #B, (u##B a, u##B b) { return a == b; })      \
+  OPCODE("setp.ne.u" #B " setp.ne.s" #B " setp.ne.b" #B, (u##B a, u##B b) { return a != b; })      \
+  OPCODE("setp.lt.u" #B " setp.lo.u" #B, (u##B a, u##B b) { return a < b; })                       \
+  OPCODE("setp.le.u" #B " setp.ls.u" #B, (u##B a, u##B b) { return a <= b; })                      \
+  OPCODE("setp.gt.u" #B " setp.hi.u" #B, (u##B a, u##B b) { return a > b; })                       \
+  OPCODE("setp.ge.u" #B " setp.hs.u" #B, (u##B a, u##B b) { return a >= b; })                      \
+  OPCODE("setp.lt.s" #B, (i##B a, i##B b) { return a < b; })                                       \
+  OPCODE("setp.le.s" #B, (i##B a, i##B b) { return a <= b; })                                      \
+  OPCODE("setp.gt.s" #B, (i##B a, i##B b) { return a > b; })                                       \
   OPCODE("setp.ge.s" #B, (i##B a, i##B b) { return a >= b; })
 FOR_EACH_WIDTH(16)
 FOR_EACH_WIDTH(32)
 FOR_EACH_WIDTH(64)
 
-OPCODE("add.u16x2 add.s16x2", (u32 a, u32 b) { return ((a + b) & 0xffff) | ((a >> 16) + (b >> 16)) << 16; })
+OPCODE("add.u16x2 add.s16x2", (u32 a, u32 b) {
+  return ((a + b) & 0xffff) | ((a >> 16) + (b >> 16)) << 16;
+})
 OPCODE("min.relu.s32", (i32 a, i32 b) { return std::max(0, std::min(a, b)); })
 OPCODE("max.relu.s32", (i32 a, i32 b) { return std::max(0, std::max(a, b)); })
 OPCODE("mul.wide.u16", (u16 a, u16 b) -> u32 { return u32(a) * b; })
@@ -74,14 +77,22 @@ OPCODE("and.pred", (bool a, bool b) { return a && b; })
 OPCODE("or.pred", (bool a, bool b) { return a || b; })
 OPCODE("xor.pred", (bool a, bool b) { return a != b; })
 OPCODE("not.pred", (bool a) { return !a; })
-OPCODE("shf.l.wrap.b32", (u32 a, u32 b, u32 c) -> u32 { return (u64(b) << 32 | a) << (c & 31) >> 32; })
-OPCODE("shf.r.wrap.b32", (u32 a, u32 b, u32 c) -> u32 { return (u64(b) << 32 | a) >> (c & 31); })
+OPCODE("shf.l.wrap.b32", (u32 a, u32 b, u32 c) -> u32 {
+  return (u64(b) << 32 | a) << (c & 31) >> 32;
+})
+OPCODE("shf.r.wrap.b32", (u32 a, u32 b, u32 c) -> u32 {
+  return (u64(b) << 32 | a) >> (c & 31);
+})
 
 OPCODE("popc.b32", (u32 a) -> u32 { return std::popcount(a); })
 OPCODE("popc.b64", (u64 a) -> u32 { return std::popcount(a); })
 OPCODE("clz.b32", (u32 a) -> u32 { return std::countl_zero(a); })
 OPCODE("clz.b64", (u64 a) -> u32 { return std::countl_zero(a); })
-OPCODE("brev.b32", (u32 a) { u32 r = 0; for (int k = 0; k < 32; ++k) r |= (a >> k & 1) << (31 - k); return r; })
+OPCODE("brev.b32", (u32 a) {
+  u32 reversed = 0;
+  for (int k = 0; k < 32; ++k) reversed |= (a >> k & 1) << (31 - k);
+  return reversed;
+})
 
 // Extract `length` bits from bit `from`; a signed field is extended by its highest bit.
 u32 extract(u32 a, u32 from, u32 length, bool is_signed) {
@@ -145,8 +156,12 @@ OPCODE("truncate.u64", (u64 a) -> u32 { return u32(a); })
 // mov between a register and a vector of registers.
 OPCODE("pack.2x16", (u16 a, u16 b) -> u32 { return a | u32(b) << 16; })
 OPCODE("pack.2x32", (u32 a, u32 b) -> u64 { return a | u64(b) << 32; })
-OPCODE("pack.4x8", (u8 a, u8 b, u8 c, u8 d) -> u32 { return a | u32(b) << 8 | u32(c) << 16 | u32(d) << 24; })
-OPCODE("pack.4x16", (u16 a, u16 b, u16 c, u16 d) -> u64 { return a | u64(b) << 16 | u64(c) << 32 | u64(d) << 48; })
+OPCODE("pack.4x8", (u8 a, u8 b, u8 c, u8 d) -> u32 {
+  return a | u32(b) << 8 | u32(c) << 16 | u32(d) << 24;
+})
+OPCODE("pack.4x16", (u16 a, u16 b, u16 c, u16 d) -> u64 {
+  return a | u64(b) << 16 | u64(c) << 32 | u64(d) << 48;
+})
 OPCODE("unpack.4x8", (u32 a, u32 part) -> u8 { return u8(a >> (8 * part)); })
 OPCODE("unpack.2x16", (u32 a, u32 part) -> u16 { return u16(a >> (16 * part)); })
 OPCODE("unpack.4x16", (u64 a, u32 part) -> u16 { return u16(a >> (16 * part)); })

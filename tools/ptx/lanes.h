@@ -1,6 +1,7 @@
 // Opcodes that treat each lane alone: OPCODE("add.s32 add.u32", (u32 a, u32 b) { return a + b; })
 //
-// The types of the function are those of the operands. bool is a predicate. machine.py reads them from the signature.
+// The types of the function are those of the operands. bool is a predicate. machine.py reads them
+// from the signature.
 #pragma once
 
 #include <map>
@@ -12,7 +13,8 @@ namespace ptx {
 
 struct Opcode {
   Function function;
-  std::string signature;  // types, the destination's first; empty: translate.py has a function for it
+  std::string
+      signature;  // types, the destination's first; empty: translate.py has a function for it
 };
 
 std::map<std::string, Opcode>& opcodes();
@@ -46,19 +48,21 @@ template <class F, class Result, class... Args> struct Lanewise<F, Result (F::*)
     run_all(warp, instruction, lanes, std::index_sequence_for<Args...>{});
   }
 
-  template <std::size_t... I>
-  static void run_all(Warp& warp, const Instruction& instruction, u32 lanes, std::index_sequence<I...>) {
+  template <std::size_t... I> static void run_all(Warp& warp, const Instruction& instruction,
+                                                  u32 lanes, std::index_sequence<I...>) {
     const char* const sources[] = {warp.registers + instruction.operands[1 + I]...};
     char* const to = warp.registers + instruction.operands[0];
     if constexpr (std::is_same_v<Result, bool>) {
       u32 bits[32];
-      for (int lane = 0; lane < 32; ++lane) bits[lane] = u32(F{}(read<Args>(sources[I], lane)...)) << lane;
+      for (int lane = 0; lane < 32; ++lane)
+        bits[lane] = u32(F{}(read<Args>(sources[I], lane)...)) << lane;
       u32 all = 0;
       for (int lane = 0; lane < 32; ++lane) all |= bits[lane];
       put_predicate(to, all, lanes);
     } else {
       Cell<Result> cells[32];
-      for (int lane = 0; lane < 32; ++lane) cells[lane] = to_cell<Result>(F{}(read<Args>(sources[I], lane)...));
+      for (int lane = 0; lane < 32; ++lane)
+        cells[lane] = to_cell<Result>(F{}(read<Args>(sources[I], lane)...));
       if constexpr (std::is_same_v<Result, f32>)
         for (u32& cell : cells) cell = canonical(cell);
       put(to, cells, lanes);
@@ -68,8 +72,9 @@ template <class F, class Result, class... Args> struct Lanewise<F, Result (F::*)
 
 #define OPCODE(spellings, ...) PTX_OPCODE(__COUNTER__, spellings, __VA_ARGS__)
 #define PTX_OPCODE(number, ...) PTX_NUMBERED(number, __VA_ARGS__)
-#define PTX_NUMBERED(number, spellings, ...)                \
-  using Lanewise##number = Lanewise<decltype([] __VA_ARGS__)>; \
-  static const Register registered##number{spellings, Lanewise##number::run, Lanewise##number::signature()};
+#define PTX_NUMBERED(number, spellings, ...)                                 \
+  using Lanewise##number = Lanewise<decltype([] __VA_ARGS__)>;               \
+  static const Register registered##number{spellings, Lanewise##number::run, \
+                                           Lanewise##number::signature()};
 
 }  // namespace ptx

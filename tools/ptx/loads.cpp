@@ -1,6 +1,7 @@
 // Loads and stores, atomics, ldmatrix, stmatrix and cp.async.
 //
-// Operands of ld.SPACE.BITSxCOUNT: destinations, base address, offset. Of st.SPACE.BITSxCOUNT: base address, offset, values.
+// Operands of ld.SPACE.BITSxCOUNT: destinations, base address, offset. Of st.SPACE.BITSxCOUNT: base
+// address, offset, values.
 #include <algorithm>
 
 #include "lanes.h"
@@ -43,7 +44,8 @@ template <class Memory> Memory& memory_of(Warp& warp) {
   if constexpr (std::is_same_v<Memory, Parameters>) return warp.machine.parameters;
 }
 
-template <class Memory, class T, int COUNT> void load(Warp& warp, const Instruction& instruction, u32 lanes) {
+template <class Memory, class T, int COUNT>
+void load(Warp& warp, const Instruction& instruction, u32 lanes) {
   constexpr int size = sizeof(T) * COUNT;
   Memory& memory = memory_of<Memory>(warp);
   typename Memory::Address addresses[32];
@@ -52,13 +54,15 @@ template <class Memory, class T, int COUNT> void load(Warp& warp, const Instruct
   Vectors<T, COUNT> vectors;
   if (valid != ALL) std::memset(&vectors, 0xff, sizeof vectors);
   for_each_lane(valid, [&](int lane) {
-    if (warp.machine.schedule.checks) memory.check_read(warp, instruction, lane, addresses[lane], size, Access::plain);
+    if (warp.machine.schedule.checks)
+      memory.check_read(warp, instruction, lane, addresses[lane], size, Access::plain);
     std::memcpy(vectors.values[lane], memory.at(addresses[lane]), size);
   });
   vectors.to_registers(warp, instruction.operands, lanes);
 }
 
-template <class Memory, class T, int COUNT> void store(Warp& warp, const Instruction& instruction, u32 lanes) {
+template <class Memory, class T, int COUNT>
+void store(Warp& warp, const Instruction& instruction, u32 lanes) {
   constexpr int size = sizeof(T) * COUNT;
   Memory& memory = memory_of<Memory>(warp);
   typename Memory::Address addresses[32];
@@ -67,7 +71,8 @@ template <class Memory, class T, int COUNT> void store(Warp& warp, const Instruc
   vectors.from_registers(warp, instruction.operands + 2);
   for_each_lane(memory.valid(warp, instruction, addresses, lanes, size), [&](int lane) {
     if (warp.machine.schedule.checks)
-      memory.check_write(warp, instruction, lane, addresses[lane], size, vectors.bytes(lane), Access::plain);
+      memory.check_write(warp, instruction, lane, addresses[lane], size, vectors.bytes(lane),
+                         Access::plain);
     std::memcpy(memory.at(addresses[lane]), vectors.values[lane], size);
   });
 }
@@ -92,7 +97,8 @@ const bool sizes_registered = register_sizes<u8, u16, u32, u64>();
 // ---- atomics ------------------------------------------------------------------------------------
 
 // Operands: destination (-1 for red), base address, offset, value. F computes the new value.
-template <class Memory, class T, class F> void atomic(Warp& warp, const Instruction& instruction, u32 lanes) {
+template <class Memory, class T, class F>
+void atomic(Warp& warp, const Instruction& instruction, u32 lanes) {
   const i32* o = instruction.operands;
   Memory& memory = memory_of<Memory>(warp);
   typename Memory::Address addresses[32];
@@ -101,7 +107,8 @@ template <class Memory, class T, class F> void atomic(Warp& warp, const Instruct
   Cell<T> old[32] = {};
   for_each_lane(memory.valid(warp, instruction, addresses, lanes, sizeof(T)), [&](int lane) {
     if (warp.machine.schedule.checks)
-      memory.check_write(warp, instruction, lane, addresses[lane], sizeof(T), nullptr, Access::atomic);
+      memory.check_write(warp, instruction, lane, addresses[lane], sizeof(T), nullptr,
+                         Access::atomic);
     T before;
     std::memcpy(&before, memory.at(addresses[lane]), sizeof before);
     const T after = F{}(before, from_cell<T>(values[lane]));
@@ -134,14 +141,16 @@ const bool atomics_registered = [] {
 
 // ---- ldmatrix and stmatrix ----------------------------------------------------------------------
 
-// Lane r of matrix k gives the address of row r; after the load, lane l holds two neighbours of row l / 4, or of column l / 4 (trans).
+// Lane r of matrix k gives the address of row r; after the load, lane l holds two neighbours of row
+// l / 4, or of column l / 4 (trans).
 struct Matrices {
   u16 rows[32][8];  // row r of matrix k is rows[8 * k + r]
 
   u32 pair(int matrix, int lane, bool transposed) const {
     const int row = lane / 4, column = 2 * (lane % 4);
     const auto* m = rows + 8 * matrix;
-    return transposed ? m[column][row] | u32(m[column + 1][row]) << 16 : m[row][column] | u32(m[row][column + 1]) << 16;
+    return transposed ? m[column][row] | u32(m[column + 1][row]) << 16
+                      : m[row][column] | u32(m[row][column + 1]) << 16;
   }
 
   void set_pair(int matrix, int lane, bool transposed, u32 pair) {
@@ -152,7 +161,8 @@ struct Matrices {
   }
 };
 
-template <int COUNT, bool TRANSPOSED> void ldmatrix(Warp& warp, const Instruction& instruction, u32 lanes) {
+template <int COUNT, bool TRANSPOSED>
+void ldmatrix(Warp& warp, const Instruction& instruction, u32 lanes) {
   warp.expect(instruction, lanes, ALL);
   u32 addresses[32];
   addresses_of(warp, instruction.operands[COUNT], instruction.operands[COUNT + 1], addresses);
@@ -162,7 +172,8 @@ template <int COUNT, bool TRANSPOSED> void ldmatrix(Warp& warp, const Instructio
   const u32 valid = memory.valid(warp, instruction, addresses, rows, 16);
   if (valid != rows) std::memset(&matrices, 0xff, sizeof matrices);
   for_each_lane(valid, [&](int lane) {
-    if (warp.machine.schedule.checks) memory.check_read(warp, instruction, lane, addresses[lane], 16, Access::plain);
+    if (warp.machine.schedule.checks)
+      memory.check_read(warp, instruction, lane, addresses[lane], 16, Access::plain);
     std::memcpy(matrices.rows[lane], memory.at(addresses[lane]), 16);
   });
   for (int k = 0; k < COUNT; ++k) {
@@ -172,7 +183,8 @@ template <int COUNT, bool TRANSPOSED> void ldmatrix(Warp& warp, const Instructio
   }
 }
 
-template <int COUNT, bool TRANSPOSED> void stmatrix(Warp& warp, const Instruction& instruction, u32 lanes) {
+template <int COUNT, bool TRANSPOSED>
+void stmatrix(Warp& warp, const Instruction& instruction, u32 lanes) {
   warp.expect(instruction, lanes, ALL);
   u32 addresses[32];
   addresses_of(warp, instruction.operands[0], instruction.operands[1], addresses);
@@ -184,18 +196,25 @@ template <int COUNT, bool TRANSPOSED> void stmatrix(Warp& warp, const Instructio
   const u32 rows = COUNT == 4 ? ALL : (1u << (8 * COUNT % 32)) - 1;
   for_each_lane(memory.valid(warp, instruction, addresses, rows, 16), [&](int lane) {
     const u8* data = reinterpret_cast<const u8*>(matrices.rows[lane]);
-    if (warp.machine.schedule.checks) memory.check_write(warp, instruction, lane, addresses[lane], 16, data, Access::plain);
+    if (warp.machine.schedule.checks)
+      memory.check_write(warp, instruction, lane, addresses[lane], 16, data, Access::plain);
     std::memcpy(memory.at(addresses[lane]), data, 16);
   });
 }
 
 const Register matrix_opcodes[] = {
-    {"ldmatrix.m8n8.x1.shared.b16", ldmatrix<1, false>},       {"ldmatrix.m8n8.x1.trans.shared.b16", ldmatrix<1, true>},
-    {"ldmatrix.m8n8.x2.shared.b16", ldmatrix<2, false>},       {"ldmatrix.m8n8.x2.trans.shared.b16", ldmatrix<2, true>},
-    {"ldmatrix.m8n8.x4.shared.b16", ldmatrix<4, false>},       {"ldmatrix.m8n8.x4.trans.shared.b16", ldmatrix<4, true>},
-    {"stmatrix.m8n8.x1.shared.b16", stmatrix<1, false>},       {"stmatrix.m8n8.x1.trans.shared.b16", stmatrix<1, true>},
-    {"stmatrix.m8n8.x2.shared.b16", stmatrix<2, false>},       {"stmatrix.m8n8.x2.trans.shared.b16", stmatrix<2, true>},
-    {"stmatrix.m8n8.x4.shared.b16", stmatrix<4, false>},       {"stmatrix.m8n8.x4.trans.shared.b16", stmatrix<4, true>},
+    {"ldmatrix.m8n8.x1.shared.b16", ldmatrix<1, false>},
+    {"ldmatrix.m8n8.x1.trans.shared.b16", ldmatrix<1, true>},
+    {"ldmatrix.m8n8.x2.shared.b16", ldmatrix<2, false>},
+    {"ldmatrix.m8n8.x2.trans.shared.b16", ldmatrix<2, true>},
+    {"ldmatrix.m8n8.x4.shared.b16", ldmatrix<4, false>},
+    {"ldmatrix.m8n8.x4.trans.shared.b16", ldmatrix<4, true>},
+    {"stmatrix.m8n8.x1.shared.b16", stmatrix<1, false>},
+    {"stmatrix.m8n8.x1.trans.shared.b16", stmatrix<1, true>},
+    {"stmatrix.m8n8.x2.shared.b16", stmatrix<2, false>},
+    {"stmatrix.m8n8.x2.trans.shared.b16", stmatrix<2, true>},
+    {"stmatrix.m8n8.x4.shared.b16", stmatrix<4, false>},
+    {"stmatrix.m8n8.x4.trans.shared.b16", stmatrix<4, true>},
 };
 
 // ---- cp.async -----------------------------------------------------------------------------------
@@ -207,7 +226,8 @@ void arrive(Warp& warp, const Copy& copy) {
   });
 }
 
-// Operands: shared address, offset, global address, offset, bytes to copy (-1: all); the rest becomes zero.
+// Operands: shared address, offset, global address, offset, bytes to copy (-1: all); the rest
+// becomes zero.
 template <int SIZE> void cp_async(Warp& warp, const Instruction& instruction, u32 lanes) {
   Machine& machine = warp.machine;
   Copy copy{&instruction, lanes, {}, {}, SIZE};
@@ -216,23 +236,29 @@ template <int SIZE> void cp_async(Warp& warp, const Instruction& instruction, u3
   addresses_of(warp, instruction.operands[2], instruction.operands[3], from);
   u32 bytes[32], fetching = 0;
   for (int lane = 0; lane < 32; ++lane) {
-    bytes[lane] = instruction.operands[4] < 0 ? SIZE : std::min<u32>(SIZE, warp.at<u32>(instruction.operands[4])[lane]);
+    bytes[lane] = instruction.operands[4] < 0
+                      ? SIZE
+                      : std::min<u32>(SIZE, warp.at<u32>(instruction.operands[4])[lane]);
     fetching |= u32(bytes[lane] > 0) << lane;
   }
-  for_each_lane(machine.global.valid(warp, instruction, from, lanes & fetching, SIZE), [&](int lane) {
-    if (machine.schedule.checks) machine.global.check_read(warp, instruction, lane, from[lane], SIZE, Access::copy);
-    std::memcpy(copy.data[lane].data(), machine.global.at(from[lane]), bytes[lane]);
-  });
+  for_each_lane(
+      machine.global.valid(warp, instruction, from, lanes & fetching, SIZE), [&](int lane) {
+        if (machine.schedule.checks)
+          machine.global.check_read(warp, instruction, lane, from[lane], SIZE, Access::copy);
+        std::memcpy(copy.data[lane].data(), machine.global.at(from[lane]), bytes[lane]);
+      });
   copy.lanes = machine.shared.valid(warp, instruction, copy.to.data(), lanes, SIZE);
   if (machine.schedule.checks)
     for_each_lane(copy.lanes, [&](int lane) {
-      machine.shared.check_write(warp, instruction, lane, copy.to[lane], SIZE, nullptr, Access::copy);
+      machine.shared.check_write(warp, instruction, lane, copy.to[lane], SIZE, nullptr,
+                                 Access::copy);
       machine.shared.begin_copy(copy.to[lane], SIZE, 1);
     });
   if (!machine.schedule.late_copies)
     arrive(warp, copy);
   else  // whoever reads now finds NaN
-    for_each_lane(copy.lanes, [&](int lane) { std::memset(machine.shared.at(copy.to[lane]), 0xff, SIZE); });
+    for_each_lane(copy.lanes,
+                  [&](int lane) { std::memset(machine.shared.at(copy.to[lane]), 0xff, SIZE); });
   warp.open_copies.push_back(std::move(copy));
 }
 
@@ -249,7 +275,8 @@ void finish(Warp& warp, const std::vector<Copy>& copies) {
     if (machine.schedule.checks)
       for_each_lane(copy.lanes, [&](int lane) {
         machine.shared.begin_copy(copy.to[lane], copy.size, -1);
-        machine.shared.check_write(warp, *copy.instruction, lane, copy.to[lane], copy.size, nullptr, Access::copy);
+        machine.shared.check_write(warp, *copy.instruction, lane, copy.to[lane], copy.size, nullptr,
+                                   Access::copy);
       });
     if (machine.schedule.late_copies) arrive(warp, copy);
   }
@@ -258,7 +285,8 @@ void finish(Warp& warp, const std::vector<Copy>& copies) {
 // Operand: how many groups may remain unfinished.
 void wait_group(Warp& warp, const Instruction& instruction, u32 lanes) {
   warp.expect(instruction, lanes, warp.alive());
-  for (; int(warp.copies.size()) > instruction.operands[0]; warp.copies.pop_front()) finish(warp, warp.copies.front());
+  for (; int(warp.copies.size()) > instruction.operands[0]; warp.copies.pop_front())
+    finish(warp, warp.copies.front());
 }
 
 void wait_all(Warp& warp, const Instruction& instruction, u32 lanes) {
@@ -267,12 +295,9 @@ void wait_all(Warp& warp, const Instruction& instruction, u32 lanes) {
 }
 
 const Register copy_opcodes[] = {
-    {"cp.async.4", cp_async<4>},
-    {"cp.async.8", cp_async<8>},
-    {"cp.async.16", cp_async<16>},
-    {"cp.async.commit_group", commit},
-    {"cp.async.wait_group", wait_group},
-    {"cp.async.wait_all", wait_all},
+    {"cp.async.4", cp_async<4>},         {"cp.async.8", cp_async<8>},
+    {"cp.async.16", cp_async<16>},       {"cp.async.commit_group", commit},
+    {"cp.async.wait_group", wait_group}, {"cp.async.wait_all", wait_all},
 };
 
 }  // namespace

@@ -20,12 +20,13 @@ using Function = void (*)(Warp&, const Instruction&, u32 lanes);
 
 struct Instruction {
   Function function;
-  int guard;            // byte offset of a predicate, or -1
-  bool negated;         // the guard
+  int guard;     // byte offset of a predicate, or -1
+  bool negated;  // the guard
   int pc;
-  const i32* operands;  // byte offsets of registers and plain integers, destinations first; -1: not wanted
+  const i32*
+      operands;  // byte offsets of registers and plain integers, destinations first; -1: not wanted
   int count;
-  mutable int tensor;   // the tensor that this instruction touched last: most instructions touch one
+  mutable int tensor;  // the tensor that this instruction touched last: most instructions touch one
 };
 
 // Lanes of a warp that are elsewhere, because a branch divided them.
@@ -46,12 +47,12 @@ struct Copy {
 // A wgmma of one warp, or a move of its result, which run at the latest at the wait.
 struct Delayed {
   const Instruction* instruction;
-  int group;                                  // the number of the commit that includes it
-  void (*complete)(Warp&, const Delayed&);    // null if it has run; it is kept until its wait
-  std::array<std::array<u32, 32>, 4> a{};     // registers of A, or the value of a move in a[0]
+  int group;                                // the number of the commit that includes it
+  void (*complete)(Warp&, const Delayed&);  // null if it has run; it is kept until its wait
+  std::array<std::array<u32, 32>, 4> a{};   // registers of A, or the value of a move in a[0]
   u64 a_descriptor = 0, b_descriptor = 0;
-  bool accumulates = false;                   // a wgmma
-  bool value_known = false;                   // a move
+  bool accumulates = false;  // a wgmma
+  bool value_known = false;  // a move
 };
 
 enum class State { ready, at_barrier, blocked, done };
@@ -64,33 +65,38 @@ struct Warp {
   char* registers;
   State state = State::ready;
   int pc = 0;
-  u32 active = ALL;              // lanes that execute; all others are in `elsewhere` or have returned
+  u32 active = ALL;  // lanes that execute; all others are in `elsewhere` or have returned
   std::vector<Lanes> elsewhere{};
-  int merge_pc = 0;              // the lowest pc in `elsewhere`
-  int barrier = 0;               // the barrier that the warp waits at
-  Clocks clocks{};               // accesses to memory that happened before this point
-  Clocks fenced{};               // those that a proxy fence has made visible to asynchronous reads
-  Groups finished{};             // the groups of wgmmas of each warpgroup that ended before this point
+  int merge_pc = 0;   // the lowest pc in `elsewhere`
+  int barrier = 0;    // the barrier that the warp waits at
+  Clocks clocks{};    // accesses to memory that happened before this point
+  Clocks fenced{};    // those that a proxy fence has made visible to asynchronous reads
+  Groups finished{};  // the groups of wgmmas of each warpgroup that ended before this point
   std::vector<Copy> open_copies{};
   std::deque<std::vector<Copy>> copies{};
   std::vector<Delayed> delayed{};
   int wgmma_commits = 0;
 
-  u32 lanes_synced = 0;          // the clock up to which the lanes of this warp have synchronised with each other
+  u32 lanes_synced =
+      0;  // the clock up to which the lanes of this warp have synchronised with each other
 
   Stamp now() const { return stamp(id, clocks[id]); }
-  // Whether another lane of this warp made an access that has not been synchronised with the lanes of this warp.
+  // Whether another lane of this warp made an access that has not been synchronised with the lanes
+  // of this warp.
   bool other_lane(Stamp s, u8 its_lane, u8 lane) const {
-    return warp_of(s) == id && clock_of(s) > lanes_synced && its_lane != lane && its_lane != NO_LANE && lane != NO_LANE;
+    return warp_of(s) == id && clock_of(s) > lanes_synced && its_lane != lane &&
+           its_lane != NO_LANE && lane != NO_LANE;
   }
-  void tick();                   // later accesses differ from earlier ones
+  void tick();  // later accesses differ from earlier ones
   void sync_lanes() { lanes_synced = clocks[id]; }
-  u32 alive() const;             // lanes that have not returned
+  u32 alive() const;  // lanes that have not returned
   // Report the first lane that an instruction needs and that does not execute it.
   void expect(const Instruction& instruction, u32 lanes, u32 needed);
-  template <class T> const T* at(i32 offset) const { return reinterpret_cast<const T*>(registers + offset); }
+  template <class T> const T* at(i32 offset) const {
+    return reinterpret_cast<const T*>(registers + offset);
+  }
   template <class T> T* at(i32 offset) { return reinterpret_cast<T*>(registers + offset); }
-  void settle();             // continue with the lanes that are furthest behind
+  void settle();  // continue with the lanes that are furthest behind
   void split(int pc, u32 lanes);
   void report_unfinished();
 };
@@ -102,8 +108,8 @@ struct Schedule {
 };
 
 struct Barrier {
-  int arrived = 0;   // threads
-  int expected = 0;  // threads; 0: all threads that have not returned
+  int arrived = 0;            // threads
+  int expected = 0;           // threads; 0: all threads that have not returned
   Clocks clocks{}, fenced{};  // what those that arrived know
   Groups finished{};
 };
@@ -112,7 +118,7 @@ struct Machine {
   Schedule schedule;
   u64 random_state;
   int num_warps;
-  int block;                      // number of the block, in order
+  int block;  // number of the block, in order
   std::array<i32, 3> grid;
   std::vector<Warp> warps;
   std::array<Barrier, 16> barriers;

@@ -91,18 +91,12 @@ class _Launch(ctypes.Structure):
 
     _fields_ = [
         ("grid", ctypes.c_int32 * 3),
-        ("threads", ctypes.c_int32),
-        ("shared_bytes", ctypes.c_int32),
-        ("parameters", ctypes.c_char_p),
-        ("parameter_bytes", ctypes.c_int64),
-        ("constants", ctypes.c_char_p),
-        ("constant_bytes", ctypes.c_int64),
-        ("memory", ctypes.c_void_p),
-        ("num_ranges", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in ("threads", "shared_bytes")),
+        *(("parameters", ctypes.c_char_p), ("parameter_bytes", ctypes.c_int64)),
+        *(("constants", ctypes.c_char_p), ("constant_bytes", ctypes.c_int64)),
+        *(("memory", ctypes.c_void_p), ("num_ranges", ctypes.c_int64)),
         ("seed", ctypes.c_uint64),
-        ("late_copies", ctypes.c_int32),
-        ("late_wgmma", ctypes.c_int32),
-        ("checks", ctypes.c_int32),
+        *((name, ctypes.c_int32) for name in ("late_copies", "late_wgmma", "checks")),
     ]
 
 
@@ -112,8 +106,7 @@ class _Fault(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int32) for name in ("kind", "pc", "block", "warp", "lane")),
         *((name, ctypes.c_int32) for name in ("other_pc", "other_warp", "size")),
-        ("address", ctypes.c_uint64),
-        ("times", ctypes.c_uint64),
+        *((name, ctypes.c_uint64) for name in ("address", "times")),
     ]
 
 

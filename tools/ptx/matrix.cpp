@@ -24,29 +24,34 @@ int row_of(int lane, int k) { return lane / 4 + 8 * (k >> 1 & 1); }
 int column_of(int lane, int k) { return 8 * (k / 4) + 2 * (lane % 4) + (k & 1); }
 
 // c += a @ b for 16 rows and N columns (a multiple of 8).
-template <int STRIDE> void multiply(const f32 (*a)[K], const f32 (*b)[STRIDE], f32 (*c)[STRIDE], int columns) {
+template <int STRIDE>
+void multiply(const f32 (*a)[K], const f32 (*b)[STRIDE], f32 (*c)[STRIDE], int columns) {
   for (int n = 0; n < columns; n += 8)
     for (int m = 0; m < 16; m += 4) {
       f32 sums[4][8] = {};
       for (int k = 0; k < K; ++k)
         for (int i = 0; i < 4; ++i)
-          for (int j = 0; j < 8; ++j) sums[i][j] = __builtin_fmaf(a[m + i][k], b[k][n + j], sums[i][j]);
+          for (int j = 0; j < 8; ++j)
+            sums[i][j] = __builtin_fmaf(a[m + i][k], b[k][n + j], sums[i][j]);
       for (int i = 0; i < 4; ++i)
         for (int j = 0; j < 8; ++j) c[m + i][n + j] += sums[i][j];
     }
 }
 
-template <int STRIDE> void read_accumulator(const Warp& warp, const i32* registers, int count, f32 (*c)[STRIDE]) {
+template <int STRIDE>
+void read_accumulator(const Warp& warp, const i32* registers, int count, f32 (*c)[STRIDE]) {
   for (int k = 0; k < count; ++k) {
     const f32* cells = warp.at<f32>(registers[k]);
     for (int lane = 0; lane < 32; ++lane) c[row_of(lane, k)][column_of(lane, k)] = cells[lane];
   }
 }
 
-template <int STRIDE> void write_accumulator(Warp& warp, const i32* registers, int count, const f32 (*c)[STRIDE]) {
+template <int STRIDE>
+void write_accumulator(Warp& warp, const i32* registers, int count, const f32 (*c)[STRIDE]) {
   for (int k = 0; k < count; ++k) {
     u32* cells = warp.at<u32>(registers[k]);
-    for (int lane = 0; lane < 32; ++lane) cells[lane] = canonical(std::bit_cast<u32>(c[row_of(lane, k)][column_of(lane, k)]));
+    for (int lane = 0; lane < 32; ++lane)
+      cells[lane] = canonical(std::bit_cast<u32>(c[row_of(lane, k)][column_of(lane, k)]));
   }
 }
 
@@ -55,7 +60,8 @@ template <class T> void mma(Warp& warp, const Instruction& instruction, u32 lane
   warp.expect(instruction, lanes, ALL);
   const i32* o = instruction.operands;
   f32 a[16][K], b[K][8], c[16][8];
-  a_fragment<T>({warp.at<u32>(o[4]), warp.at<u32>(o[5]), warp.at<u32>(o[6]), warp.at<u32>(o[7])}, a);
+  a_fragment<T>({warp.at<u32>(o[4]), warp.at<u32>(o[5]), warp.at<u32>(o[6]), warp.at<u32>(o[7])},
+                a);
   for (int k = 0; k < 2; ++k) {
     const u32* pairs = warp.at<u32>(o[8 + k]);
     for (int lane = 0; lane < 32; ++lane) {
@@ -76,7 +82,8 @@ const Register mma_opcodes[] = {
 
 // ---- wgmma --------------------------------------------------------------------------------------
 
-// A matrix in shared memory, as rows of 16 bytes (PTX ISA, "Matrix descriptor" and "Canonical layouts").
+// A matrix in shared memory, as rows of 16 bytes (PTX ISA, "Matrix descriptor" and "Canonical
+// layouts").
 class Descriptor {
  public:
   explicit Descriptor(u64 bits)
@@ -95,7 +102,8 @@ class Descriptor {
   u32 mn_major(int part, int k) const {
     if (width_ == 16) return start_ + part * stride_ + k % 8 * 16 + k / 8 * leading_;
     const int parts = width_ / 16;
-    return swizzle(start_ + part / parts * leading_ + part % parts * 16 + k % 8 * width_ + k / 8 * stride_);
+    return swizzle(start_ + part / parts * leading_ + part % parts * 16 + k % 8 * width_ +
+                   k / 8 * stride_);
   }
 
  private:
@@ -104,8 +112,9 @@ class Descriptor {
   u32 start_, leading_, stride_, width_;
 };
 
-// How a wgmma finds its operands. Operands of the instruction: registers of D, then A (4 registers or a descriptor), the descriptor
-// of B, the predicate "accumulate", then four integers: columns, whether A is in registers, and whether A and B are transposed.
+// How a wgmma finds its operands. Operands of the instruction: registers of D, then A (4 registers
+// or a descriptor), the descriptor of B, the predicate "accumulate", then four integers: columns,
+// whether A is in registers, and whether A and B are transposed.
 struct Form {
   int columns;
   bool a_in_registers, a_transposed, b_transposed;
@@ -123,7 +132,8 @@ struct Form {
     accumulates = a[a_in_registers ? 5 : 2];
   }
 
-  // Call f(address, matrix row, first element of the other index, whether elements run along k) for each 16 bytes that this warp reads.
+  // Call f(address, matrix row, first element of the other index, whether elements run along k) for
+  // each 16 bytes that this warp reads.
   template <class F> void for_a(const Warp& warp, u64 bits, F f) const {
     if (a_in_registers) return;
     const Descriptor descriptor(bits);
@@ -133,7 +143,8 @@ struct Form {
         for (int k = 0; k < K; ++k) f(descriptor.mn_major(first / 8 + part, k), 8 * part, k);
     else
       for (int row = 0; row < 16; ++row)
-        for (int part = 0; part < 2; ++part) f(descriptor.k_major(first + row, part), row, 8 * part);
+        for (int part = 0; part < 2; ++part)
+          f(descriptor.k_major(first + row, part), row, 8 * part);
   }
 
   template <class F> void for_b(u64 bits, F f) const {
@@ -151,7 +162,8 @@ struct Form {
 template <class T> void widen_chunk(const Warp& warp, u32 address, f32* out, int step) {
   u16 values[8];
   std::memset(values, 0xff, sizeof values);
-  if (warp.machine.shared.all_valid(&address, 1, 16)) std::memcpy(values, warp.machine.shared.at(address), 16);
+  if (warp.machine.shared.all_valid(&address, 1, 16))
+    std::memcpy(values, warp.machine.shared.at(address), 16);
   for (int k = 0; k < 8; ++k) out[k * step] = widen(T{values[k]});
 }
 
@@ -161,8 +173,9 @@ template <class T> void compute(Warp& warp, const Delayed& wgmma) {
   static thread_local f32 a[16][K], b[K][STRIDE], c[16][STRIDE];
   if (form.a_in_registers)
     a_fragment<T>({wgmma.a[0].data(), wgmma.a[1].data(), wgmma.a[2].data(), wgmma.a[3].data()}, a);
-  form.for_a(warp, wgmma.a_descriptor,
-             [&](u32 address, int row, int k) { widen_chunk<T>(warp, address, &a[row][k], form.a_transposed ? K : 1); });
+  form.for_a(warp, wgmma.a_descriptor, [&](u32 address, int row, int k) {
+    widen_chunk<T>(warp, address, &a[row][k], form.a_transposed ? K : 1);
+  });
   form.for_b(wgmma.b_descriptor, [&](u32 address, int k, int column) {
     widen_chunk<T>(warp, address, &b[k][column], form.b_transposed ? 1 : STRIDE);
   });
@@ -190,7 +203,8 @@ void check_reads(Warp& warp, const Delayed& wgmma) {
 u64 uniform(Warp& warp, const Instruction& instruction, i32 operand) {
   const u64* values = warp.at<u64>(operand);
   for (int lane = 1; lane < 32; ++lane)
-    if (values[lane] != values[0]) warp.machine.faults.add(Kind::descriptor, warp, instruction, lane, values[lane], 0);
+    if (values[lane] != values[0])
+      warp.machine.faults.add(Kind::descriptor, warp, instruction, lane, values[lane], 0);
   return values[0];
 }
 
@@ -239,38 +253,34 @@ int writer_of(const Warp& warp, i32 operand) {
     if (delayed->complete == nullptr) continue;
     const int outputs = delayed->complete == move ? 1 : Form(*delayed->instruction).columns / 2;
     const i32* registers = delayed->instruction->operands;
-    if (std::find(registers, registers + outputs, operand) != registers + outputs) return delayed->group;
+    if (std::find(registers, registers + outputs, operand) != registers + outputs)
+      return delayed->group;
   }
   return 0;
 }
 
-// LLVM copies accumulators between wgmmas that have not been waited for, and ptxas removes these copies: a copy of a result that does
-// not exist yet is delayed too.
+// LLVM copies accumulators between wgmmas that have not been waited for, and ptxas removes these
+// copies: a copy of a result that does not exist yet is delayed too.
 void move_accumulator(Warp& warp, const Instruction& instruction, u32 lanes) {
   const i32* o = instruction.operands;
   const int from = writer_of(warp, o[1]), to = writer_of(warp, o[0]);
   if (from == 0 && to == 0) return put(warp.registers + o[0], warp.at<u32>(o[1]), lanes);
   Delayed delayed{&instruction, std::max(from, to), move};
   delayed.value_known = from == 0;
-  if (delayed.value_known) std::memcpy(delayed.a[0].data(), warp.registers + o[1], sizeof delayed.a[0]);
+  if (delayed.value_known)
+    std::memcpy(delayed.a[0].data(), warp.registers + o[1], sizeof delayed.a[0]);
   warp.delayed.push_back(delayed);
 }
 
 // Complete the groups of one warp up to a number.
 void finish(Warp& warp, int last) {
-  std::size_t kept = 0;
-  for (const Delayed& delayed : warp.delayed) {
-    if (delayed.group > last) {
-      warp.delayed[kept++] = delayed;
-      continue;
-    }
-    if (delayed.complete != nullptr) delayed.complete(warp, delayed);
-  }
-  warp.delayed.resize(kept);
+  for (const Delayed& delayed : warp.delayed)
+    if (delayed.group <= last && delayed.complete != nullptr) delayed.complete(warp, delayed);
+  std::erase_if(warp.delayed, [&](const Delayed& delayed) { return delayed.group <= last; });
 }
 
-// Operand: how many groups may remain unfinished. A wgmma belongs to four warps and completes for all of them at once, so a warp that
-// waits also waits until the other three have issued theirs.
+// Operand: how many groups may remain unfinished. A wgmma belongs to four warps and completes for
+// all of them at once, so a warp that waits also waits until the other three have issued theirs.
 void wait_group(Warp& warp, const Instruction& instruction, u32 lanes) {
   warp.expect(instruction, lanes, ALL);
   Machine& machine = warp.machine;
@@ -286,10 +296,7 @@ void wait_group(Warp& warp, const Instruction& instruction, u32 lanes) {
   warp.finished[warp.id / 4] = std::max(warp.finished[warp.id / 4], last);
 }
 
-void fence(Warp&, const Instruction&, u32) {}  // orders accesses to registers only
-
 const Register group_opcodes[] = {
-    {"wgmma.fence", fence},
     {"wgmma.commit_group", commit},
     {"wgmma.wait_group", wait_group},
     {"wgmma.move", move_accumulator},

@@ -9,17 +9,19 @@
 
 namespace ptx {
 
-void Faults::add(Kind kind, const Warp& warp, const Instruction& instruction, int lane, u64 address, int size, int other_pc,
-                 int other_warp) {
+void Faults::add(Kind kind, const Warp& warp, const Instruction& instruction, int lane, u64 address,
+                 int size, int other_pc, int other_warp) {
   const auto [place, is_new] = index.try_emplace({kind, instruction.pc}, list.size());
   if (is_new)
-    list.push_back({kind, instruction.pc, warp.machine.block, warp.id, lane, other_pc, other_warp, size, address, 1});
+    list.push_back({kind, instruction.pc, warp.machine.block, warp.id, lane, other_pc, other_warp,
+                    size, address, 1});
   else
     ++list[place->second].times;
 }
 
 void Record::wrote(Stamp now, int pc, u8 lane, bool is_atomic) {
-  atomic = is_atomic && (atomic || writer != now);  // a plain write with the same stamp still counts
+  atomic =
+      is_atomic && (atomic || writer != now);  // a plain write with the same stamp still counts
   writer = now;
   writer_pc = pc;
   writer_lane = lane;
@@ -75,20 +77,23 @@ bool SharedMemory::all_valid(const u32* addresses, u32 lanes, int size) const {
   return low >= BASE && high - BASE + size <= u32(size_) && bits % size == 0;
 }
 
-u32 SharedMemory::valid(Warp& warp, const Instruction& instruction, const u32* addresses, u32 lanes, int size) {
+u32 SharedMemory::valid(Warp& warp, const Instruction& instruction, const u32* addresses, u32 lanes,
+                        int size) {
   if (all_valid(addresses, lanes, size)) return lanes;
   for (int lane = 0; lane < 32; ++lane) {
     if (!(lanes >> lane & 1)) continue;
     const u32 address = addresses[lane];
     const bool inside = address >= BASE && u64(address) + size <= u64(BASE) + size_;
     if (inside && address % size == 0) continue;
-    warp.machine.faults.add(inside ? Kind::shared_misaligned : Kind::shared_bounds, warp, instruction, lane, address, size);
+    warp.machine.faults.add(inside ? Kind::shared_misaligned : Kind::shared_bounds, warp,
+                            instruction, lane, address, size);
     lanes &= ~(1u << lane);
   }
   return lanes;
 }
 
-void SharedMemory::check_read(Warp& warp, const Instruction& instruction, u8 lane, u32 address, int size, Access access) {
+void SharedMemory::check_read(Warp& warp, const Instruction& instruction, u8 lane, u32 address,
+                              int size, Access access) {
   Faults& faults = warp.machine.faults;
   const Stamp now = warp.now();
   const std::size_t end = (address - BASE + size - 1) >> shift_;
@@ -118,8 +123,8 @@ void SharedMemory::check_read(Warp& warp, const Instruction& instruction, u8 lan
   wgmma_pc_[chunk] = instruction.pc;
 }
 
-void SharedMemory::check_write(Warp& warp, const Instruction& instruction, u8 lane, u32 address, int size, const u8* data,
-                               Access access) {
+void SharedMemory::check_write(Warp& warp, const Instruction& instruction, u8 lane, u32 address,
+                               int size, const u8* data, Access access) {
   Faults& faults = warp.machine.faults;
   const Stamp now = warp.now();
   const bool same = data != nullptr && std::memcmp(at(address), data, size) == 0;
@@ -147,14 +152,17 @@ void SharedMemory::check_write(Warp& warp, const Instruction& instruction, u8 la
 }
 
 // A wgmma reads until one of the four warps that issued it has waited; barriers tell other warps.
-void SharedMemory::check_wgmmas(Warp& warp, const Instruction& instruction, u8 lane, u32 address, int size) {
+void SharedMemory::check_wgmmas(Warp& warp, const Instruction& instruction, u8 lane, u32 address,
+                                int size) {
   const std::size_t chunk = (address - BASE) / 16;
   for (std::size_t k = 0; k < wgmma_groups_.size(); ++k)
     if (wgmma_groups_[k][chunk] > warp.finished[k])
-      warp.machine.faults.add(Kind::wgmma_reads, warp, instruction, lane, address, size, wgmma_pc_[chunk]);
+      warp.machine.faults.add(Kind::wgmma_reads, warp, instruction, lane, address, size,
+                              wgmma_pc_[chunk]);
 }
 
-void SharedMemory::check_readers(Warp& warp, const Instruction& instruction, u8 lane, u32 address, int size, std::size_t g) {
+void SharedMemory::check_readers(Warp& warp, const Instruction& instruction, u8 lane, u32 address,
+                                 int size, std::size_t g) {
   Faults& faults = warp.machine.faults;
   const Record& record = records_[g];
   for (int other = 0; other < int(read_clocks_.size()); ++other) {
@@ -163,7 +171,8 @@ void SharedMemory::check_readers(Warp& warp, const Instruction& instruction, u8 
     faults.add(Kind::write_after_read, warp, instruction, lane, address, size, pc, other);
   }
   if (warp.other_lane(record.reader, record.reader_lane, lane))
-    faults.add(Kind::lanes_of_a_warp, warp, instruction, lane, address, size, record.reader_pc, warp.id);
+    faults.add(Kind::lanes_of_a_warp, warp, instruction, lane, address, size, record.reader_pc,
+               warp.id);
 }
 
 void SharedMemory::begin_copy(u32 address, int size, int change) {
@@ -171,10 +180,12 @@ void SharedMemory::begin_copy(u32 address, int size, int change) {
   for (std::size_t g = (address - BASE) >> shift_; g <= end; ++g) copies_[g] += change;
 }
 
-u32 Parameters::valid(Warp& warp, const Instruction& instruction, const u64* addresses, u32 lanes, int length) {
+u32 Parameters::valid(Warp& warp, const Instruction& instruction, const u64* addresses, u32 lanes,
+                      int length) {
   for_each_lane(lanes, [&](int lane) {
     if (addresses[lane] <= u64(size) && addresses[lane] + length <= u64(size)) return;
-    warp.machine.faults.add(Kind::parameter_bounds, warp, instruction, lane, addresses[lane], length);
+    warp.machine.faults.add(Kind::parameter_bounds, warp, instruction, lane, addresses[lane],
+                            length);
     lanes &= ~(1u << lane);
   });
   return lanes;
@@ -190,7 +201,8 @@ void GlobalMemory::add(u64 start, u64 end, bool checks) {
 }
 
 Tensor* GlobalMemory::find(u64 address) {
-  auto next = std::upper_bound(tensors.begin(), tensors.end(), address, [](u64 a, const Tensor& t) { return a < t.start; });
+  auto next = std::upper_bound(tensors.begin(), tensors.end(), address,
+                               [](u64 a, const Tensor& t) { return a < t.start; });
   if (next == tensors.begin()) return nullptr;
   --next;
   return address < next->end ? &*next : nullptr;
@@ -207,7 +219,8 @@ bool GlobalMemory::all_in(const Tensor& tensor, const u64* addresses, u32 lanes,
   return low >= tensor.start && high <= tensor.end - size && bits % size == 0;
 }
 
-u32 GlobalMemory::valid(Warp& warp, const Instruction& instruction, const u64* addresses, u32 lanes, int size) {
+u32 GlobalMemory::valid(Warp& warp, const Instruction& instruction, const u64* addresses, u32 lanes,
+                        int size) {
   if (instruction.tensor < int(tensors.size())) {
     const Tensor& last = tensors[instruction.tensor];
     if (last.end - last.start >= u64(size) && all_in(last, addresses, lanes, size)) return lanes;
@@ -218,43 +231,49 @@ u32 GlobalMemory::valid(Warp& warp, const Instruction& instruction, const u64* a
     if (tensor != nullptr) instruction.tensor = int(tensor - tensors.data());
     const bool inside = tensor != nullptr && addresses[lane] + size <= tensor->end;
     if (inside && addresses[lane] % size == 0) continue;
-    warp.machine.faults.add(inside ? Kind::global_misaligned : Kind::global_bounds, warp, instruction, lane, addresses[lane], size);
+    warp.machine.faults.add(inside ? Kind::global_misaligned : Kind::global_bounds, warp,
+                            instruction, lane, addresses[lane], size);
     lanes &= ~(1u << lane);
   }
   return lanes;
 }
 
-// Whether there was an access that may also happen after the warp's next one. Blocks run one after the other here, and in any order
-// on a GPU.
+// Whether there was an access that may also happen after the warp's next one. Blocks run one after
+// the other here, and in any order on a GPU.
 bool GlobalMemory::concurrent(const Warp& warp, Stamp s) const {
   return clock_of(s) != 0 && (clock_of(s) <= block_start || !known(s, warp.clocks));
 }
 
-void GlobalMemory::report_race(const Warp& warp, const Instruction& instruction, int lane, u64 address, int size, int other_pc,
-                               Stamp other) const {
+void GlobalMemory::report_race(const Warp& warp, const Instruction& instruction, int lane,
+                               u64 address, int size, int other_pc, Stamp other) const {
   const int other_warp = clock_of(other) <= block_start ? OTHER_BLOCK : warp_of(other);
-  warp.machine.faults.add(Kind::global_race, warp, instruction, lane, address, size, other_pc, other_warp);
+  warp.machine.faults.add(Kind::global_race, warp, instruction, lane, address, size, other_pc,
+                          other_warp);
 }
 
-void GlobalMemory::check_read(Warp& warp, const Instruction& instruction, int lane, u64 address, int size, Access) {
+void GlobalMemory::check_read(Warp& warp, const Instruction& instruction, int lane, u64 address,
+                              int size, Access) {
   Tensor& tensor = *find(address);
   const u64 first = tensor.start >> shift, end = ((address + size - 1) >> shift) - first;
   for (u64 g = (address >> shift) - first; g <= end; ++g) {
     Record& record = tensor.records[g];
-    if (concurrent(warp, record.writer) || warp.other_lane(record.writer, record.writer_lane, u8(lane)))
+    if (concurrent(warp, record.writer) ||
+        warp.other_lane(record.writer, record.writer_lane, u8(lane)))
       report_race(warp, instruction, lane, address, size, record.writer_pc, record.writer);
     Stamp& other = record.other_reader;
-    const bool is_final = other != 0 && clock_of(other) <= block_start;  // another block: no barrier will order it
+    const bool is_final =
+        other != 0 && clock_of(other) <= block_start;  // another block: no barrier will order it
     if (!is_final && concurrent(warp, record.reader)) other = record.reader;
     record.read(warp.now(), instruction.pc, u8(lane));
   }
 }
 
-void GlobalMemory::check_write(Warp& warp, const Instruction& instruction, int lane, u64 address, int size, const u8* data,
-                               Access access) {
+void GlobalMemory::check_write(Warp& warp, const Instruction& instruction, int lane, u64 address,
+                               int size, const u8* data, Access access) {
   const bool atomic = access == Access::atomic;
   Tensor& tensor = *find(address);
-  const bool same = data != nullptr && std::memcmp(reinterpret_cast<const void*>(address), data, size) == 0;
+  const bool same =
+      data != nullptr && std::memcmp(reinterpret_cast<const void*>(address), data, size) == 0;
   const u64 first = tensor.start >> shift, end = ((address + size - 1) >> shift) - first;
   for (u64 g = (address >> shift) - first; g <= end; ++g) {
     Record& record = tensor.records[g];
@@ -262,9 +281,11 @@ void GlobalMemory::check_write(Warp& warp, const Instruction& instruction, int l
       report_race(warp, instruction, lane, address, size, other_pc, other);
     };
     const bool harmless = same || (atomic && record.atomic);
-    if (!harmless && (concurrent(warp, record.writer) || warp.other_lane(record.writer, record.writer_lane, u8(lane))))
+    if (!harmless && (concurrent(warp, record.writer) ||
+                      warp.other_lane(record.writer, record.writer_lane, u8(lane))))
       report(record.writer_pc, record.writer);
-    if (concurrent(warp, record.reader) || warp.other_lane(record.reader, record.reader_lane, u8(lane)))
+    if (concurrent(warp, record.reader) ||
+        warp.other_lane(record.reader, record.reader_lane, u8(lane)))
       report(record.reader_pc, record.reader);
     else if (concurrent(warp, record.other_reader))
       report(-1, record.other_reader);

@@ -1,9 +1,10 @@
 // Shared and global memory, and what is remembered of each access in order to find races.
 //
-// Each warp counts its synchronisations: its clock. Each warp also knows, for each other warp, up to which clock the accesses of that
-// warp happened before its own next access; barriers exchange this knowledge (vector clocks). An access is a race if it conflicts with
-// an earlier access that its warp does not know of. Clocks continue from block to block, so a stamp also tells whether it was made in
-// the current block.
+// Each warp counts its synchronisations: its clock. Each warp also knows, for each other warp, up
+// to which clock the accesses of that warp happened before its own next access; barriers exchange
+// this knowledge (vector clocks). An access is a race if it conflicts with an earlier access that
+// its warp does not know of. Clocks continue from block to block, so a stamp also tells whether it
+// was made in the current block.
 #pragma once
 
 #include <array>
@@ -26,8 +27,9 @@ constexpr u8 NO_LANE = 255, SEVERAL_LANES = 254;
 constexpr int OTHER_BLOCK = -2;  // instead of the warp of an access
 
 using Clocks = std::array<u32, MAX_WARPS>;
-using Groups = std::array<int, MAX_WARPS / 4>;  // the number of a group of wgmmas, for each warpgroup
-using Stamp = u32;  // of an access: the warp, and its clock
+using Groups =
+    std::array<int, MAX_WARPS / 4>;  // the number of a group of wgmmas, for each warpgroup
+using Stamp = u32;                   // of an access: the warp, and its clock
 
 inline Stamp stamp(int warp, u32 clock) { return u32(warp) << CLOCK_BITS | clock; }
 inline int warp_of(Stamp s) { return int(s >> CLOCK_BITS); }
@@ -69,11 +71,12 @@ struct Fault {
 struct Faults {
   std::vector<Fault> list;
   std::map<std::pair<Kind, int>, std::size_t> index;
-  void add(Kind kind, const Warp& warp, const Instruction& instruction, int lane, u64 address, int size,
-           int other_pc = -1, int other_warp = -1);
+  void add(Kind kind, const Warp& warp, const Instruction& instruction, int lane, u64 address,
+           int size, int other_pc = -1, int other_warp = -1);
 };
 
-// The last write and the last read of a granule of memory, which is as large as the smallest access of the program.
+// The last write and the last read of a granule of memory, which is as large as the smallest access
+// of the program.
 struct Record {
   Stamp writer, reader;
   Stamp other_reader;  // of global memory: a read that does not happen before the last one
@@ -114,16 +117,19 @@ class SharedMemory {
   bool all_valid(const u32* addresses, u32 lanes, int size) const;
   u32 valid(Warp& warp, const Instruction& instruction, const u32* addresses, u32 lanes, int size);
 
-  // Check an access of one lane and remember it. `data`: what is written, or null if that is unknown.
-  void check_read(Warp& warp, const Instruction& instruction, u8 lane, u32 address, int size, Access access);
-  void check_write(Warp& warp, const Instruction& instruction, u8 lane, u32 address, int size, const u8* data,
-                   Access access);
+  // Check an access of one lane and remember it. `data`: what is written, or null if that is
+  // unknown.
+  void check_read(Warp& warp, const Instruction& instruction, u8 lane, u32 address, int size,
+                  Access access);
+  void check_write(Warp& warp, const Instruction& instruction, u8 lane, u32 address, int size,
+                   const u8* data, Access access);
 
   void begin_copy(u32 address, int size, int change);  // change: 1 begins, -1 ends
 
  private:
   void check_wgmmas(Warp& warp, const Instruction& instruction, u8 lane, u32 address, int size);
-  void check_readers(Warp& warp, const Instruction& instruction, u8 lane, u32 address, int size, std::size_t g);
+  void check_readers(Warp& warp, const Instruction& instruction, u8 lane, u32 address, int size,
+                     std::size_t g);
 
   std::vector<u8> bytes_;
   int shift_ = 0, size_ = 0;
@@ -131,7 +137,8 @@ class SharedMemory {
   Records records_;
   std::vector<std::vector<u32>> read_clocks_;  // [warp][granule]
   std::vector<u8> copies_;                     // unfinished copies to each granule
-  std::vector<std::vector<int>> wgmma_groups_;  // [warpgroup][16 bytes]: the last group of wgmmas that reads them
+  std::vector<std::vector<int>>
+      wgmma_groups_;  // [warpgroup][16 bytes]: the last group of wgmmas that reads them
   std::vector<i32> wgmma_pc_;
 };
 
@@ -151,15 +158,16 @@ class GlobalMemory {
   void add(u64 start, u64 end, bool checks);
   u8* at(u64 address) { return reinterpret_cast<u8*>(address); }
   u32 valid(Warp& warp, const Instruction& instruction, const u64* addresses, u32 lanes, int size);
-  void check_read(Warp& warp, const Instruction& instruction, int lane, u64 address, int size, Access access);
-  void check_write(Warp& warp, const Instruction& instruction, int lane, u64 address, int size, const u8* data,
-                   Access access);
+  void check_read(Warp& warp, const Instruction& instruction, int lane, u64 address, int size,
+                  Access access);
+  void check_write(Warp& warp, const Instruction& instruction, int lane, u64 address, int size,
+                   const u8* data, Access access);
 
  private:
   Tensor* find(u64 address);
   bool concurrent(const Warp& warp, Stamp s) const;
-  void report_race(const Warp& warp, const Instruction& instruction, int lane, u64 address, int size, int other_pc,
-                   Stamp other) const;
+  void report_race(const Warp& warp, const Instruction& instruction, int lane, u64 address,
+                   int size, int other_pc, Stamp other) const;
   bool all_in(const Tensor& tensor, const u64* addresses, u32 lanes, int size) const;
 };
 

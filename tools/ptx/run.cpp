@@ -20,7 +20,19 @@ Register::Register(const std::string& spellings, Function function, const std::s
 }
 
 // In the order of machine.py's SPECIAL.
-enum Special { TID, CTAID_X, CTAID_Y, CTAID_Z, NCTAID_X, NCTAID_Y, NCTAID_Z, NTID, LANEID, WARPID, NUM_SPECIAL };
+enum Special {
+  TID,
+  CTAID_X,
+  CTAID_Y,
+  CTAID_Z,
+  NCTAID_X,
+  NCTAID_Y,
+  NCTAID_Z,
+  NTID,
+  LANEID,
+  WARPID,
+  NUM_SPECIAL
+};
 constexpr int REGISTER_BYTES = 128;
 
 struct Program {
@@ -56,16 +68,19 @@ namespace {
 class Runner {
  public:
   Runner(const Program& program, const Launch& launch) : program_(program), launch_(launch) {
-    machine_.schedule = {launch.seed, launch.late_copies != 0, launch.late_wgmma != 0, launch.checks != 0};
+    machine_.schedule = {launch.seed, launch.late_copies != 0, launch.late_wgmma != 0,
+                         launch.checks != 0};
     machine_.random_state = launch.seed * 0x9e3779b97f4a7c15ull | 1;
     machine_.num_warps = (launch.threads + 31) / 32;
     std::copy_n(launch.grid, 3, machine_.grid.begin());
     machine_.parameters = {launch.parameters, launch.parameter_bytes};
-    machine_.shared.resize(launch.shared_bytes, program.granule_shift, machine_.num_warps, machine_.schedule.checks);
+    machine_.shared.resize(launch.shared_bytes, program.granule_shift, machine_.num_warps,
+                           machine_.schedule.checks);
     machine_.global.shift = program.granule_shift;
     for (i64 k = 0; k < launch.num_ranges; ++k)
       machine_.global.add(launch.memory[2 * k], launch.memory[2 * k + 1], machine_.schedule.checks);
-    for (const Instruction& instruction : program.code) instruction.tensor = std::numeric_limits<int>::max();
+    for (const Instruction& instruction : program.code)
+      instruction.tensor = std::numeric_limits<int>::max();
     make_warps();
   }
 
@@ -73,7 +88,8 @@ class Runner {
     std::vector<int> order(machine_.grid[0] * machine_.grid[1] * machine_.grid[2]);
     std::iota(order.begin(), order.end(), 0);
     if (machine_.schedule.seed != 0)
-      for (std::size_t k = order.size(); k > 1; --k) std::swap(order[k - 1], order[machine_.random(u32(k))]);
+      for (std::size_t k = order.size(); k > 1; --k)
+        std::swap(order[k - 1], order[machine_.random(u32(k))]);
     for (int block : order) run_block(block);
     return machine_.faults;
   }
@@ -86,7 +102,8 @@ class Runner {
     machine_.warps.reserve(machine_.num_warps);
     for (int id = 0; id < machine_.num_warps; ++id) {
       machine_.warps.push_back(Warp{machine_, id, registers_.get() + register_bytes_ * id});
-      std::memcpy(machine_.warps[id].registers + NUM_SPECIAL * REGISTER_BYTES, launch_.constants, launch_.constant_bytes);
+      std::memcpy(machine_.warps[id].registers + NUM_SPECIAL * REGISTER_BYTES, launch_.constants,
+                  launch_.constant_bytes);
     }
   }
 
@@ -121,10 +138,14 @@ class Runner {
 
   void set_special_registers(Warp& warp) {
     const auto& grid = machine_.grid;
-    const int x = machine_.block % grid[0], y = machine_.block / grid[0] % grid[1], z = machine_.block / grid[0] / grid[1];
-    const int uniform[NUM_SPECIAL] = {0, x, y, z, grid[0], grid[1], grid[2], launch_.threads, 0, warp.id};
-    for (int k = 0; k < NUM_SPECIAL; ++k) std::fill_n(warp.at<i32>(k * REGISTER_BYTES), 32, uniform[k]);
-    std::iota(warp.at<i32>(TID * REGISTER_BYTES), warp.at<i32>(TID * REGISTER_BYTES) + 32, 32 * warp.id);
+    const int x = machine_.block % grid[0], y = machine_.block / grid[0] % grid[1],
+              z = machine_.block / grid[0] / grid[1];
+    const int uniform[NUM_SPECIAL] = {0, x,      y, z, grid[0], grid[1], grid[2], launch_.threads,
+                                      0, warp.id};
+    for (int k = 0; k < NUM_SPECIAL; ++k)
+      std::fill_n(warp.at<i32>(k * REGISTER_BYTES), 32, uniform[k]);
+    std::iota(warp.at<i32>(TID * REGISTER_BYTES), warp.at<i32>(TID * REGISTER_BYTES) + 32,
+              32 * warp.id);
     std::iota(warp.at<i32>(LANEID * REGISTER_BYTES), warp.at<i32>(LANEID * REGISTER_BYTES) + 32, 0);
   }
 
@@ -148,19 +169,24 @@ class Runner {
       if (warp.state != state) continue;
       ++count;
       // Each of the warps found so far is equally likely.
-      if (found == nullptr || (machine_.schedule.seed != 0 && machine_.random(count) == 0)) found = &warp;
+      if (found == nullptr || (machine_.schedule.seed != 0 && machine_.random(count) == 0))
+        found = &warp;
     }
     return found;
   }
 
   void report_waiting() {
     for (const Warp& warp : machine_.warps)
-      if (warp.state != State::done) machine_.faults.add(Kind::deadlock, warp, program_.code[std::max(0, warp.pc - (warp.state == State::at_barrier))], 0, 0, 0);
+      if (warp.state != State::done)
+        machine_.faults.add(Kind::deadlock, warp,
+                            program_.code[std::max(0, warp.pc - (warp.state == State::at_barrier))],
+                            0, 0, 0);
   }
 
   // How many instructions a warp runs before another may run.
   int turn_length() {
-    if (machine_.schedule.seed == 0 || machine_.random(4) == 0) return std::numeric_limits<int>::max();
+    if (machine_.schedule.seed == 0 || machine_.random(4) == 0)
+      return std::numeric_limits<int>::max();
     return 1 + int(machine_.random(64));
   }
 
@@ -177,7 +203,8 @@ class Runner {
       if (lanes != 0) instruction.function(warp, instruction, lanes);
       if (warp.pc >= warp.merge_pc && warp.state == State::ready) warp.settle();
     }
-    if (warp.state != State::blocked || limit - turn > 1) rounds_ = 0;  // it did more than to look again
+    if (warp.state != State::blocked || limit - turn > 1)
+      rounds_ = 0;  // it did more than to look again
   }
 
   struct Free {
@@ -208,10 +235,10 @@ const char* ptx_opcodes() {
   return all.c_str();
 }
 
-// names: opcodes separated by spaces; guards: byte offsets, -1 if none, negated ones as -2 - offset; starts: of each instruction's
-// operands, and their total.
-void* ptx_program(const char* names, int count, const ptx::i32* guards, const ptx::i32* starts, const ptx::i32* operands,
-                  int register_bytes, int granule_shift) {
+// names: opcodes separated by spaces; guards: byte offsets, -1 if none, negated ones as -2 -
+// offset; starts: of each instruction's operands, and their total.
+void* ptx_program(const char* names, int count, const ptx::i32* guards, const ptx::i32* starts,
+                  const ptx::i32* operands, int register_bytes, int granule_shift) {
   auto program = std::make_unique<ptx::Program>();
   program->operands.assign(operands, operands + starts[count]);
   program->register_bytes = register_bytes;
@@ -219,8 +246,10 @@ void* ptx_program(const char* names, int count, const ptx::i32* guards, const pt
   for (int pc = 0; pc < count; ++pc) {
     const std::size_t length = std::strcspn(names, " ");
     const bool negated = guards[pc] < -1;
-    program->code.push_back({ptx::opcodes().at(std::string(names, length)).function, negated ? -2 - guards[pc] : guards[pc],
-                             negated, pc, program->operands.data() + starts[pc], starts[pc + 1] - starts[pc], 0});
+    program->code.push_back({ptx::opcodes().at(std::string(names, length)).function,
+                             negated ? -2 - guards[pc] : guards[pc], negated, pc,
+                             program->operands.data() + starts[pc], starts[pc + 1] - starts[pc],
+                             0});
     names += length + 1;
   }
   return program.release();
@@ -228,8 +257,8 @@ void* ptx_program(const char* names, int count, const ptx::i32* guards, const pt
 
 void ptx_free(void* program) { delete static_cast<ptx::Program*>(program); }
 
-// Returns the number of faults, of which the first `capacity` are written; -1: more synchronisations than the checks can count;
-// -2: not enough memory.
+// Returns the number of faults, of which the first `capacity` are written; -1: more
+// synchronisations than the checks can count; -2: not enough memory.
 int ptx_run(const void* program, const ptx::Launch* launch, ptx::Fault* faults, int capacity) try {
   ptx::Runner runner(*static_cast<const ptx::Program*>(program), *launch);
   const auto& found = runner.run().list;

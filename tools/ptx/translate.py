@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from .parse import WIDTHS, Kernel, Statement, UnsupportedPtx, split
 
@@ -112,10 +112,16 @@ class Translator:
                     accumulators.add(to)
                     changed = True
 
-    def unsupported(self, why: str) -> None:
+    def unsupported(self, why: str) -> NoReturn:
         """Raise UnsupportedPtx for the current statement."""
         where = f"{self.kernel.name}, {self.statement.location}"
         raise UnsupportedPtx(f"{where}: the machine cannot run `{self.statement}`: it {why}")
+
+    def types(self, opcode: str) -> list[str]:
+        """Return the types of the operands of an opcode that the machine knows."""
+        if opcode not in self.signatures:
+            self.unsupported(f"knows no opcode {opcode!r}; tools/ptx says how to add one")
+        return self.signatures[opcode]
 
     def emit(
         self,
@@ -125,24 +131,18 @@ class Translator:
         reads_outputs: bool = False,
     ) -> None:
         """Append an instruction with the guard of the current statement."""
-        if opcode not in self.signatures:
-            self.unsupported(f"knows no opcode {opcode!r}; tools/ptx says how to add one")
+        self.types(opcode)
         guard = self.statement.guard, self.statement.negated
         made = Instruction(opcode, operands, outputs, reads_outputs, *guard, self.number)
         self.instructions.append(made)
 
     def generic(self, opcode: str, tokens: list[str]) -> None:
         """Translate an opcode that treats each lane alone: one destination, then sources."""
-        types = self.signatures.get(opcode)
-        if types is None:
-            self.unsupported(f"knows no opcode {opcode!r}; tools/ptx says how to add one")
-        elif len(types) != len(tokens):
-            self.unsupported(f"has {len(tokens)} operands, expected {len(types)}")
-        else:
-            sources = [
-                self.source(token, kind) for token, kind in zip(tokens[1:], types[1:], strict=True)
-            ]
-            self.emit(opcode, [self.destination(tokens[0], types[0]), *sources])
+        first, *types = self.types(opcode)
+        if len(types) != len(tokens) - 1:
+            self.unsupported(f"has {len(tokens)} operands, expected {1 + len(types)}")
+        sources = [self.source(token, kind) for token, kind in zip(tokens[1:], types, strict=True)]
+        self.emit(opcode, [self.destination(tokens[0], first), *sources])
 
     # ---- operands --------------------------------------------------------------------------------
 
@@ -208,7 +208,6 @@ class Translator:
             packed = struct.pack("<d" if wide else "<f", float(token))
             return Operand("constant", int.from_bytes(packed, "little"), wide)
         self.unsupported(f"has an operand {token!r} that the machine does not know")
-        raise AssertionError
 
     def address(self, token: str, kind: str) -> list[Operand]:
         """Return base and offset of ``[base+offset]``."""
@@ -326,7 +325,6 @@ def _space(t: Translator, words: list[str]) -> str:
         if space in ("global", "shared", "param"):
             return space
     t.unsupported("names no address space: global, shared or param")
-    raise AssertionError
 
 
 def _shape(t: Translator, words: list[str], space: str) -> tuple[int, int]:
@@ -344,12 +342,11 @@ def _ld(t: Translator, words: list[str], tokens: list[str]) -> None:
     loaded, extended = [], []
     for token in registers_of(tokens[0]):
         register = NONE if token == "_" else Operand("register", token)
-        if register is NONE or (t.kernel.width(token) == 64) == (bits == 64):
-            exact = register is NONE or bits >= 32 or kind[0] != "s"
+        is_signed = kind[0] == "s" and bits < 32
+        if register is NONE or ((t.kernel.width(token) == 64) == (bits == 64) and not is_signed):
+            loaded.append(register)
         else:
-            exact = False
-        loaded.append(register if exact else t.temporary(32))
-        if not exact:
+            loaded.append(t.temporary(32))
             extended.append((register, loaded[-1]))
     address = _ld_address(t, space, tokens[1])
     t.emit(f"ld.{space}.{bits}x{count}", [*loaded, *address], outputs=count)
@@ -426,8 +423,8 @@ def _wgmma(t: Translator, words: list[str], tokens: list[str]) -> None:
     opcode = spelling(words)
     if words[1] == "wait_group":
         return t.emit(opcode, numbers(int(tokens[0], 0)), outputs=0)
-    if words[1] != "mma_async":
-        return t.emit(opcode, [], outputs=0)
+    if words[1] != "mma_async":  # a fence orders accesses to registers only
+        return t.emit("nothing" if words[1] == "fence" else opcode, [], outputs=0)
     d = [t.source(token, "b32") for token in registers_of(tokens[0])]
     in_registers = tokens[1].startswith("{")
     a = [t.source(token, "b32" if in_registers else "b64") for token in registers_of(tokens[1])]

@@ -1,4 +1,5 @@
-// Types of PTX, and how a value lies in a register: one cell a lane, of 4 bytes or, for 64-bit types, of 8 bytes.
+// Types of PTX, and how a value lies in a register: one cell a lane, of 4 bytes or, for 64-bit
+// types, of 8 bytes.
 #pragma once
 
 #include <bit>
@@ -19,8 +20,12 @@ using i32 = std::int32_t;
 using i64 = std::int64_t;
 using f32 = float;
 using f64 = double;
-struct f16 { u16 bits; };
-struct bf16 { u16 bits; };
+struct f16 {
+  u16 bits;
+};
+struct bf16 {
+  u16 bits;
+};
 
 constexpr u32 ALL = 0xffffffff;
 
