@@ -228,13 +228,12 @@ ORDERED |= {"setp.num": lambda a, b: not _is_nan(a, b), "setp.nan": _is_nan}
 UNORDERED = {
     f"setp.{n}u": lambda a, b, f=f: f(a, b) or _is_nan(a, b) for n, f in COMPARISONS.items()
 }
-EXACT |= {f"{name}.f32": f for name, f in {**ARITHMETIC, **ORDERED, **UNORDERED}.items()}
-EXACT |= {f"{name}.f64": f for name, f in {**ARITHMETIC, **ORDERED}.items()}
-EXACT["setp.neu.f64"] = UNORDERED["setp.neu"]
-EXACT |= {f"{name}.ftz.f32": _flushed(function) for name, function in ARITHMETIC.items()}
+for _kind in ("f32", "f64", "f16", "bf16"):
+    EXACT |= {f"{name}.{_kind}": f for name, f in {**ORDERED, **UNORDERED}.items()}
+for _kind in ("f32", "f64", "ftz.f32"):
+    wrapped = _flushed if _kind == "ftz.f32" else lambda function: function
+    EXACT |= {f"{name}.{_kind}": wrapped(function) for name, function in ARITHMETIC.items()}
 for _kind in ("f16", "bf16"):
-    for _name in ("eq", "lt", "gt", "num", "nan"):
-        EXACT[f"setp.{_name}.{_kind}"] = ORDERED[f"setp.{_name}"]
     # A float64 does not hold every sum of two such numbers exactly.
     EXACT |= {f"add.{_kind}": _total, f"sub.{_kind}": lambda a, b: _total(a, -b)}
     EXACT[f"mul.{_kind}"] = ARITHMETIC["mul"]
