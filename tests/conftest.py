@@ -40,7 +40,10 @@ def pytest_configure(config):
         import ptx_plugin
 
         options = config.option
-        plugin = ptx_plugin.start(options.ptx, options.ptx_schedules, options.ptx_seed)
+        try:
+            plugin = ptx_plugin.start(options.ptx, options.ptx_schedules, options.ptx_seed)
+        except ValueError as error:
+            raise pytest.UsageError(f"--ptx: {error}") from error
         config.pluginmanager.register(plugin)
     elif not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
