@@ -12,7 +12,15 @@ endif
 
 # If pytest-xdist is installed, run the test files in parallel, each file in one worker.
 WORKERS = $$($(PY) -c 'import importlib.util as u; print("-n auto --dist loadfile" if u.find_spec("xdist") else "")')
-.PHONY: help demo test docs bench results end-to-end lint lint-github gpu compile-matrix newest fuzz peers
+# What `make test` runs on compiled PTX: every kernel once, and models whose losses show the numbers.
+PTX_PART = tests/test_sanitize.py tests/test_ptx_training.py -k "reach_every_kernel or fluid or unica"
+# The files whose tests launch kernels.
+PTX_OPS = query_pooling gated_cross_attention topk_routing grouped_mlp masked_info_nce
+PTX_FILES = export flops fuse_attention fuse_moe ptx_training sanitize strides switch
+PTX_TESTS = $(wildcard $(PTX_OPS:%=tests/test_%*.py)) $(PTX_FILES:%=tests/test_%.py)
+# The folder of another Triton, which is downloaded if it is missing.
+TRITON_FOLDER = $$(PYTHONPATH=tools $(PY) -c 'import compile_matrix as m; print(m.triton_folder("$(TRITON)"))')
+.PHONY: help demo test ptx docs bench results end-to-end lint lint-github gpu compile-matrix newest fuzz peers
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
@@ -25,6 +33,12 @@ demo: $(READY) ## train FLUID with two backends, time query pooling and draw the
 
 test: $(READY) ## run the test suite
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q $(WORKERS)
+	set -e; for arch in 80 90; do OMP_NUM_THREADS=1 $(PY) -m pytest -q $(WORKERS) --ptx $$arch $(PTX_PART); done
+
+ptx: $(READY) ## run all tests of kernels as compiled for sm_80 and sm_90, on a CPU (ARCHS, TRITON=3.6.0)
+	set -e; $(if $(TRITON),folder=$(TRITON_FOLDER); export PYTHONPATH=$$folder:$$PYTHONPATH;) \
+	for arch in $(or $(ARCHS),80 90); do \
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q $(WORKERS) --ptx $$arch --ptx-schedules all $(PTX_TESTS); done
 
 docs: $(READY) ## build the site in docs/_build/html and run the examples of its pages and docstrings
 	$(PY) -m sphinx -W --keep-going -q -b html docs docs/_build/html
