@@ -1,6 +1,7 @@
 """Inputs for the tests of the gated cross-attention kernels, and a function that runs a case."""
 
 import torch
+from sums_in_order import sums_of
 from torch import nn
 
 import mmfused
@@ -59,14 +60,15 @@ def run(module, inputs, extra, backend, dtype=None, upstream=None, seed=11):
     dtype = dtype or inputs[0].dtype
     module = module.to(dtype)
     leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
-    with mmfused.backend(backend):
+    with sums_of(backend), mmfused.backend(backend):
         outs = module(*leaves, **extra, dropout_seed=torch.tensor(seed, device=DEVICE))
     outs = outs if isinstance(outs, tuple) else (outs,)
     named = {"x0": leaves[0], "x1": leaves[1]} | dict(module.named_parameters())
     if upstream is None:
         upstream = [torch.ones_like(out) for out in outs]
     upstream = [u.to(dtype) for u in upstream[: len(outs)]]
-    gradients = torch.autograd.grad(outs, list(named.values()), upstream)
+    with sums_of(backend):
+        gradients = torch.autograd.grad(outs, list(named.values()), upstream)
     results = {f"out{i}": out.detach() for i, out in enumerate(outs)}
     results |= {f"d {name}": gradient for name, gradient in zip(named, gradients, strict=True)}
     # The error of a single number is too random to judge. So append the gradient of a token gate's

@@ -1,6 +1,7 @@
 """Inputs for the tests of the grouped MLP kernels, and functions that run a case."""
 
 import torch
+from sums_in_order import sums_of
 
 import mmfused
 from mmfused import grouped_linear, grouped_mlp, routing_from_indices
@@ -88,7 +89,8 @@ def run_mlp(
         with mmfused.backend(backend):
             return grouped_mlp(x, routing, **parameters, activation=activation)
 
-    return value_and_gradients(call, cast(leaves, dtype, frozen), upstream)
+    with sums_of(backend):
+        return value_and_gradients(call, cast(leaves, dtype, frozen), upstream)
 
 
 def run_linear(

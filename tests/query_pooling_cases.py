@@ -3,6 +3,7 @@
 import importlib
 
 import torch
+from sums_in_order import sums_of
 
 import mmfused
 from mmfused import query_pooling
@@ -73,7 +74,8 @@ def run(inputs, heads, backend, upstream=None, form="absorbed", **kwargs):
         with mmfused.backend(backend):
             return query_pooling(**tensors, num_heads=heads, form=form, **kwargs)
 
-    return value_and_gradients(call, inputs, upstream)
+    with sums_of(backend):
+        return value_and_gradients(call, inputs, upstream)
 
 
 def upstream_for(inputs):

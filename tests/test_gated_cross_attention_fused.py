@@ -17,14 +17,9 @@ from mmfused.testing import dropout_mask, over_budget
 
 def check_budget(module, inputs, extra):
     dtype, upstream = inputs[0].dtype, upstream_for(inputs)
-    exact, plain, fused = (
-        run(module, inputs, extra, backend, precision, upstream)
-        for backend, precision in (
-            ("reference", torch.float64),
-            ("reference", dtype),
-            ("fused", dtype),
-        )
-    )
+    exact = run(module, inputs, extra, "reference", torch.float64, upstream)
+    plain = run(module, inputs, extra, "reference", dtype, upstream)
+    fused = run(module, inputs, extra, "fused", dtype, upstream)
     # Some exact gradients are 0, for example those of queries and keys if there is a single key.
     # The rounding errors of these gradients are compared with the largest norm of all results.
     size = max(want.norm() for want in exact.values())
@@ -34,7 +29,14 @@ def check_budget(module, inputs, extra):
         fused, exact, plain = (
             {k: v for k, v in part.items() if k != name} for part in (fused, exact, plain)
         )
-    assert not over_budget(fused, exact, plain)
+    # The kernels take delta = rowsum(dO * O) from the rounded output, so the gradients of the logits
+    # of a row do not sum to 0 exactly. A bias adds up what is left, over all tokens.
+    for is_bias, factor in ((False, 2.0), (True, 3.0)):
+        parts = [
+            {k: v for k, v in part.items() if k.endswith("bias") == is_bias}
+            for part in (fused, exact, plain)
+        ]
+        assert not over_budget(*parts, factor=factor)
 
 
 BOTH_DIRECTIONS = [

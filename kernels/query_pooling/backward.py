@@ -15,7 +15,8 @@ LayerNorm's other term, mean_D(G), is 0 because the rows of dZ and Q' sum to 0 o
 With DROPOUT, kept(P) is P with zeros for the dropped probabilities. It replaces P in the equations
 above, except that
 
-    dS = kept(P) * (dP + dksum) - P * delta        delta = rowsum(dZ * Z) + dksum * ksum
+    dS = P * (dP - delta + dksum * (1 - ksum))     for a kept probability
+    dS = P * (-delta - dksum * ksum)               for a dropped one
 
 There are no atomics: each element of dX is written by one program, and dQ' is computed as partial
 sums, which are added up in a fixed order.
@@ -187,19 +188,23 @@ def _delta(
     R,
     DROPOUT: tl.constexpr,
 ):
-    """Return delta and dksum, with rowsum(dZ * Z) from the diagonal of zdz = Z dZ^T.
+    """Return rowsum(dZ * Z), the diagonal of zdz = Z dZ^T, and dropout's terms of dS.
 
-    If one token has all the weight of a row, delta must equal dP, so that dS is 0. A matrix product
-    rounds delta like dP. On sm_90 a direct sum over a tile of dZ would also be a race with the
+    These are dksum * (1 - ksum) for kept tokens and -dksum * ksum for others. If one token has all
+    the weight of a row, delta must equal dP, so that dS is 0. A matrix product rounds delta like
+    dP. On sm_90 a direct sum over a tile of dZ would also be a race with the
     product that reads the tile (see mmfused/cli/races.py).
     """
     diagonal = tl.arange(0, zdz.shape[0])[:, None] == tl.arange(0, zdz.shape[1])[None, :]
     delta = tl.sum(tl.where(diagonal, zdz, 0.0), 0)
-    dksum = tl.zeros(rows.shape, tl.float32)
+    kept = tl.zeros(rows.shape, tl.float32)
+    dropped = kept
     if DROPOUT:
         dksum = tl.load(dksum_ptr + b * R + rows, mask=rows < R, other=0.0)
-        delta += dksum * tl.load(ksum_ptr + b * R + rows, mask=rows < R, other=0.0)
-    return delta, dksum
+        ksum = tl.load(ksum_ptr + b * R + rows, mask=rows < R, other=0.0)
+        kept = dksum * (1.0 - ksum)
+        dropped = -dksum * ksum
+    return delta, kept, dropped
 
 
 @triton.jit
@@ -207,7 +212,8 @@ def _dlogits(
     p,
     dp,
     delta,
-    dksum,
+    kept,
+    dropped,
     keep_ptr,  # (B, N / 64, R) int64
     b,
     start,
@@ -220,8 +226,12 @@ def _dlogits(
     """Return kept(P) and dS."""
     pooled = p
     if DROPOUT:
-        pooled = tl.where(rows_keep(keep_ptr, b, start, BN, rows, N, R), p, 0.0)
-        ds = pooled * (dp + dksum[None, :]) - p * delta[None, :]
+        keep = rows_keep(keep_ptr, b, start, BN, rows, N, R)
+        pooled = tl.where(keep, p, 0.0)
+        # dP - delta comes first. The compiler would start the sum of dP with an added term, which
+        # would then be rounded otherwise than delta.
+        here = (dp - delta[None, :]) + kept[None, :]
+        ds = p * tl.where(keep, here, dropped[None, :] - delta[None, :])
     else:
         ds = p * (dp - delta[None, :])
     return pooled, ds
@@ -300,7 +310,7 @@ def onepass_backward_kernel(
             q += (load_rows_t(q_ptr + b * stride_qb, rows, cols, R, D),)
             dz += (load_rows_t(dz_ptr + b * R * D, rows, cols, R, D),)
             zdz = dot(_load_z(z_ptr, b, rows, cols, R, D, BN), dz[c], zdz, UPCAST)
-        delta, dksum = _delta(zdz, ksum_ptr, dksum_ptr, b, rows, R, DROPOUT)
+        delta, kept, dropped = _delta(zdz, ksum_ptr, dksum_ptr, b, rows, R, DROPOUT)
         lo, hi = token_span(b, span_ptr, N, MASK)
         lo = lo // BN * BN
         if NEED_DX and MASK != "none":
@@ -320,7 +330,9 @@ def onepass_backward_kernel(
                 s = dot(x_c, q[c], s, UPCAST)
                 dp = dot(x_c, dz[c], dp, UPCAST)
             p = tl.where(keep[:, None], softmax_of(s, sums_ptr, b, rows, R), 0.0)
-            p, ds = _dlogits(p, dp, delta, dksum, keep_ptr, b, start, BN, rows, N, R, DROPOUT)
+            p, ds = _dlogits(
+                p, dp, delta, kept, dropped, keep_ptr, b, start, BN, rows, N, R, DROPOUT
+            )
             p = p.to(x_ptr.dtype.element_ty)
             ds = ds.to(x_ptr.dtype.element_ty)
             if NORM:
@@ -396,9 +408,9 @@ def dlogits_kernel(
             dz = load_rows_t(dz_ptr + b * R * D, rows, cols, R, D)
             dp = dot(x, dz, dp, UPCAST)
             zdz = dot(_load_z(z_ptr, b, rows, cols, R, D, BN), dz, zdz, UPCAST)
-        delta, dksum = _delta(zdz, ksum_ptr, dksum_ptr, b, rows, R, DROPOUT)
+        delta, kept, dropped = _delta(zdz, ksum_ptr, dksum_ptr, b, rows, R, DROPOUT)
         p = tl.where(keep[:, None], softmax_of(s, sums_ptr, b, rows, R), 0.0)
-        p, ds = _dlogits(p, dp, delta, dksum, keep_ptr, b, start, BN, rows, N, R, DROPOUT)
+        p, ds = _dlogits(p, dp, delta, kept, dropped, keep_ptr, b, start, BN, rows, N, R, DROPOUT)
         p = p.to(x_ptr.dtype.element_ty)
         ds = ds.to(x_ptr.dtype.element_ty)
         if NORM:
