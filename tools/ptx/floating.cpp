@@ -2,6 +2,7 @@
 //
 // Instructions that GPUs approximate (ex2, lg2, rcp, sqrt, tanh, div.full) are computed to float32
 // accuracy. translate.py removes the modifiers .rn, .approx and .full, which change nothing here.
+// clang-format off
 #include <algorithm>
 #include <limits>
 

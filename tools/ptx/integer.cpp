@@ -1,4 +1,5 @@
 // Integer and bitwise arithmetic, comparisons, selection and conversion of integers.
+// clang-format off
 #include <algorithm>
 
 #include "lanes.h"

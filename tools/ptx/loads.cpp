@@ -55,7 +55,7 @@ void load(Warp& warp, const Instruction& instruction, u32 lanes) {
   if (valid != ALL) std::memset(&vectors, 0xff, sizeof vectors);
   for_each_lane(valid, [&](int lane) {
     if (warp.machine.schedule.checks)
-      memory.check_read(warp, instruction, lane, addresses[lane], size, Access::plain);
+      memory.check_read({warp, instruction, u8(lane), addresses[lane], size});
     std::memcpy(vectors.values[lane], memory.at(addresses[lane]), size);
   });
   vectors.to_registers(warp, instruction.operands, lanes);
@@ -71,8 +71,8 @@ void store(Warp& warp, const Instruction& instruction, u32 lanes) {
   vectors.from_registers(warp, instruction.operands + 2);
   for_each_lane(memory.valid(warp, instruction, addresses, lanes, size), [&](int lane) {
     if (warp.machine.schedule.checks)
-      memory.check_write(warp, instruction, lane, addresses[lane], size, vectors.bytes(lane),
-                         Access::plain);
+      memory.check_write(
+          {warp, instruction, u8(lane), addresses[lane], size, Access::plain, vectors.bytes(lane)});
     std::memcpy(memory.at(addresses[lane]), vectors.values[lane], size);
   });
 }
@@ -107,8 +107,7 @@ void atomic(Warp& warp, const Instruction& instruction, u32 lanes) {
   Cell<T> old[32] = {};
   for_each_lane(memory.valid(warp, instruction, addresses, lanes, sizeof(T)), [&](int lane) {
     if (warp.machine.schedule.checks)
-      memory.check_write(warp, instruction, lane, addresses[lane], sizeof(T), nullptr,
-                         Access::atomic);
+      memory.check_write({warp, instruction, u8(lane), addresses[lane], sizeof(T), Access::atomic});
     T before;
     std::memcpy(&before, memory.at(addresses[lane]), sizeof before);
     const T after = F{}(before, from_cell<T>(values[lane]));
@@ -173,7 +172,7 @@ void ldmatrix(Warp& warp, const Instruction& instruction, u32 lanes) {
   if (valid != rows) std::memset(&matrices, 0xff, sizeof matrices);
   for_each_lane(valid, [&](int lane) {
     if (warp.machine.schedule.checks)
-      memory.check_read(warp, instruction, lane, addresses[lane], 16, Access::plain);
+      memory.check_read({warp, instruction, u8(lane), addresses[lane], 16});
     std::memcpy(matrices.rows[lane], memory.at(addresses[lane]), 16);
   });
   for (int k = 0; k < COUNT; ++k) {
@@ -197,7 +196,7 @@ void stmatrix(Warp& warp, const Instruction& instruction, u32 lanes) {
   for_each_lane(memory.valid(warp, instruction, addresses, rows, 16), [&](int lane) {
     const u8* data = reinterpret_cast<const u8*>(matrices.rows[lane]);
     if (warp.machine.schedule.checks)
-      memory.check_write(warp, instruction, lane, addresses[lane], 16, data, Access::plain);
+      memory.check_write({warp, instruction, u8(lane), addresses[lane], 16, Access::plain, data});
     std::memcpy(memory.at(addresses[lane]), data, 16);
   });
 }
@@ -241,17 +240,16 @@ template <int SIZE> void cp_async(Warp& warp, const Instruction& instruction, u3
                       : std::min<u32>(SIZE, warp.at<u32>(instruction.operands[4])[lane]);
     fetching |= u32(bytes[lane] > 0) << lane;
   }
-  for_each_lane(
-      machine.global.valid(warp, instruction, from, lanes & fetching, SIZE), [&](int lane) {
-        if (machine.schedule.checks)
-          machine.global.check_read(warp, instruction, lane, from[lane], SIZE, Access::copy);
-        std::memcpy(copy.data[lane].data(), machine.global.at(from[lane]), bytes[lane]);
-      });
+  for_each_lane(machine.global.valid(warp, instruction, from, lanes & fetching, SIZE),
+                [&](int lane) {
+                  if (machine.schedule.checks)
+                    machine.global.check_read({warp, instruction, u8(lane), from[lane], SIZE});
+                  std::memcpy(copy.data[lane].data(), machine.global.at(from[lane]), bytes[lane]);
+                });
   copy.lanes = machine.shared.valid(warp, instruction, copy.to.data(), lanes, SIZE);
   if (machine.schedule.checks)
     for_each_lane(copy.lanes, [&](int lane) {
-      machine.shared.check_write(warp, instruction, lane, copy.to[lane], SIZE, nullptr,
-                                 Access::copy);
+      machine.shared.check_write({warp, instruction, u8(lane), copy.to[lane], SIZE, Access::copy});
       machine.shared.begin_copy(copy.to[lane], SIZE, 1);
     });
   if (!machine.schedule.late_copies)
@@ -275,8 +273,8 @@ void finish(Warp& warp, const std::vector<Copy>& copies) {
     if (machine.schedule.checks)
       for_each_lane(copy.lanes, [&](int lane) {
         machine.shared.begin_copy(copy.to[lane], copy.size, -1);
-        machine.shared.check_write(warp, *copy.instruction, lane, copy.to[lane], copy.size, nullptr,
-                                   Access::copy);
+        machine.shared.check_write(
+            {warp, *copy.instruction, u8(lane), copy.to[lane], copy.size, Access::copy});
       });
     if (machine.schedule.late_copies) arrive(warp, copy);
   }

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <deque>
+#include <random>
 #include <vector>
 
 #include "memory.h"
@@ -23,8 +24,7 @@ struct Instruction {
   int guard;     // byte offset of a predicate, or -1
   bool negated;  // the guard
   int pc;
-  const i32*
-      operands;  // byte offsets of registers and plain integers, destinations first; -1: not wanted
+  const i32* operands;  // offsets of registers and plain integers, outputs first; -1: not wanted
   int count;
   mutable int tensor;  // the tensor that this instruction touched last: most instructions touch one
 };
@@ -104,7 +104,7 @@ struct Warp {
 // How a launch runs, see Schedule in machine.py.
 struct Schedule {
   u64 seed;  // 0: warps and blocks in order
-  bool late_copies, late_wgmma, checks;
+  i32 late_copies, late_wgmma, checks;
 };
 
 struct Barrier {
@@ -116,7 +116,7 @@ struct Barrier {
 
 struct Machine {
   Schedule schedule;
-  u64 random_state;
+  std::mt19937_64 generator;
   int num_warps;
   int block;  // number of the block, in order
   std::array<i32, 3> grid;
@@ -127,7 +127,7 @@ struct Machine {
   GlobalMemory global;
   Faults faults;
 
-  u32 random(u32 below);
+  u32 random(u32 below) { return u32(generator() % below); }
   void arrive(Warp& warp, int barrier, int expected, bool waits);
   void release_barriers();
 };

@@ -149,11 +149,6 @@ class Program:
         return identifiers[-1] if identifiers else name
 
     @property
-    def threads(self) -> int | None:
-        """The number of threads of a block that the kernel requires."""
-        return self.kernel.threads
-
-    @property
     def parameters(self) -> list[int]:
         """The bytes of each parameter."""
         return list(self.kernel.parameters.values())
@@ -223,7 +218,7 @@ class Program:
             ranges.extend((start, end))
         launch = _Launch(
             grid=grid,
-            threads=self.threads or threads,
+            threads=self.kernel.threads or threads,
             shared_bytes=self.kernel.static_shared_bytes + shared,
             parameters=bytes(packed),
             parameter_bytes=len(packed),

@@ -193,7 +193,7 @@ void check_reads(Warp& warp, const Delayed& wgmma) {
   const Instruction& instruction = *wgmma.instruction;
   const auto visit = [&](u32 address, int, int) {
     if (shared.valid(warp, instruction, &address, 1, 16) == 0) return;
-    shared.check_read(warp, instruction, NO_LANE, address, 16, Access::wgmma);
+    shared.check_read({warp, instruction, NO_LANE, address, 16, Access::wgmma});
   };
   const Form form(instruction);
   form.for_a(warp, wgmma.a_descriptor, visit);

@@ -19,6 +19,10 @@ void Faults::add(Kind kind, const Warp& warp, const Instruction& instruction, in
     ++list[place->second].times;
 }
 
+void Touch::report(Kind kind, int other_pc, int other_warp) const {
+  warp.machine.faults.add(kind, warp, instruction, lane, address, size, other_pc, other_warp);
+}
+
 void Record::wrote(Stamp now, int pc, u8 lane, bool is_atomic) {
   atomic =
       is_atomic && (atomic || writer != now);  // a plain write with the same stamp still counts
@@ -77,115 +81,108 @@ bool SharedMemory::all_valid(const u32* addresses, u32 lanes, int size) const {
   return low >= BASE && high - BASE + size <= u32(size_) && bits % size == 0;
 }
 
+namespace {
+// Report the lanes that are not inside or not aligned, and return the others.
+template <class A, class Inside> u32 report_invalid(Warp& warp, const Instruction& instruction,
+                                                    const A* addresses, u32 lanes, int size,
+                                                    Kind bounds, Kind misaligned, Inside inside) {
+  for_each_lane(lanes, [&](int lane) {
+    const bool is_inside = inside(addresses[lane]);
+    if (is_inside && addresses[lane] % size == 0) return;
+    Touch{warp, instruction, u8(lane), addresses[lane], size}.report(is_inside ? misaligned
+                                                                               : bounds);
+    lanes &= ~(1u << lane);
+  });
+  return lanes;
+}
+}  // namespace
+
 u32 SharedMemory::valid(Warp& warp, const Instruction& instruction, const u32* addresses, u32 lanes,
                         int size) {
   if (all_valid(addresses, lanes, size)) return lanes;
-  for (int lane = 0; lane < 32; ++lane) {
-    if (!(lanes >> lane & 1)) continue;
-    const u32 address = addresses[lane];
-    const bool inside = address >= BASE && u64(address) + size <= u64(BASE) + size_;
-    if (inside && address % size == 0) continue;
-    warp.machine.faults.add(inside ? Kind::shared_misaligned : Kind::shared_bounds, warp,
-                            instruction, lane, address, size);
-    lanes &= ~(1u << lane);
-  }
-  return lanes;
+  return report_invalid(warp, instruction, addresses, lanes, size, Kind::shared_bounds,
+                        Kind::shared_misaligned,
+                        [&](u64 a) { return a >= BASE && a + size <= u64(BASE) + size_; });
 }
 
-void SharedMemory::check_read(Warp& warp, const Instruction& instruction, u8 lane, u32 address,
-                              int size, Access access) {
-  Faults& faults = warp.machine.faults;
-  const Stamp now = warp.now();
-  const std::size_t end = (address - BASE + size - 1) >> shift_;
-  for (std::size_t g = (address - BASE) >> shift_; g <= end; ++g) {
+void SharedMemory::check_read(const Touch& touch) {
+  Warp& warp = touch.warp;
+  const bool is_wgmma = touch.access == Access::wgmma;
+  for (std::size_t g = first(touch.address); g <= first(touch.address + touch.size - 1); ++g) {
     Record& record = records_[g];
     const Stamp writer = record.writer;
-    const auto report = [&](Kind kind) {
-      faults.add(kind, warp, instruction, lane, address, size, record.writer_pc, warp_of(writer));
-    };
+    const auto report = [&](Kind kind) { touch.report(kind, record.writer_pc, warp_of(writer)); };
     if (copies_[g])
       report(Kind::copy_in_flight);
     else if (clock_of(writer) <= block_start_)
-      faults.add(Kind::uninitialised, warp, instruction, lane, address, size);
+      touch.report(Kind::uninitialised);
     else if (!known(writer, warp.clocks))
       report(Kind::read_after_write);
-    else if (warp.other_lane(writer, record.writer_lane, lane))
+    else if (warp.other_lane(writer, record.writer_lane, touch.lane))
       report(Kind::lanes_of_a_warp);
-    else if (access == Access::wgmma && !known(writer, warp.fenced))
+    else if (is_wgmma && !known(writer, warp.fenced))
       report(Kind::proxy_fence);
-    if (access == Access::wgmma) continue;
-    read_clocks_[warp.id][g] = clock_of(now);
-    record.read(now, instruction.pc, lane);
+    if (is_wgmma) continue;
+    read_clocks_[warp.id][g] = clock_of(warp.now());
+    record.read(warp.now(), touch.instruction.pc, touch.lane);
   }
-  if (access != Access::wgmma) return;
-  const std::size_t chunk = (address - BASE) / 16;
+  if (!is_wgmma) return;
+  const std::size_t chunk = (touch.address - BASE) / 16;
   wgmma_groups_[warp.id / 4][chunk] = warp.wgmma_commits + 1;
-  wgmma_pc_[chunk] = instruction.pc;
+  wgmma_pc_[chunk] = touch.instruction.pc;
 }
 
-void SharedMemory::check_write(Warp& warp, const Instruction& instruction, u8 lane, u32 address,
-                               int size, const u8* data, Access access) {
-  Faults& faults = warp.machine.faults;
-  const Stamp now = warp.now();
-  const bool same = data != nullptr && std::memcmp(at(address), data, size) == 0;
-  const bool atomic = access == Access::atomic;
-  const std::size_t end = (address - BASE + size - 1) >> shift_;
-  for (std::size_t g = (address - BASE) >> shift_; g <= end; ++g) {
+void SharedMemory::check_write(const Touch& touch) {
+  Warp& warp = touch.warp;
+  const bool same = touch.data && std::memcmp(at(touch.address), touch.data, touch.size) == 0;
+  const bool atomic = touch.access == Access::atomic;
+  for (std::size_t g = first(touch.address); g <= first(touch.address + touch.size - 1); ++g) {
     Record& record = records_[g];
     const Stamp writer = record.writer;
     const bool harmless = same || (atomic && record.atomic);
-    const auto report = [&](Kind kind) {
-      faults.add(kind, warp, instruction, lane, address, size, record.writer_pc, warp_of(writer));
-    };
+    const auto report = [&](Kind kind) { touch.report(kind, record.writer_pc, warp_of(writer)); };
     if (copies_[g])
       report(Kind::copy_in_flight);
     else if (atomic && clock_of(writer) <= block_start_)
-      faults.add(Kind::uninitialised, warp, instruction, lane, address, size);
+      touch.report(Kind::uninitialised);
     else if (!known(writer, warp.clocks) && !harmless)
       report(Kind::write_after_write);
-    else if (warp.other_lane(writer, record.writer_lane, lane) && !harmless)
+    else if (warp.other_lane(writer, record.writer_lane, touch.lane) && !harmless)
       report(Kind::lanes_of_a_warp);
-    check_readers(warp, instruction, lane, address, size, g);
-    record.wrote(now, instruction.pc, lane, atomic);
+    check_readers(touch, g);
+    record.wrote(warp.now(), touch.instruction.pc, touch.lane, atomic);
   }
-  check_wgmmas(warp, instruction, lane, address, size);
+  check_wgmmas(touch);
 }
 
 // A wgmma reads until one of the four warps that issued it has waited; barriers tell other warps.
-void SharedMemory::check_wgmmas(Warp& warp, const Instruction& instruction, u8 lane, u32 address,
-                                int size) {
-  const std::size_t chunk = (address - BASE) / 16;
+void SharedMemory::check_wgmmas(const Touch& touch) {
+  const std::size_t chunk = (touch.address - BASE) / 16;
   for (std::size_t k = 0; k < wgmma_groups_.size(); ++k)
-    if (wgmma_groups_[k][chunk] > warp.finished[k])
-      warp.machine.faults.add(Kind::wgmma_reads, warp, instruction, lane, address, size,
-                              wgmma_pc_[chunk]);
+    if (wgmma_groups_[k][chunk] > touch.warp.finished[k])
+      touch.report(Kind::wgmma_reads, wgmma_pc_[chunk]);
 }
 
-void SharedMemory::check_readers(Warp& warp, const Instruction& instruction, u8 lane, u32 address,
-                                 int size, std::size_t g) {
-  Faults& faults = warp.machine.faults;
+void SharedMemory::check_readers(const Touch& touch, std::size_t g) {
   const Record& record = records_[g];
   for (int other = 0; other < int(read_clocks_.size()); ++other) {
-    if (read_clocks_[other][g] <= warp.clocks[other]) continue;
+    if (read_clocks_[other][g] <= touch.warp.clocks[other]) continue;
     const int pc = warp_of(record.reader) == other ? record.reader_pc : -1;
-    faults.add(Kind::write_after_read, warp, instruction, lane, address, size, pc, other);
+    touch.report(Kind::write_after_read, pc, other);
   }
-  if (warp.other_lane(record.reader, record.reader_lane, lane))
-    faults.add(Kind::lanes_of_a_warp, warp, instruction, lane, address, size, record.reader_pc,
-               warp.id);
+  if (touch.warp.other_lane(record.reader, record.reader_lane, touch.lane))
+    touch.report(Kind::lanes_of_a_warp, record.reader_pc, touch.warp.id);
 }
 
 void SharedMemory::begin_copy(u32 address, int size, int change) {
-  const std::size_t end = (address - BASE + size - 1) >> shift_;
-  for (std::size_t g = (address - BASE) >> shift_; g <= end; ++g) copies_[g] += change;
+  for (std::size_t g = first(address); g <= first(address + size - 1); ++g) copies_[g] += change;
 }
 
 u32 Parameters::valid(Warp& warp, const Instruction& instruction, const u64* addresses, u32 lanes,
                       int length) {
   for_each_lane(lanes, [&](int lane) {
     if (addresses[lane] <= u64(size) && addresses[lane] + length <= u64(size)) return;
-    warp.machine.faults.add(Kind::parameter_bounds, warp, instruction, lane, addresses[lane],
-                            length);
+    Touch{warp, instruction, u8(lane), addresses[lane], length}.report(Kind::parameter_bounds);
     lanes &= ~(1u << lane);
   });
   return lanes;
@@ -225,17 +222,13 @@ u32 GlobalMemory::valid(Warp& warp, const Instruction& instruction, const u64* a
     const Tensor& last = tensors[instruction.tensor];
     if (last.end - last.start >= u64(size) && all_in(last, addresses, lanes, size)) return lanes;
   }
-  for (int lane = 0; lane < 32; ++lane) {
-    if (!(lanes >> lane & 1)) continue;
-    const Tensor* tensor = find(addresses[lane]);
-    if (tensor != nullptr) instruction.tensor = int(tensor - tensors.data());
-    const bool inside = tensor != nullptr && addresses[lane] + size <= tensor->end;
-    if (inside && addresses[lane] % size == 0) continue;
-    warp.machine.faults.add(inside ? Kind::global_misaligned : Kind::global_bounds, warp,
-                            instruction, lane, addresses[lane], size);
-    lanes &= ~(1u << lane);
-  }
-  return lanes;
+  return report_invalid(warp, instruction, addresses, lanes, size, Kind::global_bounds,
+                        Kind::global_misaligned, [&](u64 address) {
+                          const Tensor* tensor = find(address);
+                          if (tensor == nullptr) return false;
+                          instruction.tensor = int(tensor - tensors.data());
+                          return address + size <= tensor->end;
+                        });
 }
 
 // Whether there was an access that may also happen after the warp's next one. Blocks run one after
@@ -244,52 +237,46 @@ bool GlobalMemory::concurrent(const Warp& warp, Stamp s) const {
   return clock_of(s) != 0 && (clock_of(s) <= block_start || !known(s, warp.clocks));
 }
 
-void GlobalMemory::report_race(const Warp& warp, const Instruction& instruction, int lane,
-                               u64 address, int size, int other_pc, Stamp other) const {
+void GlobalMemory::report_race(const Touch& touch, int other_pc, Stamp other) const {
   const int other_warp = clock_of(other) <= block_start ? OTHER_BLOCK : warp_of(other);
-  warp.machine.faults.add(Kind::global_race, warp, instruction, lane, address, size, other_pc,
-                          other_warp);
+  touch.report(Kind::global_race, other_pc, other_warp);
 }
 
-void GlobalMemory::check_read(Warp& warp, const Instruction& instruction, int lane, u64 address,
-                              int size, Access) {
-  Tensor& tensor = *find(address);
-  const u64 first = tensor.start >> shift, end = ((address + size - 1) >> shift) - first;
-  for (u64 g = (address >> shift) - first; g <= end; ++g) {
-    Record& record = tensor.records[g];
+void GlobalMemory::check_read(const Touch& touch) {
+  Warp& warp = touch.warp;
+  Tensor& tensor = *find(touch.address);
+  const u64 first = tensor.start >> shift, end = (touch.address + touch.size - 1) >> shift;
+  for (u64 g = touch.address >> shift; g <= end; ++g) {
+    Record& record = tensor.records[g - first];
     if (concurrent(warp, record.writer) ||
-        warp.other_lane(record.writer, record.writer_lane, u8(lane)))
-      report_race(warp, instruction, lane, address, size, record.writer_pc, record.writer);
+        warp.other_lane(record.writer, record.writer_lane, touch.lane))
+      report_race(touch, record.writer_pc, record.writer);
     Stamp& other = record.other_reader;
-    const bool is_final =
-        other != 0 && clock_of(other) <= block_start;  // another block: no barrier will order it
+    // No barrier will order a read of another block.
+    const bool is_final = other != 0 && clock_of(other) <= block_start;
     if (!is_final && concurrent(warp, record.reader)) other = record.reader;
-    record.read(warp.now(), instruction.pc, u8(lane));
+    record.read(warp.now(), touch.instruction.pc, touch.lane);
   }
 }
 
-void GlobalMemory::check_write(Warp& warp, const Instruction& instruction, int lane, u64 address,
-                               int size, const u8* data, Access access) {
-  const bool atomic = access == Access::atomic;
-  Tensor& tensor = *find(address);
-  const bool same =
-      data != nullptr && std::memcmp(reinterpret_cast<const void*>(address), data, size) == 0;
-  const u64 first = tensor.start >> shift, end = ((address + size - 1) >> shift) - first;
-  for (u64 g = (address >> shift) - first; g <= end; ++g) {
-    Record& record = tensor.records[g];
-    const auto report = [&](int other_pc, Stamp other) {
-      report_race(warp, instruction, lane, address, size, other_pc, other);
+void GlobalMemory::check_write(const Touch& touch) {
+  Warp& warp = touch.warp;
+  const bool same = touch.data && std::memcmp(at(touch.address), touch.data, touch.size) == 0;
+  const bool atomic = touch.access == Access::atomic;
+  Tensor& tensor = *find(touch.address);
+  const u64 first = tensor.start >> shift, end = (touch.address + touch.size - 1) >> shift;
+  for (u64 g = touch.address >> shift; g <= end; ++g) {
+    Record& record = tensor.records[g - first];
+    const auto races = [&](Stamp other, u8 lane) {
+      return concurrent(warp, other) || warp.other_lane(other, lane, touch.lane);
     };
-    const bool harmless = same || (atomic && record.atomic);
-    if (!harmless && (concurrent(warp, record.writer) ||
-                      warp.other_lane(record.writer, record.writer_lane, u8(lane))))
-      report(record.writer_pc, record.writer);
-    if (concurrent(warp, record.reader) ||
-        warp.other_lane(record.reader, record.reader_lane, u8(lane)))
-      report(record.reader_pc, record.reader);
+    if (!same && !(atomic && record.atomic) && races(record.writer, record.writer_lane))
+      report_race(touch, record.writer_pc, record.writer);
+    if (races(record.reader, record.reader_lane))
+      report_race(touch, record.reader_pc, record.reader);
     else if (concurrent(warp, record.other_reader))
-      report(-1, record.other_reader);
-    record.wrote(warp.now(), instruction.pc, u8(lane), atomic);
+      report_race(touch, -1, record.other_reader);
+    record.wrote(warp.now(), touch.instruction.pc, touch.lane, atomic);
   }
 }
 

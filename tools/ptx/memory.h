@@ -104,6 +104,21 @@ class Records {
 
 enum class Access { plain, atomic, copy, wgmma };
 
+// An access of one lane.
+struct Touch {
+  Warp& warp;
+  const Instruction& instruction;
+  u8 lane;
+  u64 address;
+  int size;
+  Access access = Access::plain;
+  const u8* data = nullptr;  // what is written, if that is known
+
+  void report(Kind kind, int other_pc = -1, int other_warp = -1) const;
+};
+
+// Each memory has `valid`, which returns the lanes whose access is inside and aligned and reports
+// the others, and `check_read` and `check_write`, which check an access and remember it.
 class SharedMemory {
  public:
   using Address = u32;
@@ -112,24 +127,16 @@ class SharedMemory {
   void resize(int bytes, int granule_shift, int num_warps, bool checks);
   void begin_block(u32 clock, bool checks);
   u8* at(u32 address) { return bytes_.data() + (address - BASE); }
-
-  // The lanes whose access is inside and aligned; `valid` reports the others.
   bool all_valid(const u32* addresses, u32 lanes, int size) const;
   u32 valid(Warp& warp, const Instruction& instruction, const u32* addresses, u32 lanes, int size);
-
-  // Check an access of one lane and remember it. `data`: what is written, or null if that is
-  // unknown.
-  void check_read(Warp& warp, const Instruction& instruction, u8 lane, u32 address, int size,
-                  Access access);
-  void check_write(Warp& warp, const Instruction& instruction, u8 lane, u32 address, int size,
-                   const u8* data, Access access);
-
+  void check_read(const Touch& touch);
+  void check_write(const Touch& touch);
   void begin_copy(u32 address, int size, int change);  // change: 1 begins, -1 ends
 
  private:
-  void check_wgmmas(Warp& warp, const Instruction& instruction, u8 lane, u32 address, int size);
-  void check_readers(Warp& warp, const Instruction& instruction, u8 lane, u32 address, int size,
-                     std::size_t g);
+  void check_wgmmas(const Touch& touch);
+  void check_readers(const Touch& touch, std::size_t g);
+  std::size_t first(u64 address) const { return (address - BASE) >> shift_; }
 
   std::vector<u8> bytes_;
   int shift_ = 0, size_ = 0;
@@ -137,8 +144,8 @@ class SharedMemory {
   Records records_;
   std::vector<std::vector<u32>> read_clocks_;  // [warp][granule]
   std::vector<u8> copies_;                     // unfinished copies to each granule
-  std::vector<std::vector<int>>
-      wgmma_groups_;  // [warpgroup][16 bytes]: the last group of wgmmas that reads them
+  // [warpgroup][16 bytes]: the last group of wgmmas that reads them
+  std::vector<std::vector<int>> wgmma_groups_;
   std::vector<i32> wgmma_pc_;
 };
 
@@ -158,16 +165,13 @@ class GlobalMemory {
   void add(u64 start, u64 end, bool checks);
   u8* at(u64 address) { return reinterpret_cast<u8*>(address); }
   u32 valid(Warp& warp, const Instruction& instruction, const u64* addresses, u32 lanes, int size);
-  void check_read(Warp& warp, const Instruction& instruction, int lane, u64 address, int size,
-                  Access access);
-  void check_write(Warp& warp, const Instruction& instruction, int lane, u64 address, int size,
-                   const u8* data, Access access);
+  void check_read(const Touch& touch);
+  void check_write(const Touch& touch);
 
  private:
   Tensor* find(u64 address);
   bool concurrent(const Warp& warp, Stamp s) const;
-  void report_race(const Warp& warp, const Instruction& instruction, int lane, u64 address,
-                   int size, int other_pc, Stamp other) const;
+  void report_race(const Touch& touch, int other_pc, Stamp other) const;
   bool all_in(const Tensor& tensor, const u64* addresses, u32 lanes, int size) const;
 };
 
@@ -179,8 +183,9 @@ class Parameters {
   i64 size;
 
   const u8* at(u64 address) const { return bytes + address; }
-  u32 valid(Warp& warp, const Instruction& instruction, const u64* addresses, u32 lanes, int size);
-  void check_read(Warp&, const Instruction&, int, u64, int, Access) {}
+  u32 valid(Warp& warp, const Instruction& instruction, const u64* addresses, u32 lanes,
+            int length);
+  void check_read(const Touch&) {}
 };
 
 }  // namespace ptx

@@ -87,9 +87,8 @@ def read_kernel(text: str, entry: str | None = None) -> Kernel:
     threads = re.search(r"\.reqntid\s+(\d+)", head)
     kernel = Kernel(entry or names[0], _parameters(head), int(threads[1]) if threads else None)
     _shared_variables(kernel, text, body)
-    _read_body(
-        kernel, body, dict(re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', text, re.MULTILINE))
-    )
+    files = dict(re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', text, re.MULTILINE))
+    _read_body(kernel, body, files)
     return kernel
 
 

@@ -26,7 +26,8 @@ def place_registers(
     """
     names = sorted({op.value for i in instructions for op in i.operands if op.kind == "register"})
     bit = {name: 1 << k for k, name in enumerate(names)}
-    reads, writes = _reads_and_writes(instructions, bit)
+    reads = [_bits(i.operands[i.outputs :], bit) for i in instructions]
+    writes = [_bits(i.operands[: i.outputs], bit) for i in instructions]
     blocks = _basic_blocks(instructions)
     live_in, live_out = _liveness(instructions, blocks, reads, writes)
     first, last = [len(instructions)] * len(names), [-1] * len(names)
@@ -49,20 +50,6 @@ def _written_late(instructions: list[Instruction]) -> list[Operand]:
         for operand in instruction.operands[: instruction.outputs]
         if instruction.opcode.startswith(("wgmma.mma_async", "wgmma.move"))
     ]
-
-
-def _reads_and_writes(
-    instructions: list[Instruction], bit: dict[str, int]
-) -> tuple[list[int], list[int]]:
-    """Return, as bits, the registers that each instruction reads and writes."""
-    reads, writes = [], []
-    for _, operands, outputs, reads_outputs, *_ in instructions:
-        written, read = _bits(operands[:outputs], bit), _bits(operands[outputs:], bit)
-        if reads_outputs:
-            read |= written
-        reads.append(read)
-        writes.append(written)
-    return reads, writes
 
 
 def _bits(operands: list[Operand], bit: dict[str, int]) -> int:

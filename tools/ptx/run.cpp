@@ -52,25 +52,21 @@ struct Launch {
   i64 constant_bytes;
   const u64* memory;  // start and end of each range
   i64 num_ranges;
-  u64 seed;
-  i32 late_copies, late_wgmma, checks;
+  Schedule schedule;
 };
 
-u32 Machine::random(u32 below) {
-  random_state ^= random_state << 13;
-  random_state ^= random_state >> 7;
-  random_state ^= random_state << 17;
-  return u32(random_state >> 32) % below;
-}
-
 namespace {
+
+// A cache line.
+struct alignas(64) Line {
+  char bytes[64];
+};
 
 class Runner {
  public:
   Runner(const Program& program, const Launch& launch) : program_(program), launch_(launch) {
-    machine_.schedule = {launch.seed, launch.late_copies != 0, launch.late_wgmma != 0,
-                         launch.checks != 0};
-    machine_.random_state = launch.seed * 0x9e3779b97f4a7c15ull | 1;
+    machine_.schedule = launch.schedule;
+    machine_.generator.seed(launch.schedule.seed);
     machine_.num_warps = (launch.threads + 31) / 32;
     std::copy_n(launch.grid, 3, machine_.grid.begin());
     machine_.parameters = {launch.parameters, launch.parameter_bytes};
@@ -96,12 +92,12 @@ class Runner {
 
  private:
   void make_warps() {
-    register_bytes_ = (program_.register_bytes + 63) / 64 * 64;
-    registers_.reset(new (std::align_val_t(64)) char[register_bytes_ * machine_.num_warps]);
-    std::memset(registers_.get(), 0xff, register_bytes_ * machine_.num_warps);
+    const std::size_t lines = (program_.register_bytes + sizeof(Line) - 1) / sizeof(Line);
+    registers_.resize(lines * machine_.num_warps);
+    std::memset(registers_.data(), 0xff, registers_.size() * sizeof(Line));
     machine_.warps.reserve(machine_.num_warps);
     for (int id = 0; id < machine_.num_warps; ++id) {
-      machine_.warps.push_back(Warp{machine_, id, registers_.get() + register_bytes_ * id});
+      machine_.warps.push_back(Warp{machine_, id, registers_[lines * id].bytes});
       std::memcpy(machine_.warps[id].registers + NUM_SPECIAL * REGISTER_BYTES, launch_.constants,
                   launch_.constant_bytes);
     }
@@ -207,15 +203,10 @@ class Runner {
       rounds_ = 0;  // it did more than to look again
   }
 
-  struct Free {
-    void operator()(char* memory) const { ::operator delete[](memory, std::align_val_t(64)); }
-  };
-
   const Program& program_;
   const Launch& launch_;
   Machine machine_{};
-  std::unique_ptr<char[], Free> registers_;
-  std::size_t register_bytes_ = 0;
+  std::vector<Line> registers_;
   u32 clock_ = 0;   // of the latest synchronisation in earlier blocks
   int rounds_ = 0;  // in which only blocked warps ran
 };

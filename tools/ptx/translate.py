@@ -43,7 +43,6 @@ class Instruction(NamedTuple):
     opcode: str
     operands: list[Operand]
     outputs: int  # how many of the operands are written; these come first
-    reads_outputs: bool
     guard: str
     negated: bool
     statement: int  # its number in the kernel
@@ -95,22 +94,21 @@ class Translator:
 
     def _mark_moves_of_accumulators(self) -> None:
         """Replace moves of what a wgmma computes by "wgmma.move", which may wait for the result."""
-        accumulators = {
+        written = {
             operand
             for instruction in self.instructions
             for operand in instruction.operands[: instruction.outputs]
             if instruction.opcode.startswith("wgmma.mma_async")
         }
-        moves = [k for k, i in enumerate(self.instructions) if accumulators and i.opcode in _MOVES]
-        changed = True
-        while changed:
-            changed = False
-            for k in moves:
-                to, value = self.instructions[k].operands
-                if value in accumulators and self.instructions[k].opcode != "wgmma.move":
-                    self.instructions[k] = self.instructions[k]._replace(opcode="wgmma.move")
-                    accumulators.add(to)
-                    changed = True
+        moves = [k for k, i in enumerate(self.instructions) if written and i.opcode in _MOVES]
+        size = 0
+        while size < len(written):  # copies of copies
+            size = len(written)
+            for to, value in (self.instructions[k].operands for k in moves):
+                written |= {to} if value in written else set()
+        for k in moves:
+            if self.instructions[k].operands[1] in written:
+                self.instructions[k] = self.instructions[k]._replace(opcode="wgmma.move")
 
     def unsupported(self, why: str) -> NoReturn:
         """Raise UnsupportedPtx for the current statement."""
@@ -123,18 +121,11 @@ class Translator:
             self.unsupported(f"knows no opcode {opcode!r}; tools/ptx says how to add one")
         return self.signatures[opcode]
 
-    def emit(
-        self,
-        opcode: str,
-        operands: list[Operand],
-        outputs: int = 1,
-        reads_outputs: bool = False,
-    ) -> None:
+    def emit(self, opcode: str, operands: list[Operand], outputs: int = 1) -> None:
         """Append an instruction with the guard of the current statement."""
         self.types(opcode)
         guard = self.statement.guard, self.statement.negated
-        made = Instruction(opcode, operands, outputs, reads_outputs, *guard, self.number)
-        self.instructions.append(made)
+        self.instructions.append(Instruction(opcode, operands, outputs, *guard, self.number))
 
     def generic(self, opcode: str, tokens: list[str]) -> None:
         """Translate an opcode that treats each lane alone: one destination, then sources."""
@@ -434,18 +425,15 @@ def _wgmma(t: Translator, words: list[str], tokens: list[str]) -> None:
     columns = int(re.search(r"m64n(\d+)k16", opcode)[1])
     form = numbers(columns, in_registers, not in_registers and transposed[0], transposed[-1])
     last = [t.source(tokens[2], "b64"), t.source(tokens[3], "pred"), *form]
-    t.emit(opcode, [*d, *a, *last], outputs=len(d), reads_outputs=tokens[3] != "0")
+    t.emit(opcode, [*d, *a, *last], outputs=len(d))
 
 
 # ---- control -------------------------------------------------------------------------------------
 
 
-def _bra(t: Translator, words: list[str], tokens: list[str]) -> None:
-    t.emit("bra", [Operand("label", tokens[0])], outputs=0)
-
-
-def _ret(t: Translator, words: list[str], tokens: list[str]) -> None:
-    t.emit("ret", [], outputs=0)
+def _jump(t: Translator, words: list[str], tokens: list[str]) -> None:
+    opcode = "bra" if tokens else "ret"
+    t.emit(opcode, [Operand("label", token) for token in tokens], outputs=0)
 
 
 def _bar(t: Translator, words: list[str], tokens: list[str]) -> None:
@@ -488,9 +476,9 @@ FAMILIES: dict[str, Callable[[Translator, list[str], list[str]], None]] = {
     "cp": _cp,
     "mma": _mma,
     "wgmma": _wgmma,
-    "bra": _bra,
-    "ret": _ret,
-    "exit": _ret,
+    "bra": _jump,
+    "ret": _jump,
+    "exit": _jump,
     "bar": _bar,
     "barrier": _bar,
     "shfl": _shfl,

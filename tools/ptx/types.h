@@ -20,12 +20,10 @@ using i32 = std::int32_t;
 using i64 = std::int64_t;
 using f32 = float;
 using f64 = double;
-struct f16 {
-  u16 bits;
-};
-struct bf16 {
-  u16 bits;
-};
+// clang-format off
+struct f16 { u16 bits; };
+struct bf16 { u16 bits; };
+// clang-format on
 
 constexpr u32 ALL = 0xffffffff;
 
