@@ -6,11 +6,12 @@ from torch import nn
 
 import mmfused
 from mmfused import BidirectionalGatedCrossAttention, GatedCrossAttention
+from mmfused.library import INTERPRETED
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 # The interpreter truncates where hardware rounds to bfloat16, so bfloat16 is tested only on a GPU.
-DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if CUDA else [])
+DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
 
 # name -> (B, N, M, D, heads, context width of GatedCrossAttention). Sizes are unusual on purpose.
 SHAPES = {

@@ -29,8 +29,8 @@ def check_budget(module, inputs, extra):
         fused, exact, plain = (
             {k: v for k, v in part.items() if k != name} for part in (fused, exact, plain)
         )
-    # The kernels take delta = rowsum(dO * O) from the rounded output, so the gradients of the logits
-    # of a row do not sum to 0 exactly. A bias adds up what is left, over all tokens.
+    # The kernels take delta = rowsum(dO * O) from the rounded output, so the gradients of a row's
+    # logits do not sum to 0 exactly. A bias adds up what is left, over all tokens.
     for is_bias, factor in ((False, 2.0), (True, 3.0)):
         parts = [
             {k: v for k, v in part.items() if k.endswith("bias") == is_bias}

@@ -10,10 +10,11 @@ from info_nce_kernels import CUDA, DEVICE, check, check_together, ids, keys, mak
 
 import mmfused
 from mmfused.kernels.masked_info_nce import backward, forward, plans
+from mmfused.library import INTERPRETED
 from mmfused.ops.masked_info_nce import autograd, masked_info_nce
 
 BACKWARDS = ("chunked", "owner")
-DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if CUDA else [])
+DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
 
 
 @pytest.fixture(params=BACKWARDS)

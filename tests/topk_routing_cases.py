@@ -4,11 +4,12 @@ import torch
 
 import mmfused
 from mmfused import topk_routing, topk_routing_from_input
+from mmfused.library import INTERPRETED
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 # The interpreter truncates where hardware rounds to bfloat16, so bfloat16 is tested only on a GPU.
-DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if CUDA else [])
+DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
 LOSSES = ("balance_loss", "z_loss", "entropy")
 
 # Options for make_options. For each of mask, bias, replay and available that is True, make_options
