@@ -30,13 +30,9 @@ def check_budget(module, inputs, extra):
             {k: v for k, v in part.items() if k != name} for part in (fused, exact, plain)
         )
     # The kernels take delta = rowsum(dO * O) from the rounded output, so the gradients of a row's
-    # logits do not sum to 0 exactly. A bias adds up what is left, over all tokens.
-    for is_bias, factor in ((False, 2.0), (True, 3.0)):
-        parts = [
-            {k: v for k, v in part.items() if k.endswith("bias") == is_bias}
-            for part in (fused, exact, plain)
-        ]
-        assert not over_budget(*parts, factor=factor)
+    # logits do not sum to 0 exactly, as they almost do in plain float32.
+    factor = 3.0 if dtype == torch.float32 else 2.0
+    assert not over_budget(fused, exact, plain, factor=factor)
 
 
 BOTH_DIRECTIONS = [
