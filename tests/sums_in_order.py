@@ -7,6 +7,8 @@ import contextlib
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mmfused.library import INTERPRETED, KERNELS_ON_CPU
+
 aten = torch.ops.aten
 
 
@@ -28,8 +30,12 @@ class SumsInOrder(TorchDispatchMode):
 
 
 def sums_of(backend: str) -> contextlib.AbstractContextManager:
-    """Return a context manager in which the reference, which sets budgets, sums in order."""
-    return SumsInOrder() if backend == "reference" else contextlib.nullcontext()
+    """Return a context manager in which the reference, which sets budgets, sums in order.
+
+    Only for compiled kernels on a CPU: the interpreter multiplies matrices in float64.
+    """
+    in_order = backend == "reference" and KERNELS_ON_CPU and not INTERPRETED
+    return SumsInOrder() if in_order else contextlib.nullcontext()
 
 
 def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
