@@ -1,0 +1,1 @@
+"""What limits a launch, counted from its compiled code and the rates of a GPU."""
