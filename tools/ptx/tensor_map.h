@@ -1,0 +1,26 @@
+// Tensor maps as this machine keeps them; tensor_map.py makes them.
+#pragma once
+
+#include "types.h"
+
+namespace ptx {
+
+// The dimension whose elements are adjacent comes first.
+struct TensorMap {
+  static constexpr int MOST_DIMENSIONS = 5;
+
+  u64 address;
+  u64 dims[MOST_DIMENSIONS];
+  u64 strides[MOST_DIMENSIONS - 1];      // bytes from one index to the next, of all but the first
+  u32 box[MOST_DIMENSIONS];              // the elements that one copy moves
+  u32 element_strides[MOST_DIMENSIONS];  // 1 each
+  u8 rank;
+  u8 element;  // as PTX numbers them in tensormap.replace
+  u8 swizzle;  // 0: none, 1: 32, 2: 64, 3: 128 bytes
+  u8 fill_nan;
+  u8 interleave;  // 0: none, the only one that the machine knows
+  u8 unused[3];
+};
+static_assert(sizeof(TensorMap) == 128);
+
+}  // namespace ptx
