@@ -72,6 +72,7 @@ template <class T> void join(T& known, const T& more) {
 }  // namespace
 
 void Machine::arrive(Warp& warp, int id, int expected, bool waits) {
+  if (trace != nullptr) trace->barrier(warp.id, id, expected);
   Barrier& barrier = barriers[id];
   barrier.arrived += 32;
   barrier.expected = expected;

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "memory.h"
+#include "trace.h"
 #include "types.h"
 
 namespace ptx {
@@ -126,6 +127,7 @@ struct Machine {
   SharedMemory shared;
   GlobalMemory global;
   Faults faults;
+  Trace* trace = nullptr;  // what runs is recorded here
 
   u32 random(u32 below) { return u32(generator() % below); }
   void arrive(Warp& warp, int barrier, int expected, bool waits);

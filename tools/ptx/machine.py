@@ -17,12 +17,14 @@ from typing import NamedTuple
 from .build import library
 from .parse import Kernel, UnsupportedPtx, read_kernel
 from .registers import place_registers
+from .trace import Trace
 from .translate import SHARED_BASE, SPECIAL, Instruction, Operand, Translator
 
 __all__ = ["IN_ORDER", "Fault", "Memory", "Program", "Schedule", "UnsupportedPtx"]
 
 _MOST_FAULTS = 100  # of one launch that are described
 _REGISTER_BYTES = 128
+_WRITES = ("st.global", "red.global", "atom.global")
 _NO_LANE, _OTHER_BLOCK = 255, -2  # of memory.h
 
 # In the order of memory.h's Kind: a short name, the space of the address, and what happened.
@@ -210,6 +212,58 @@ class Program:
             shared: bytes of dynamic shared memory.
             schedule: the order of execution.
         """
+        launch = self._launch(grid, parameters, memory, threads, shared, schedule)
+        found = (_Fault * _MOST_FAULTS)()
+        count = library().ptx_run(self._handle, ctypes.byref(launch), found, _MOST_FAULTS)
+        if count == -2:
+            raise MemoryError(f"{self.name} needs too much memory for checks: run it without")
+        if count == -1:
+            raise OverflowError(f"{self.name} synchronises too often for checks: run it without")
+        return [self._describe(fault, memory) for fault in found[: min(count, _MOST_FAULTS)]]
+
+    def trace(
+        self,
+        grid: tuple[int, int, int],
+        parameters: list[bytes],
+        memory: list[Memory],
+        *,
+        threads: int | None = None,
+        shared: int = 0,
+        steps: int,
+    ) -> Trace:
+        """Run a sample of the blocks, and return what their warps did.
+
+        Blocks are drawn evenly from the grid. The other arguments are those of :meth:`run`.
+
+        Args:
+            steps: no further block starts after so many instructions of a warp.
+
+        Raises:
+            RuntimeError: a block had a fault; :meth:`run` describes it.
+        """
+        schedule = Schedule(checks=False)
+        launch = self._launch(grid, parameters, memory, threads, shared, schedule)
+        num_faults = ctypes.c_int64()
+        writes = bytes(i.opcode.startswith(_WRITES) for i in self.code)
+        handle = library().ptx_trace(
+            self._handle, ctypes.byref(launch), writes, steps, ctypes.byref(num_faults)
+        )
+        if handle is None:
+            raise MemoryError(f"{self.name} needs too much memory for a trace")
+        if num_faults.value:
+            library().ptx_free_trace(handle)
+            raise RuntimeError(f"{self.name}: {num_faults.value} faults; run it with checks")
+        return Trace(handle, len(self.code), len(merged(memory)))
+
+    def _launch(
+        self,
+        grid: tuple[int, int, int],
+        parameters: list[bytes],
+        memory: list[Memory],
+        threads: int | None,
+        shared: int,
+        schedule: Schedule,
+    ) -> _Launch:
         packed = bytearray()
         for offset, value in zip(self.parameter_offsets, parameters, strict=True):
             packed += bytes(offset - len(packed)) + value
@@ -228,13 +282,8 @@ class Program:
             num_ranges=len(ranges) // 2,
             **schedule._asdict(),
         )
-        found = (_Fault * _MOST_FAULTS)()
-        count = library().ptx_run(self._handle, ctypes.byref(launch), found, _MOST_FAULTS)
-        if count == -2:
-            raise MemoryError(f"{self.name} needs too much memory for checks: run it without")
-        if count == -1:
-            raise OverflowError(f"{self.name} synchronises too often for checks: run it without")
-        return [self._describe(fault, memory) for fault in found[: min(count, _MOST_FAULTS)]]
+        launch.ranges = ranges  # which must live as long as their address
+        return launch
 
     def _describe(self, fault: _Fault, memory: list[Memory]) -> Fault:
         """Return a report that names kernel, source line, instruction, thread and address."""

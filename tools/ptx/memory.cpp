@@ -99,6 +99,7 @@ template <class A, class Inside> u32 report_invalid(Warp& warp, const Instructio
 
 u32 SharedMemory::valid(Warp& warp, const Instruction& instruction, const u32* addresses, u32 lanes,
                         int size) {
+  if (warp.machine.trace != nullptr) warp.machine.trace->shared(warp.id, addresses, lanes, size);
   if (all_valid(addresses, lanes, size)) return lanes;
   return report_invalid(warp, instruction, addresses, lanes, size, Kind::shared_bounds,
                         Kind::shared_misaligned,
@@ -218,6 +219,7 @@ bool GlobalMemory::all_in(const Tensor& tensor, const u64* addresses, u32 lanes,
 
 u32 GlobalMemory::valid(Warp& warp, const Instruction& instruction, const u64* addresses, u32 lanes,
                         int size) {
+  if (warp.machine.trace != nullptr) warp.machine.trace->global(warp.id, addresses, lanes, size);
   if (instruction.tensor < int(tensors.size())) {
     const Tensor& last = tensors[instruction.tensor];
     if (last.end - last.start >= u64(size) && all_in(last, addresses, lanes, size)) return lanes;

@@ -64,7 +64,9 @@ struct alignas(64) Line {
 
 class Runner {
  public:
-  Runner(const Program& program, const Launch& launch) : program_(program), launch_(launch) {
+  Runner(const Program& program, const Launch& launch, Trace* trace = nullptr)
+      : program_(program), launch_(launch) {
+    machine_.trace = trace;
     machine_.schedule = launch.schedule;
     machine_.generator.seed(launch.schedule.seed);
     machine_.num_warps = (launch.threads + 31) / 32;
@@ -87,6 +89,21 @@ class Runner {
       for (std::size_t k = order.size(); k > 1; --k)
         std::swap(order[k - 1], order[machine_.random(u32(k))]);
     for (int block : order) run_block(block);
+    return machine_.faults;
+  }
+
+  // Run a sample of the blocks, spread over the grid, until the trace is long enough.
+  const Faults& run_sample() {
+    const u64 count = u64(machine_.grid[0]) * machine_.grid[1] * machine_.grid[2];
+    constexpr double GOLDEN = 0.6180339887498949;
+    std::vector<bool> done(count);
+    for (u64 k = 0; k < count && !machine_.trace->is_enough(); ++k) {
+      u64 block = u64(std::fmod(double(k) * GOLDEN, 1.0) * double(count));
+      while (done[block]) block = (block + 1) % count;
+      done[block] = true;
+      machine_.trace->begin_block(machine_.num_warps);
+      run_block(int(block));
+    }
     return machine_.faults;
   }
 
@@ -196,7 +213,9 @@ class Runner {
         const u32 guard = *warp.at<u32>(instruction.guard);
         lanes &= instruction.negated ? ~guard : guard;
       }
+      if (machine_.trace != nullptr) machine_.trace->begin(warp.id, instruction.pc);
       if (lanes != 0) instruction.function(warp, instruction, lanes);
+      if (machine_.trace != nullptr) machine_.trace->end(warp.id, warp.state == State::blocked);
       if (warp.pc >= warp.merge_pc && warp.state == State::ready) warp.settle();
     }
     if (warp.state != State::blocked || limit - turn > 1)
@@ -259,6 +278,22 @@ int ptx_run(const void* program, const ptx::Launch* launch, ptx::Fault* faults, 
   return -1;
 } catch (const std::bad_alloc&) {
   return -2;
+}
+
+// Run a sample of the blocks and return their trace, or null if there is not enough memory. writes:
+// whether each instruction writes global memory; num_faults: how many faults the blocks had.
+void* ptx_trace(const void* handle, const ptx::Launch* launch, const ptx::u8* writes,
+                ptx::u64 enough, ptx::i64* num_faults) try {
+  const auto& program = *static_cast<const ptx::Program*>(handle);
+  auto trace =
+      std::make_unique<ptx::Trace>(std::vector<bool>(writes, writes + program.code.size()), enough);
+  for (ptx::i64 k = 0; k < launch->num_ranges; ++k)
+    trace->add_range(launch->memory[2 * k], launch->memory[2 * k + 1]);
+  ptx::Runner runner(program, *launch, trace.get());
+  *num_faults = ptx::i64(runner.run_sample().list.size());
+  return trace.release();
+} catch (const std::bad_alloc&) {
+  return nullptr;
 }
 
 }  // extern "C"

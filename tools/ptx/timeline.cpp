@@ -1,0 +1,356 @@
+// Plays the traces of blocks on one multiprocessor, against the rates of a GPU.
+//
+// Each warp issues its instructions in order, each as soon as its operands are ready, one of the
+// four schedulers is free and the pipe of the instruction is. Copies and wgmmas run beside the warp
+// until it waits for them; barriers hold warps until the others arrive. Every unit works at its
+// full rate and serves requests in the order of their times, so what the model leaves out (bank
+// conflicts of registers, replays, the order of ptxas) makes a GPU slower, not faster.
+#include <algorithm>
+#include <array>
+#include <deque>
+#include <limits>
+#include <queue>
+#include <vector>
+
+#include "trace.h"
+
+namespace ptx {
+namespace {
+
+constexpr int SCHEDULERS = 4, QUEUE = 64;  // QUEUE: cycles of work that a memory unit accepts ahead
+
+// In the order of trace.py's UNITS.
+enum Unit : i32 {
+  FREE,  // no instruction of the GPU: its result is ready when its operands are
+  FMA,
+  ALU,
+  MUFU,
+  DOUBLE,
+  TENSOR,  // mma.sync
+  NUM_PIPES,
+  SHARED = NUM_PIPES,
+  LOAD,
+  STORE,
+  COPY,
+  COMMIT_COPIES,
+  WAIT_COPIES,
+  WGMMA,
+  COMMIT_WGMMA,
+  WAIT_WGMMA,
+  BARRIER,
+};
+
+// What an instruction costs, in cycles.
+struct Cost {
+  i32 unit;
+  f32 issue;               // of its scheduler
+  f32 busy;                // of its pipe
+  f32 latency;             // until its result is ready
+  f32 shared;              // of shared memory, beside the wavefronts in the trace
+  i32 remaining;           // groups that may remain unfinished after a wait
+  i32 reads, writes, end;  // its registers in Model::registers: reads.. and writes..end
+};
+
+// In the order of trace.py's _Model.
+struct Model {
+  const Cost* costs;
+  const i32* registers;
+  i32 num_registers;
+  f32 sector_l2, sector_dram, sector_shared;  // cycles of a sector in each unit
+  f32 latency_l2, latency_dram;
+  f32 block_start;
+};
+
+// In the order of trace.py's _Played.
+struct Played {
+  f64 cycles;
+  f64 first_matrix, after_matrix;  // mean of a block: until its first and from its last product
+  f64 barrier;                     // mean of a warp of a block: waiting at barriers
+};
+
+struct Groups {
+  std::deque<f64> done;
+  f64 open = 0, last = 0;
+
+  void commit() {
+    last = std::max(last, open);
+    done.push_back(last);
+  }
+  f64 wait(int remaining) {
+    f64 time = 0;
+    for (; int(done.size()) > remaining; done.pop_front()) time = done.front();
+    return time;
+  }
+};
+
+struct Slot;
+
+struct PlayedWarp {
+  Slot* slot;
+  int scheduler;
+  const std::vector<Step>* steps = nullptr;
+  std::size_t at = 0;
+  f64 time = 0, waited = 0;
+  std::vector<f32> ready{};  // relative to the start of the block
+  Groups copies{}, products{};
+};
+
+struct Waiting {
+  std::vector<PlayedWarp*> warps;
+  int arrived = 0;
+};
+
+// A block that is on the multiprocessor.
+struct Slot {
+  f64 start = 0, end = 0, first_matrix = 0, last_matrix = 0;
+  int alive = 0;
+  std::vector<PlayedWarp> warps{};
+  std::array<Waiting, 16> barriers{};
+};
+
+class Player {
+ public:
+  Player(const Model& model, const Trace& trace, int resident, int blocks)
+      : model_(model), trace_(trace), left_(blocks), slots_(std::min(resident, blocks)) {
+    const int num_warps = int(trace.blocks[0].size());
+    int scheduler = 0;
+    for (Slot& slot : slots_)
+      for (int w = 0; w < num_warps; ++w) slot.warps.push_back({&slot, scheduler++ % SCHEDULERS});
+  }
+
+  Played run() {
+    for (Slot& slot : slots_) begin(slot, 0);
+    while (!events_.empty()) {
+      const auto [time, warp] = events_.top();
+      events_.pop();
+      issue(*warp, time);
+    }
+    const int blocks = std::max(1, ended_);
+    sums_.first_matrix /= blocks;
+    sums_.after_matrix /= blocks;
+    sums_.barrier /= f64(blocks) * f64(slots_[0].warps.size());
+    return sums_;
+  }
+
+ private:
+  struct Event {
+    f64 time;
+    PlayedWarp* warp;
+    bool operator<(const Event& other) const { return time > other.time; }  // the earliest first
+  };
+
+  void begin(Slot& slot, f64 time) {
+    if (left_-- <= 0) return;
+    const auto& block = trace_.blocks[next_++ % trace_.blocks.size()];
+    slot.start = slot.end = time + model_.block_start;
+    slot.first_matrix = -1;
+    slot.last_matrix = 0;
+    slot.alive = int(block.size());
+    for (std::size_t w = 0; w < block.size(); ++w) {
+      PlayedWarp& warp = slot.warps[w];
+      warp.steps = &block[w];
+      warp.at = 0;
+      warp.time = slot.start;
+      warp.waited = 0;
+      warp.ready.assign(model_.num_registers, 0);
+      warp.copies = warp.products = {};
+    }
+    for (PlayedWarp& warp : slot.warps) schedule(warp);
+  }
+
+  // Put the warp's next instruction among the events, or end the warp.
+  void schedule(PlayedWarp& warp) {
+    while (warp.at < warp.steps->size()) {
+      const Cost& cost = model_.costs[(*warp.steps)[warp.at].pc];
+      f64 time = warp.slot->start + ready(warp, cost);
+      if (cost.unit != FREE) {
+        events_.push({std::max(warp.time, time), &warp});
+        return;
+      }
+      write(warp, cost, time);
+      ++warp.at;
+    }
+    finish(warp);
+  }
+
+  f32 ready(const PlayedWarp& warp, const Cost& cost) const {
+    f32 time = 0;
+    for (int k = cost.reads; k < cost.writes; ++k)
+      time = std::max(time, warp.ready[model_.registers[k]]);
+    return time;
+  }
+
+  void write(PlayedWarp& warp, const Cost& cost, f64 time) {
+    for (int k = cost.writes; k < cost.end; ++k)
+      warp.ready[model_.registers[k]] = f32(time - warp.slot->start);
+    warp.slot->end = std::max(warp.slot->end, time);
+  }
+
+  void finish(PlayedWarp& warp) {
+    Slot& slot = *warp.slot;
+    slot.end = std::max(slot.end, warp.time);
+    sums_.barrier += warp.waited;
+    --slot.alive;
+    for (Waiting& barrier : slot.barriers) release(barrier, slot.alive, slot.end);
+    if (slot.alive > 0) return;
+    ++ended_;
+    sums_.cycles = std::max(sums_.cycles, slot.end);
+    if (slot.first_matrix >= 0) {
+      sums_.first_matrix += slot.first_matrix - slot.start;
+      sums_.after_matrix += slot.end - slot.last_matrix;
+    }
+    begin(slot, slot.end);
+  }
+
+  void issue(PlayedWarp& warp, f64 time) {
+    const Step& step = (*warp.steps)[warp.at];
+    const Cost& cost = model_.costs[step.pc];
+    f64& scheduler = schedulers_[warp.scheduler];
+    time = std::max(time, scheduler);
+    if (cost.unit < NUM_PIPES) time = std::max(time, pipes_[warp.scheduler][cost.unit]);
+    if (step.wavefronts + step.sectors > 0) time = std::max({time, shared_ - QUEUE, l2_ - QUEUE});
+    scheduler = warp.time = time + cost.issue;
+    ++warp.at;
+    run(warp, step, cost, time);
+  }
+
+  void run(PlayedWarp& warp, const Step& step, const Cost& cost, f64 time) {
+    switch (cost.unit) {
+      case SHARED:
+        shared_ = std::max(shared_, time) + std::max<f64>(cost.busy, step.wavefronts);
+        write(warp, cost, shared_ + cost.latency);
+        break;
+      case LOAD:
+      case STORE:
+      case COPY: {
+        const f64 done = memory(step, time);
+        if (cost.unit == COPY) warp.copies.open = std::max(warp.copies.open, done);
+        if (cost.unit == LOAD) write(warp, cost, done + cost.latency);
+        warp.slot->end = std::max(warp.slot->end, cost.unit == STORE ? l2_ : done);
+        break;
+      }
+      case COMMIT_COPIES:
+        warp.copies.commit();
+        break;
+      case WAIT_COPIES:
+        warp.time = std::max(warp.time, warp.copies.wait(cost.remaining));
+        break;
+      case WGMMA:
+        product(warp, cost, time);
+        break;
+      case COMMIT_WGMMA:
+        warp.products.commit();
+        break;
+      case WAIT_WGMMA:
+        warp.time = std::max(warp.time, warp.products.wait(cost.remaining));
+        break;
+      case BARRIER:
+        return arrive(warp, step, cost, time);
+      default:
+        pipes_[warp.scheduler][cost.unit] = time + cost.busy;
+        write(warp, cost, time + cost.busy + cost.latency);
+        if (cost.unit == TENSOR) note_product(*warp.slot, time, time + cost.busy + cost.latency);
+    }
+    schedule(warp);
+  }
+
+  // Sectors go through the first level cache, from L2 and, the fresh ones, from DRAM.
+  f64 memory(const Step& step, f64 time) {
+    shared_ = std::max(shared_, time) +
+              std::max<f64>(step.wavefronts, step.sectors * model_.sector_shared);
+    l2_ = std::max(l2_, time) + step.sectors * model_.sector_l2;
+    dram_ = std::max(dram_, time) + step.fresh * model_.sector_dram;
+    return step.fresh > 0 ? std::max(l2_, dram_) + model_.latency_dram : l2_ + model_.latency_l2;
+  }
+
+  // Each of the four warps of a wgmma uses the tensor core of its scheduler.
+  void product(PlayedWarp& warp, const Cost& cost, f64 time) {
+    f64& tensor = pipes_[warp.scheduler][TENSOR];
+    tensor = std::max(tensor, time) + cost.busy;
+    shared_ = std::max(shared_, time) + cost.shared;
+    const f64 done = std::max(tensor, shared_) + cost.latency;
+    warp.products.open = std::max(warp.products.open, done);
+    note_product(*warp.slot, time, done);
+  }
+
+  void note_product(Slot& slot, f64 start, f64 end) {
+    if (slot.first_matrix < 0) slot.first_matrix = start;
+    slot.last_matrix = std::max(slot.last_matrix, end);
+  }
+
+  void arrive(PlayedWarp& warp, const Step& step, const Cost& cost, f64 time) {
+    Waiting& barrier = warp.slot->barriers[step.barrier % 16];
+    const bool waits = cost.remaining == 0;  // bar.sync, not bar.arrive
+    ++barrier.arrived;
+    if (waits) {
+      warp.time = time + cost.latency;
+      barrier.warps.push_back(&warp);
+    }
+    const int expected = step.barrier / 16;
+    release(barrier, expected ? expected : warp.slot->alive, time + cost.latency);
+    if (!waits) schedule(warp);
+  }
+
+  void release(Waiting& barrier, int expected, f64 time) {
+    if (barrier.arrived == 0 || barrier.arrived < expected) return;
+    const std::vector<PlayedWarp*> warps = std::move(barrier.warps);
+    barrier = {};
+    for (PlayedWarp* warp : warps) {
+      warp->waited += std::max(0.0, time - warp->time);
+      warp->time = std::max(warp->time, time);
+    }
+    for (PlayedWarp* warp : warps) schedule(*warp);
+  }
+
+  const Model& model_;
+  const Trace& trace_;
+  int left_, next_ = 0, ended_ = 0;
+  std::vector<Slot> slots_;
+  std::priority_queue<Event> events_;
+  std::array<f64, SCHEDULERS> schedulers_{};
+  std::array<std::array<f64, NUM_PIPES>, SCHEDULERS> pipes_{};
+  f64 shared_ = 0, l2_ = 0, dram_ = 0;
+  Played sums_{};
+};
+
+}  // namespace
+}  // namespace ptx
+
+extern "C" {
+
+// Play `blocks` blocks, of which `resident` run at a time; the traced blocks are repeated.
+ptx::Played ptx_play(const void* trace, const ptx::Model* model, int resident, int blocks) {
+  return ptx::Player(*model, *static_cast<const ptx::Trace*>(trace), resident, blocks).run();
+}
+
+int ptx_traced_blocks(const void* trace) {
+  return int(static_cast<const ptx::Trace*>(trace)->blocks.size());
+}
+
+// Sums over the traced blocks, for each instruction: how often a warp ran it, and its wavefronts
+// and sectors. counts: [instruction][3].
+void ptx_trace_counts(const void* trace, ptx::u64* counts) {
+  for (const auto& block : static_cast<const ptx::Trace*>(trace)->blocks)
+    for (const auto& warp : block)
+      for (const ptx::Step& step : warp) {
+        ptx::u64* const count = counts + 3 * step.pc;
+        count[0] += 1;
+        count[1] += step.wavefronts;
+        count[2] += step.sectors;
+      }
+}
+
+// For each range of memory: distinct sectors that were read and written, and the same summed over
+// blocks. sectors: [range][4].
+void ptx_trace_sectors(const void* trace, ptx::u64* sectors) {
+  for (const ptx::Sectors& range : static_cast<const ptx::Trace*>(trace)->ranges) {
+    *sectors++ = range.distinct[0];
+    *sectors++ = range.distinct[1];
+    *sectors++ = range.by_blocks[0];
+    *sectors++ = range.by_blocks[1];
+  }
+}
+
+void ptx_free_trace(void* trace) { delete static_cast<ptx::Trace*>(trace); }
+
+}  // extern "C"

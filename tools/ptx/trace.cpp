@@ -1,0 +1,104 @@
+#include "trace.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <bit>
+#include <new>
+
+namespace ptx {
+
+// ---- shared memory ------------------------------------------------------------------------------
+
+int wavefronts(const u32* addresses, u32 lanes, int size) {
+  constexpr int BANKS = 32, WORD = 4;
+  const int words = std::max(1, size / WORD), group = BANKS / words;
+  int total = 0;
+  for (int first = 0; first < 32; first += group) {
+    std::array<std::array<u32, 32>, BANKS> found;  // the different words of each bank
+    std::array<u8, BANKS> count{};
+    int most = 0;
+    for (int lane = first; lane < first + group; ++lane) {
+      if (!(lanes >> lane & 1)) continue;
+      for (int k = 0; k < words; ++k) {
+        const u32 word = addresses[lane] / WORD + k, bank = word % BANKS;
+        u32* const begin = found[bank].data();
+        if (std::find(begin, begin + count[bank], word) != begin + count[bank]) continue;
+        begin[count[bank]++] = word;
+        most = std::max(most, int(count[bank]));
+      }
+    }
+    total += most;
+  }
+  return total;
+}
+
+// ---- global memory ------------------------------------------------------------------------------
+
+Sectors::Sectors(u64 start, u64 end)
+    : first_(start / SECTOR),
+      end_((end + SECTOR - 1) / SECTOR),
+      stamps_(nullptr, {(end_ - first_) * 2 * sizeof(u32)}) {
+  const std::size_t bytes = stamps_.get_deleter().bytes;
+  if (bytes == 0) return;
+  constexpr int access = PROT_READ | PROT_WRITE, how = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+  void* const mapped = mmap(nullptr, bytes, access, how, -1, 0);
+  if (mapped == MAP_FAILED) throw std::bad_alloc();
+  stamps_.reset(static_cast<u32*>(mapped));
+}
+
+void Sectors::Unmap::operator()(u32* stamps) const { munmap(stamps, bytes); }
+
+bool Sectors::touch(u64 sector, bool writes, u32 block) {
+  u32* const stamps = stamps_.get() + 2 * (sector - first_);
+  u32& stamp = stamps[writes];
+  // What has been written in this launch is not read from DRAM.
+  const bool is_fresh = stamp == 0 && (writes || stamps[1] == 0);
+  distinct[writes] += is_fresh;
+  by_blocks[writes] += stamp != block + 1 && (writes || stamps[1] != block + 1);
+  stamp = block + 1;
+  return is_fresh;
+}
+
+// ---- the trace ----------------------------------------------------------------------------------
+
+void Trace::end(int warp, bool is_blocked) {
+  if (is_blocked)
+    blocks.back()[warp].pop_back();
+  else
+    ++steps_;
+}
+
+void Trace::shared(int warp, const u32* addresses, u32 lanes, int size) {
+  blocks.back()[warp].back().wavefronts += u16(wavefronts(addresses, lanes, size));
+}
+
+void Trace::global(int warp, const u64* addresses, u32 lanes, int size) {
+  Step& step = blocks.back()[warp].back();
+  const bool writes = writes_[step.pc];
+  std::array<u64, 64> seen;  // an access of 32 bytes may touch two sectors
+  int count = 0;
+  for (; lanes != 0; lanes &= lanes - 1) {
+    const u64 address = addresses[std::countr_zero(lanes)];
+    for (u64 sector = address / SECTOR; sector <= (address + size - 1) / SECTOR; ++sector) {
+      if (std::find(seen.begin(), seen.begin() + count, sector) != seen.begin() + count) continue;
+      seen[count++] = sector;
+      touch(step, sector, writes);
+    }
+  }
+}
+
+void Trace::touch(Step& step, u64 sector, bool writes) {
+  ++step.sectors;
+  for (Sectors& range : ranges)
+    if (range.holds(sector)) {
+      step.fresh += range.touch(sector, writes, u32(blocks.size() - 1));
+      return;
+    }
+}
+
+void Trace::barrier(int warp, int id, int threads) {
+  blocks.back()[warp].back().barrier = u16(id + 16 * ((threads + 31) / 32));
+}
+
+}  // namespace ptx

@@ -1,0 +1,73 @@
+// A trace of some blocks of a launch: which instructions each warp ran, and what they asked of the
+// memories. timeline.cpp plays it against the rates of a GPU.
+#pragma once
+
+#include <array>
+#include <memory>
+#include <vector>
+
+#include "types.h"
+
+namespace ptx {
+
+constexpr u32 SECTOR = 32;  // bytes that global memory is read and written in
+
+// An instruction that a warp has run.
+struct Step {
+  u32 pc;
+  u16 wavefronts;  // of shared memory, one a cycle
+  u16 sectors;     // of global memory
+  u16 fresh;       // those among them that no block has touched before
+  u16 barrier;     // number of the barrier, and 16 * the warps that it expects (0: all)
+};
+
+// The sectors of a range of global memory.
+class Sectors {
+ public:
+  Sectors(u64 start, u64 end);
+  // Touch a sector, and return whether it is the first time in this launch.
+  bool touch(u64 sector, bool writes, u32 block);
+  bool holds(u64 sector) const { return sector >= first_ && sector < end_; }
+
+  // [read or written]: sectors that any block touched, and the sum of what each block touched.
+  std::array<u64, 2> distinct{}, by_blocks{};
+
+ private:
+  struct Unmap {
+    std::size_t bytes;
+    void operator()(u32* stamps) const;
+  };
+  u64 first_, end_;
+  // [sector][read or written]: 1 + the number of the last block that touched it
+  std::unique_ptr<u32[], Unmap> stamps_;
+};
+
+class Trace {
+ public:
+  // writes: whether an instruction writes global memory. steps: how many instructions are enough.
+  Trace(std::vector<bool> writes, u64 enough) : writes_(std::move(writes)), enough_(enough) {}
+
+  void add_range(u64 start, u64 end) { ranges.emplace_back(start, end); }
+  bool is_enough() const { return steps_ >= enough_; }
+  void begin_block(int num_warps) { blocks.emplace_back(num_warps); }
+  void begin(int warp, int pc) { blocks.back()[warp].push_back({u32(pc), 0, 0, 0, 0}); }
+  void end(int warp, bool is_blocked);  // a blocked instruction runs again
+  void shared(int warp, const u32* addresses, u32 lanes, int size);
+  void global(int warp, const u64* addresses, u32 lanes, int size);
+  void barrier(int warp, int id, int threads);
+
+  std::vector<std::vector<std::vector<Step>>> blocks;  // [block][warp]
+  std::vector<Sectors> ranges;
+
+ private:
+  void touch(Step& step, u64 sector, bool writes);
+
+  std::vector<bool> writes_;
+  u64 enough_, steps_ = 0;
+};
+
+// Cycles that shared memory needs for an access: in each group of lanes whose accesses fill at most
+// 128 bytes, the bank with the most different words decides.
+int wavefronts(const u32* addresses, u32 lanes, int size);
+
+}  // namespace ptx

@@ -1,0 +1,145 @@
+"""What the blocks of a launch did, and how long a multiprocessor would take for it."""
+
+from __future__ import annotations
+
+import array
+import ctypes
+import weakref
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from .build import library
+
+SECTOR = 32  # bytes
+# In the order of timeline.cpp's Unit.
+UNITS = ("free", "fma", "alu", "mufu", "double", "tensor", "shared", "load", "store", "copy")
+UNITS += ("commit copies", "wait copies", "wgmma", "commit wgmma", "wait wgmma", "barrier")
+
+
+class Cost(NamedTuple):
+    """What an instruction of a warp costs, in cycles; see timeline.cpp.
+
+    Args:
+        unit: one of UNITS.
+        issue: of its scheduler.
+        busy: of its pipe.
+        latency: until its result is ready.
+        shared: of shared memory, beside what the trace counts.
+        remaining: groups that may remain unfinished after a wait; 1 for a barrier that does not
+            wait.
+    """
+
+    unit: str = "free"
+    issue: float = 0.0
+    busy: float = 0.0
+    latency: float = 0.0
+    shared: float = 0.0
+    remaining: int = 0
+
+
+class Registers(NamedTuple):
+    """The numbers of the registers that an instruction reads and writes."""
+
+    reads: list[int]
+    writes: list[int]
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Cycles of one multiprocessor."""
+
+    sector_l2: float
+    sector_dram: float
+    sector_shared: float
+    latency_l2: float
+    latency_dram: float
+    block_start: float
+
+
+class _Cost(ctypes.Structure):
+    _fields_ = [
+        ("unit", ctypes.c_int32),
+        *((name, ctypes.c_float) for name in ("issue", "busy", "latency", "shared")),
+        *((name, ctypes.c_int32) for name in ("remaining", "reads", "writes", "end")),
+    ]
+
+
+class _Model(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("costs", "registers")),
+        ("num_registers", ctypes.c_int32),
+        *((name, ctypes.c_float) for name in Rates.__annotations__),
+    ]
+
+
+class Played(ctypes.Structure):
+    """The result of :meth:`Trace.play`, in cycles.
+
+    ``cycles``: all blocks. ``first_matrix`` and ``after_matrix``: mean time of a block before its
+    first matrix product and after its last one; 0 if it has none. ``barrier``: mean time that a
+    warp waits at barriers.
+    """
+
+    _fields_ = [
+        (name, ctypes.c_double) for name in ("cycles", "first_matrix", "after_matrix", "barrier")
+    ]
+
+
+class Trace:
+    """The instructions of some blocks of a launch; made by ``Program.trace``.
+
+    ``executed``, ``wavefronts`` and ``sectors`` are sums over these blocks for each instruction:
+    executions by a warp, cycles of shared memory, and sectors of global memory. ``distinct`` and
+    ``by_blocks`` (ranges, 2) are the sectors of each range that were read and written: counted
+    once, and counted once in each block.
+    """
+
+    def __init__(self, handle: int, num_instructions: int, num_ranges: int) -> None:
+        self._handle = handle
+        weakref.finalize(self, library().ptx_free_trace, handle)
+        self.blocks: int = library().ptx_traced_blocks(handle)
+        counts = np.zeros((num_instructions, 3), np.uint64)
+        library().ptx_trace_counts(handle, counts.ctypes.data)
+        self.executed, self.wavefronts, self.sectors = counts.T.astype(np.int64)
+        sectors = np.zeros((num_ranges, 4), np.uint64)
+        library().ptx_trace_sectors(handle, sectors.ctypes.data)
+        self.distinct, self.by_blocks = sectors[:, :2].astype(int), sectors[:, 2:].astype(int)
+
+    def play(
+        self,
+        costs: list[Cost],
+        registers: list[Registers],
+        rates: Rates,
+        *,
+        resident: int,
+        blocks: int,
+    ) -> Played:
+        """Return how long a multiprocessor takes for some blocks.
+
+        Args:
+            costs: of each instruction.
+            registers: of each instruction.
+            rates: of the memories.
+            resident: how many blocks run at a time.
+            blocks: how many run in all; the traced blocks are repeated.
+        """
+        numbers = array.array("i")
+        table = (_Cost * len(costs))()
+        for row, cost, (reads, writes) in zip(table, costs, registers, strict=True):
+            row.unit = UNITS.index(cost.unit)
+            row.issue, row.busy, row.latency, row.shared, row.remaining = cost[1:]
+            row.reads = len(numbers)
+            row.writes = row.reads + len(reads)
+            numbers.extend(reads + writes)
+            row.end = len(numbers)
+        model = _Model(
+            costs=ctypes.addressof(table),
+            registers=numbers.buffer_info()[0],
+            num_registers=max(numbers, default=0) + 1,
+            **vars(rates),
+        )
+        play = library().ptx_play
+        play.restype = Played
+        return play(self._handle, ctypes.byref(model), resident, blocks)
