@@ -56,7 +56,7 @@ struct Model {
   const Cost* costs;
   const i32* registers;
   i32 num_registers;
-  f32 sector_l2, sector_dram, sector_shared;  // cycles of a sector in each unit
+  f32 sector_shared, sector_port, sector_l2, sector_dram;  // cycles of a sector in each unit
   f32 latency_l2, latency_dram;
   f32 block_start;
 };
@@ -208,7 +208,7 @@ class Player {
     f64& scheduler = schedulers_[warp.scheduler];
     time = std::max(time, scheduler);
     if (cost.unit < NUM_PIPES) time = std::max(time, pipes_[warp.scheduler][cost.unit]);
-    if (step.wavefronts + step.sectors > 0) time = std::max({time, shared_ - QUEUE, l2_ - QUEUE});
+    if (step.wavefronts + step.sectors > 0) time = std::max({time, shared_ - QUEUE, port_ - QUEUE});
     scheduler = warp.time = time + cost.issue;
     ++warp.at;
     run(warp, step, cost, time);
@@ -226,7 +226,7 @@ class Player {
         const f64 done = memory(step, time);
         if (cost.unit == COPY) warp.copies.open = std::max(warp.copies.open, done);
         if (cost.unit == LOAD) write(warp, cost, done + cost.latency);
-        warp.slot->end = std::max(warp.slot->end, cost.unit == STORE ? l2_ : done);
+        warp.slot->end = std::max(warp.slot->end, done);
         break;
       }
       case COMMIT_COPIES:
@@ -243,6 +243,7 @@ class Player {
         break;
       case WAIT_WGMMA:
         warp.time = std::max(warp.time, warp.products.wait(cost.remaining));
+        write(warp, cost, warp.time);
         break;
       case BARRIER:
         return arrive(warp, step, cost, time);
@@ -254,13 +255,17 @@ class Player {
     schedule(warp);
   }
 
-  // Sectors go through the first level cache, from L2 and, the fresh ones, from DRAM.
+  // Sectors pass the first level cache and the multiprocessor's port to L2; the fresh ones come
+  // from DRAM. L2 and DRAM serve all multiprocessors: on average each gets its share of their
+  // rates, but while the others ask for nothing, one gets more.
   f64 memory(const Step& step, f64 time) {
     shared_ = std::max(shared_, time) +
               std::max<f64>(step.wavefronts, step.sectors * model_.sector_shared);
-    l2_ = std::max(l2_, time) + step.sectors * model_.sector_l2;
-    dram_ = std::max(dram_, time) + step.fresh * model_.sector_dram;
-    return step.fresh > 0 ? std::max(l2_, dram_) + model_.latency_dram : l2_ + model_.latency_l2;
+    port_ = std::max(port_, time) + step.sectors * model_.sector_port;
+    l2_ += step.sectors * model_.sector_l2;
+    dram_ += step.fresh * model_.sector_dram;
+    const f64 done = std::max(port_, l2_);
+    return step.fresh > 0 ? std::max(done, dram_) + model_.latency_dram : done + model_.latency_l2;
   }
 
   // Each of the four warps of a wgmma uses the tensor core of its scheduler.
@@ -309,7 +314,7 @@ class Player {
   std::priority_queue<Event> events_;
   std::array<f64, SCHEDULERS> schedulers_{};
   std::array<std::array<f64, NUM_PIPES>, SCHEDULERS> pipes_{};
-  f64 shared_ = 0, l2_ = 0, dram_ = 0;
+  f64 shared_ = 0, port_ = 0, l2_ = 0, dram_ = 0;
   Played sums_{};
 };
 
@@ -349,6 +354,10 @@ void ptx_trace_sectors(const void* trace, ptx::u64* sectors) {
     *sectors++ = range.by_blocks[0];
     *sectors++ = range.by_blocks[1];
   }
+}
+
+void ptx_reorder(void* trace, const ptx::i32* basic_blocks, const ptx::i32* ranks) {
+  static_cast<ptx::Trace*>(trace)->reorder(basic_blocks, ranks);
 }
 
 void ptx_free_trace(void* trace) { delete static_cast<ptx::Trace*>(trace); }

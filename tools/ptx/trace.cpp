@@ -101,4 +101,20 @@ void Trace::barrier(int warp, int id, int threads) {
   blocks.back()[warp].back().barrier = u16(id + 16 * ((threads + 31) / 32));
 }
 
+void Trace::reorder(const i32* basic_blocks, const i32* ranks) {
+  for (auto& block : blocks)
+    for (std::vector<Step>& steps : block) {
+      const auto same_run = [&](const Step& a, const Step& b) {
+        return a.pc < b.pc && basic_blocks[a.pc] == basic_blocks[b.pc];
+      };
+      for (auto begin = steps.begin(); begin != steps.end();) {
+        auto end = begin + 1;
+        while (end != steps.end() && same_run(end[-1], *end)) ++end;
+        std::sort(begin, end,
+                  [&](const Step& a, const Step& b) { return ranks[a.pc] < ranks[b.pc]; });
+        begin = end;
+      }
+    }
+}
+
 }  // namespace ptx

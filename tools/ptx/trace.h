@@ -55,6 +55,8 @@ class Trace {
   void shared(int warp, const u32* addresses, u32 lanes, int size);
   void global(int warp, const u64* addresses, u32 lanes, int size);
   void barrier(int warp, int id, int threads);
+  // Sort the steps of each run through a basic block by rank. Both arrays are by instruction.
+  void reorder(const i32* basic_blocks, const i32* ranks);
 
   std::vector<std::vector<std::vector<Step>>> blocks;  // [block][warp]
   std::vector<Sectors> ranges;

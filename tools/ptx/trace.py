@@ -46,13 +46,31 @@ class Registers(NamedTuple):
     writes: list[int]
 
 
+class Order(NamedTuple):
+    """For each instruction, the number of its basic block and its place among those of the block."""
+
+    blocks: list[int]
+    ranks: list[int]
+
+
 @dataclass(frozen=True)
 class Rates:
-    """Cycles of one multiprocessor."""
+    """Cycles of one multiprocessor.
 
+    Args:
+        sector_shared: for a sector in the first level cache.
+        sector_port: in the multiprocessor's port to L2.
+        sector_l2: at its share of L2's rate.
+        sector_dram: at its share of DRAM's rate.
+        latency_l2: of an access to L2.
+        latency_dram: of an access to DRAM.
+        block_start: from the end of a block to the first instruction of the next one.
+    """
+
+    sector_shared: float
+    sector_port: float
     sector_l2: float
     sector_dram: float
-    sector_shared: float
     latency_l2: float
     latency_dram: float
     block_start: float
@@ -106,6 +124,11 @@ class Trace:
         sectors = np.zeros((num_ranges, 4), np.uint64)
         library().ptx_trace_sectors(handle, sectors.ctypes.data)
         self.distinct, self.by_blocks = sectors[:, :2].astype(int), sectors[:, 2:].astype(int)
+
+    def reorder(self, order: Order) -> None:
+        """Put the instructions that a warp ran in another order within each basic block."""
+        blocks, ranks = (np.array(each, np.int32) for each in order)
+        library().ptx_reorder(self._handle, blocks.ctypes.data, ranks.ctypes.data)
 
     def play(
         self,
