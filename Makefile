@@ -16,8 +16,8 @@ WORKERS = $$($(PY) -c 'import importlib.util as u; print("-n auto --dist loadfil
 PTX_PART = tests/test_sanitize.py tests/test_ptx_training.py -k "reach_every_kernel or fluid or unica"
 # The files whose tests launch kernels.
 PTX_OPS = query_pooling gated_cross_attention topk_routing grouped_mlp masked_info_nce
-PTX_FILES = benchmarks export flops fuse_attention fuse_moe fuzz gpu_slices on_cuda ptx_training sanitize \
-	strides switch
+PTX_FILES = benchmarks export flops fuse_attention fuse_moe fuzz gpu_slices on_cuda ptx_arguments \
+	ptx_training sanitize strides switch
 PTX_TESTS = $(wildcard $(PTX_OPS:%=tests/test_%*.py)) $(PTX_FILES:%=tests/test_%.py)
 # The folder of another Triton, which is downloaded if it is missing.
 TRITON_FOLDER = $$(PYTHONPATH=tools $(PY) -c 'import compile_matrix as m; print(m.triton_folder("$(TRITON)"))')

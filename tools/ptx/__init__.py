@@ -4,7 +4,8 @@ build.py compiles the C++ here and loads it; machine.py has ``Program``, which r
 parse.py reads PTX, translate.py makes instructions of it, registers.py gives registers places.
 run.cpp schedules blocks and warps; memory.cpp finds races; control.cpp has branches, barriers and
 shuffles, loads.cpp memory accesses and cp.async, matrix.cpp mma and wgmma.
-driver.py sends Triton's launches here, schedules.py runs each in several orders.
+driver.py sends Triton's launches here, arguments.py packs their arguments, schedules.py runs each
+in several orders.
 
 To add an opcode that treats each lane alone, write one line, ``OPCODE``, in integer.cpp or
 floating.cpp. An opcode with another syntax also needs a function in ``FAMILIES`` of translate.py.

@@ -13,7 +13,6 @@ import functools
 import struct
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,6 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.backends.nvidia.compiler import CUDABackend
 
+from .arguments import pack_arguments
 from .build import cache_folder
 from .machine import Fault, Program, Schedule
 from .schedules import MODES, Argument, run_all, schedules_of
@@ -32,22 +32,6 @@ from .schedules import MODES, Argument, run_all, schedules_of
 # Shared memory that one block may use, in bytes.
 SHARED_MEMORY = {80: 166_912, 90: 232_448}
 
-# How struct packs the types of Triton's signatures.
-_FORMATS = {
-    "i1": "?",
-    "u1": "?",
-    "i8": "b",
-    "u8": "B",
-    "i16": "h",
-    "u16": "H",
-    "i32": "i",
-    "u32": "I",
-    "i64": "q",
-    "u64": "Q",
-    "fp16": "e",
-    "fp32": "f",
-    "fp64": "d",
-}
 _NULL = bytes(8)
 
 
@@ -150,9 +134,16 @@ class Launcher:
         _, _, _, _, *values = rest  # two kinds of metadata and two hooks
         if 0 in (x, y, z):
             return
+        name, blocks = self.metadata.name, self.metadata.num_ctas
+        if blocks != 1:
+            raise ValueError(f"{name}: num_ctas: got {blocks}, expected 1: there are no clusters")
         session, shared = self.session, self.metadata.shared
-        program = _timed(session, "translate", _program, function)
         parameters, arguments = self._parameters(values, x * y * z)
+        program = _timed(session, "translate", _program, function)
+        if [len(each) for each in parameters] != program.parameters:
+            raise TypeError(
+                f"{name}: this Triton passes other parameters than the PTX machine does"
+            )
         memory = [argument.memory for argument in arguments]
         threads = 32 * self.metadata.num_warps
 
@@ -169,15 +160,12 @@ class Launcher:
 
     def _parameters(self, values: list[Any], blocks: int) -> tuple[list[bytes], list[Argument]]:
         """Return the bytes of each parameter of the kernel, and the tensors among them."""
-        packed, arguments = [], []
-        for (name, kind), value in zip(self.signature.items(), values, strict=True):
-            for part, part_kind, part_value in _flattened(name, kind, value):
-                packed.append(_packed(self.metadata.name, part, part_kind, part_value))
-                if isinstance(part_value, torch.Tensor):
-                    arguments.append(Argument(part, part_value))
-        scratch_bytes = blocks * self.metadata.num_ctas * self.metadata.global_scratch_size
+        metadata = self.metadata
+        maps = getattr(metadata, "tensordesc_meta", None)
+        packed, arguments = pack_arguments(metadata.name, self.signature, values, maps)
+        scratch_bytes = blocks * metadata.global_scratch_size
         if scratch_bytes:
-            scratch = _aligned(scratch_bytes, self.metadata.global_scratch_align)
+            scratch = _aligned(scratch_bytes, metadata.global_scratch_align)
             arguments.append(Argument("global_scratch", scratch))
             return [*packed, struct.pack("Q", scratch.data_ptr()), _NULL], arguments
         return [*packed, _NULL, _NULL], arguments  # global and profile scratch
@@ -192,27 +180,6 @@ def _is_known(fault: Fault) -> bool:
 def _aligned(size: int, alignment: int) -> torch.Tensor:
     memory = torch.zeros(size + alignment, dtype=torch.uint8)
     return memory[-memory.data_ptr() % alignment :][:size]
-
-
-def _flattened(name: str, kind: Any, value: Any) -> Iterator[tuple[str, str, Any]]:
-    """Yield name, type and value of each parameter in an argument, which may be a nested tuple."""
-    if isinstance(kind, tuple):
-        fields = getattr(value, "_fields", range(len(kind)))
-        for part, part_kind, part_value in zip(fields, kind, value, strict=True):
-            yield from _flattened(f"{name}.{part}", part_kind, part_value)
-    elif kind != "constexpr":
-        yield name, kind, value
-
-
-def _packed(kernel: str, name: str, kind: str, value: Any) -> bytes:
-    """Return the bytes of one parameter."""
-    if kind.startswith("*"):
-        if not isinstance(value, torch.Tensor) or value.device.type != "cpu":
-            raise TypeError(f"{kernel}: {name}: the PTX machine expected a tensor on the CPU")
-        return struct.pack("Q", value.data_ptr())
-    if kind not in _FORMATS:
-        raise TypeError(f"{kernel}: {name}: the PTX machine cannot pass the type {kind}")
-    return struct.pack(_FORMATS[kind], value)
 
 
 @functools.cache
