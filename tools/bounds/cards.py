@@ -18,7 +18,8 @@ class Card:
     multiprocessors: int
     hertz: float  # of the multiprocessors
     matrix: float  # FLOP/s of bfloat16 products
-    mma_share: float  # of this rate that mma.sync reaches; wgmma reaches all of it
+    float32: float  # FLOP/s of float32 products without tensor cores
+    mma_share: float  # of ``matrix`` that mma.sync reaches; wgmma reaches all of it
     dram: float  # bytes/s
     l2: tuple[float, float]  # bytes/s from L2 to the multiprocessors: a low and a high estimate
     l2_bytes: int
@@ -39,6 +40,7 @@ _HOPPER = dict(
     multiprocessors=132,
     hertz=1.755e9,
     matrix=790e12,
+    float32=53.5e12,
     mma_share=0.63,
     l2=(5.5e12, 10e12),
     l2_bytes=50 << 20,
@@ -51,6 +53,7 @@ _HOPPER_SOURCES = dict(
     multiprocessors="NVIDIA H100 Tensor Core GPU Architecture, SXM5",
     hertz="the boost clock of the SXM5 board under load, 1.755 GHz",
     matrix="790 TFLOP/s, a bf16 product of random numbers on an H200; datasheet: 989",
+    float32="datasheet 67 TFLOP/s, times the share that an H200 reaches of its bf16 products",
     mma_share="Luo et al. 2024, Dissecting the NVIDIA Hopper Architecture: mma.sync 62.9 %",
     l2="5.5: Chips and Cheese 2023, an H100 PCIe; 10: 64 bytes a cycle and multiprocessor, less "
     "a third",
@@ -76,6 +79,7 @@ A100 = Card(
     multiprocessors=108,
     hertz=1.41e9,
     matrix=250e12,
+    float32=15.6e12,
     mma_share=1.0,
     dram=1.7e12,
     l2=(3.5e12, 5.1e12),
@@ -88,6 +92,7 @@ A100 = Card(
         multiprocessors="NVIDIA A100 Tensor Core GPU Architecture, SXM4 80 GB",
         hertz="datasheet: boost clock",
         matrix="datasheet 312 TFLOP/s, times the share that an H200 reaches of its own",
+        float32="datasheet 19.5 TFLOP/s, times the share that an H200 reaches of bf16 products",
         mma_share="all matrix instructions of sm_80 are mma.sync",
         dram="datasheet 2.04 TB/s, times 0.85",
         l2="5.1: NVIDIA A100 whitepaper, 5120 bytes a cycle at 1 GHz; 3.5: two thirds of it",
