@@ -1,4 +1,4 @@
-"""Record what a call would launch on a GPU, on a machine without one.
+r"""Record what a call would launch on a GPU, on a machine without one.
 
 with recorded() as launches:
     out = mmfused.query_pooling(x, q)  # x and q on the CPU
@@ -27,9 +27,11 @@ from triton import KernelInterface
 from mmfused.kernels import recording, tiles
 
 from . import torch_work
+from .origin import origin
 from .pretend import Pretence, is_on_host, keep_on_host, on_cuda
 
 _CUDA_KEY = torch._C.DispatchKey.CUDA  # type: ignore[attr-defined]
+_COMPOSED_KEY = torch._C.DispatchKey.CompositeExplicitAutograd  # type: ignore[attr-defined]
 _COMPOSITE_KEY = torch._C.DispatchKey.CompositeImplicitAutograd  # type: ignore[attr-defined]
 
 
@@ -46,6 +48,9 @@ class Launch:
         computed: whether the results are real, and not zeros.
         shapes: of the operator's tensors: inputs, then outputs; empty for a kernel.
         dtype: of the first of these tensors.
+        op: the folder in ``mmfused/ops`` whose code launched it, or "" outside of ops. In a
+            backward pass: whose forward made the node of the graph.
+        source: the line of this library that launched it, or made the node.
         grid: of a kernel.
         kernel: the kernel with its arguments.
     """
@@ -58,6 +63,8 @@ class Launch:
     computed: bool = False
     shapes: tuple[tuple[int, ...], ...] = ()
     dtype: torch.dtype | None = None
+    op: str = ""
+    source: str = ""
     grid: tuple[int, ...] = ()
     kernel: recording.Launch | None = None
 
@@ -82,6 +89,8 @@ def recorded(
     launches: list[Launch] = []
     with ExitStack() as stack:
         copied = lambda name, x: launches.append(_copy(name, x))  # noqa: E731
+        # Nodes of the graph remember where they were made; values are not checked.
+        stack.enter_context(torch.autograd.set_detect_anomaly(True, check_nan=False))
         pretence = stack.enter_context(on_cuda(arch, copied))
         if run_kernels:
             stack.enter_context(mock.patch.object(tiles, "pretended_arch", arch))
@@ -95,7 +104,15 @@ def recorded(
 
 
 def _copy(name: str, x: Tensor) -> Launch:
-    return Launch(name, "copy", bytes=x.nbytes, waits=True, shapes=(tuple(x.shape),), dtype=x.dtype)
+    return Launch(
+        name,
+        "copy",
+        bytes=x.nbytes,
+        waits=True,
+        shapes=(tuple(x.shape),),
+        dtype=x.dtype,
+        **origin(),
+    )
 
 
 def _noting(
@@ -114,7 +131,7 @@ def _noting(
             with pretence.paused():
                 original(kernel, grid)(*args, **named)
             call = made.pop()
-            launches.append(Launch(call.name, "triton", grid=grid, kernel=call))
+            launches.append(Launch(call.name, "triton", grid=grid, kernel=call, **origin()))
 
         return launch
 
@@ -147,12 +164,16 @@ class _Operators(TorchDispatchMode):
             return function(*args, **kwargs)
         if torch_work.name_of(function) == "lift_fresh":  # a number in the code
             return keep_on_host(function(*args, **kwargs))
-        if torch_work.is_view(function):
-            return function(*args, **kwargs)
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         if inputs and all(map(is_on_host, inputs)):
             return keep_on_host(function(*args, **kwargs))
-        out, computed = self._outcome(function, args, kwargs)
+        if torch_work.is_view(function):
+            return function(*args, **kwargs)
+        if torch_work.is_composed(function):
+            with self:
+                return function._op_dk(_COMPOSED_KEY, *args, **kwargs)
+        with self.pretence.paused():  # torch's own code for shapes is Python code too
+            out, computed = self._outcome(function, args, kwargs)
         self._note(function, args, kwargs, out, computed)
         return out
 
@@ -196,5 +217,6 @@ class _Operators(TorchDispatchMode):
                 computed=computed,
                 shapes=tuple(tuple(x.shape) for x in tensors),
                 dtype=tensors[0].dtype,
+                **origin(),
             )
         )

@@ -10,8 +10,9 @@ replaces the function.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -19,18 +20,20 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.graph import _engine_run_backward as _RUN_BACKWARD
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
-from torch.utils._device import _device_constructors
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 CUDA, CPU = torch.device("cuda:0"), torch.device("cpu")
 _TRUE_DEVICE = torch._C.TensorBase.device.__get__  # type: ignore[attr-defined]
 _HOST = "_is_on_host"
 
-# Constructors that copy values from the host.
-_FROM_VALUES = (torch.tensor, torch.as_tensor, torch.asarray)
-_TO_HOST = (Tensor.tolist, Tensor.numpy, Tensor.cpu)
+_FROM_VALUES = ("as_tensor", "asarray", "scalar_tensor", "tensor")  # numbers of the host
+_CONSTRUCTORS = (
+    *("arange", "empty", "empty_strided", "eye", "full", "linspace", "logspace", "ones"),
+    *("rand", "randint", "randn", "randperm", "tril_indices", "triu_indices", "zeros"),
+    *_FROM_VALUES,
+)
+_LIKE = ("empty_like", "full_like", "ones_like", "rand_like", "randn_like", "zeros_like")
+_NEW = ("new_empty", "new_empty_strided", "new_full", "new_ones", "new_zeros")
 
 
 def is_on_host(x: Tensor) -> bool:
@@ -46,11 +49,46 @@ def keep_on_host(values: Any) -> Any:
     return values
 
 
-class Pretence:
-    """Whether tensors pass for CUDA tensors at the moment."""
+@contextmanager
+def on_cuda(arch: int, copied: Callable[[str, Tensor], None]) -> Iterator[Pretence]:
+    """Let tensors on the CPU pass for tensors on a GPU.
 
-    def __init__(self) -> None:
-        self.is_paused = False
+    Args:
+        arch: the GPU's architecture, such as 90.
+        copied: called with the name of a function that copies between host and GPU, for which the
+            host waits, and the tensor that it copied.
+    """
+    pretence = Pretence(copied)
+    gpu = SimpleNamespace(major=arch // 10, minor=arch % 10, name=f"a GPU of sm_{arch}")
+    with ExitStack() as stack:
+
+        def put(owner: Any, name: str, value: Any) -> None:
+            stack.enter_context(mock.patch.object(owner, name, value, create=True))
+
+        put(Tensor, "device", property(pretence.device_of))
+        put(Tensor, "is_cuda", property(lambda x: x.device == CUDA))
+        put(Tensor, "is_cpu", property(lambda x: x.device == CPU))
+        put(torch.cuda, "current_device", lambda: 0)
+        put(torch.cuda, "get_device_properties", lambda device: gpu)
+        put(torch.cuda, "get_device_capability", lambda device: divmod(arch, 10))
+        replacements = {(torch, name): pretence.constructor for name in _CONSTRUCTORS}
+        replacements |= {(torch, name): pretence.without_cuda for name in _LIKE}
+        replacements |= {(Tensor, name): pretence.without_cuda for name in _NEW}
+        replacements |= {(Tensor, name): pretence.to_host for name in ("cpu", "numpy", "tolist")}
+        replacements |= {(Tensor, name): pretence.moved for name in ("to", "cuda")}
+        replacements |= {(Tensor, "new_tensor"): pretence.from_values}
+        replacements |= {(torch._C, "_group_tensors_by_device_and_dtype"): pretence.grouped}
+        replacements |= {key: pretence.as_on_cuda for key in _AS_ON_CUDA}
+        for (owner, name), replacement in replacements.items():
+            put(owner, name, replacement(name, getattr(owner, name)))
+        yield pretence
+
+
+class Pretence:
+    """Replacements of functions of torch, while tensors pass for CUDA tensors."""
+
+    def __init__(self, copied: Callable[[str, Tensor], None]) -> None:
+        self.copied, self.is_paused = copied, False
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -66,93 +104,97 @@ class Pretence:
         true = _TRUE_DEVICE(x)
         return true if self.is_paused or true != CPU or is_on_host(x) else CUDA
 
+    def unless_paused(self, original: Any, replacement: Any) -> Any:
+        """Return a function that does as ``replacement``, and as ``original`` while paused."""
 
-@contextmanager
-def on_cuda(arch: int, copied: Callable[[str, Tensor], None]) -> Iterator[Pretence]:
-    """Let tensors on the CPU pass for tensors on a GPU.
+        @functools.wraps(original)
+        def function(*args: Any, **kwargs: Any) -> Any:
+            return (original if self.is_paused else replacement)(*args, **kwargs)
 
-    Args:
-        arch: the GPU's architecture, such as 90.
-        copied: called with the name of a function that copies between host and GPU, for which the
-            host waits, and the tensor that it copied.
-    """
-    pretence = Pretence()
-    functions = _Functions(pretence, copied)
-    gpu = SimpleNamespace(major=arch // 10, minor=arch % 10, name=f"a GPU of sm_{arch}")
-    with (
-        mock.patch.object(Tensor, "device", property(pretence.device_of), create=True),
-        mock.patch.object(Tensor, "is_cuda", property(lambda x: x.device == CUDA), create=True),
-        mock.patch.object(Tensor, "is_cpu", property(lambda x: x.device == CPU), create=True),
-        mock.patch.object(torch.cuda, "current_device", lambda: 0),
-        mock.patch.object(torch.cuda, "get_device_properties", lambda device: gpu),
-        mock.patch.object(torch.cuda, "get_device_capability", lambda device: divmod(arch, 10)),
-        mock.patch.object(torch.autograd, "_engine_run_backward", functions.run_backward),
-        functions,
-    ):
-        yield pretence
+        return function
 
+    def without_cuda(self, name: str, original: Any) -> Any:
+        """Replace a function by one that creates its result on the CPU."""
+        return self.unless_paused(original, lambda *a, **k: original(*a, **_without_cuda(k)))
 
-class _Functions(TorchFunctionMode):
-    """Calls torch's functions with the CPU in place of the GPU."""
+    def constructor(self, name: str, original: Any) -> Any:
+        """Replace a function whose result is on the host, unless a device is given."""
 
-    def __init__(self, pretence: Pretence, copied: Callable[[str, Tensor], None]) -> None:
-        super().__init__()
-        self.pretence, self.copied = pretence, copied
+        def create(*args: Any, **kwargs: Any) -> Tensor:
+            given = any(isinstance(x, Tensor) and not is_on_host(x) for x in args[:1])
+            if not given and not _is_cuda(kwargs.get("device")):
+                with self.paused():
+                    return keep_on_host(original(*args, **kwargs))
+            out = original(*args, **_without_cuda(kwargs))
+            vars(out).pop(_HOST, None)
+            if name in _FROM_VALUES and not given:
+                self.copied(name, out)
+            return out
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if self.pretence.is_paused or function is torch.device:
-            return function(*args, **kwargs)
-        if function in _device_constructors():
-            return self._created(function, args, kwargs)
-        if function in _TO_HOST:
-            return self._to_host(function, args, kwargs)
-        if function in (Tensor.to, Tensor.cuda):
-            return self._moved(function, args, kwargs)
-        replaced = _AS_ON_CUDA.get(function, function)
-        args, kwargs = tree_map(_without_cuda, (args, kwargs))
-        out = replaced(*args, **kwargs)
-        if function is Tensor.new_tensor and not is_on_host(args[0]):
-            self.copied("new_tensor", out)
-        return out
+        return self.unless_paused(original, create)
 
-    def run_backward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run torch's engine with this mode on; torch.autograd.grad has turned it off."""
-        on = any(mode is self for mode in _get_current_function_mode_stack())
-        with nullcontext() if on else self:
-            return _RUN_BACKWARD(*args, **kwargs)
+    def from_values(self, name: str, original: Any) -> Any:
+        """Replace a method that copies values from the host to the tensor's device."""
 
-    def _created(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        given = any(isinstance(x, Tensor) and not is_on_host(x) for x in args[:1])
-        on_gpu = given or _is_cuda(kwargs.get("device"))
-        out = function(*args, **tree_map(_without_cuda, kwargs))
-        if not on_gpu:
-            return keep_on_host(out)
-        vars(out).pop(_HOST, None)
-        if function in _FROM_VALUES and not given:
-            self.copied(function.__name__, out)
-        return out
+        def copy(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            out = original(x, *args, **_without_cuda(kwargs))
+            if is_on_host(x):
+                return keep_on_host(out)
+            vars(out).pop(_HOST, None)
+            self.copied(name, out)
+            return out
 
-    def _to_host(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if is_on_host(args[0]):
-            return function(*args, **kwargs)
-        self.copied(function.__name__, args[0])
-        return keep_on_host(args[0].detach().clone()) if function is Tensor.cpu else function(*args)
+        return self.unless_paused(original, copy)
 
-    def _moved(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        x, target = args[0], CUDA if function is Tensor.cuda else _target(args[1:], kwargs)
-        args, kwargs = tree_map(_without_cuda, (args, kwargs))
-        if target is None or (target == CPU) == is_on_host(x):
-            return function(*args, **kwargs)
-        with self.pretence.paused():
-            out = x.clone() if function is Tensor.cuda else function(*args, **kwargs)
-            out = out.clone() if out is x else out
-        self.copied("to", out)
-        return keep_on_host(out) if target == CPU else out
+    def to_host(self, name: str, original: Any) -> Any:
+        """Replace a method that copies a tensor to the host."""
+
+        def copy(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if not is_on_host(x):
+                self.copied(name, x)
+            with self.paused():
+                return original(x, *args, **kwargs) if name != "cpu" else keep_on_host(x.clone())
+
+        return self.unless_paused(original, copy)
+
+    def moved(self, name: str, original: Any) -> Any:
+        """Replace ``Tensor.to`` or ``Tensor.cuda``."""
+
+        def move(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            target = CUDA if name == "cuda" else _target(args, kwargs)
+            args = tuple(CPU if _is_cuda(arg) else arg for arg in args)
+            kwargs = _without_cuda(kwargs)
+            if target is None or (target == CPU) == is_on_host(x):
+                return x if name == "cuda" else original(x, *args, **kwargs)
+            with self.paused():
+                out = x.clone() if name == "cuda" else original(x, *args, **kwargs)
+                out = out.clone() if out is x else out
+            self.copied(name, out)
+            return keep_on_host(out) if target == CPU else out
+
+        return self.unless_paused(original, move)
+
+    def grouped(self, name: str, original: Any) -> Any:
+        """Replace a function of the optimizers, which groups tensors by their true device."""
+
+        def group(*args: Any, **kwargs: Any) -> dict[Any, Any]:
+            groups = original(*args, **kwargs)
+            return {(CUDA, dtype): group for (_, dtype), group in groups.items()}
+
+        return self.unless_paused(original, group)
+
+    def as_on_cuda(self, name: str, original: Any) -> Any:
+        """Replace a function of torch.nn.functional that is one operator on a GPU."""
+        return self.unless_paused(original, functools.partial(_AS_ON_CUDA[F, name], original))
 
 
 def _is_cuda(device: Any) -> bool:
-    return device is not None and torch.device(device).type == "cuda"
+    return isinstance(device, (torch.device, str)) and str(device).startswith("cuda")
+
+
+def _without_cuda(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return keyword arguments with the CPU in place of a GPU."""
+    return kwargs | {"device": CPU} if _is_cuda(kwargs.get("device")) else kwargs
 
 
 def _target(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device | None:
@@ -165,27 +207,26 @@ def _target(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device | Non
     return None
 
 
-def _without_cuda(x: Any) -> Any:
-    """Return the CPU in place of a GPU, and everything else as it is."""
-    is_device = isinstance(x, torch.device) or (isinstance(x, str) and x[:4] == "cuda")
-    return CPU if is_device and _is_cuda(x) else x
-
-
-def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-    """Drop out; on a GPU this is one operator."""
+def _dropout(
+    original: Any,
+    x: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+) -> Tensor:
     if not training or not 0 < p < 1 or inplace:
-        return F.dropout(x, p, training, inplace)
+        return original(x, p, training, inplace)
     return torch.native_dropout(x, p, True)[0]
 
 
 def _rms_norm(
+    original: Any,
     x: Tensor,
     normalized_shape: tuple[int, ...],
     weight: Tensor | None = None,
     eps: float | None = None,
 ) -> Tensor:
-    """Normalise; on a GPU this is one operator."""
     return torch.ops.aten._fused_rms_norm(x, normalized_shape, weight, eps)[0]
 
 
-_AS_ON_CUDA = {F.dropout: _dropout, F.rms_norm: _rms_norm}
+_AS_ON_CUDA = {(F, "dropout"): _dropout, (F, "rms_norm"): _rms_norm}

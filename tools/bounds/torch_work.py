@@ -1,7 +1,7 @@
 """What an operator of torch does on a GPU: launch, wait for the host, FLOPs and bytes.
 
 One operator counts as one launch. Some run several kernels: a sort, an accumulating ``index_put_``,
-a matrix product that is split along its inner dimension.
+the backward of attention, a matrix product that is split along its inner dimension.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ from .pretend import is_on_host
 
 _ALIGNMENT = 64  # of torch's own allocations on a CPU
 _INDEXING = ("index", "_unsafe_index", "index_put", "index_put_", "_unsafe_index_put")
+# Each copies first, then writes into the copy.
+_COMPOSED = ("index_put", "masked_fill")
 _MASKS = (torch.bool, torch.uint8)
 
 
 def name_of(function: Any) -> str:
     """Return the name of an operator, as on a GPU: ``mm``, ``index_select``."""
-    return function._overloadpacket.__name__.removesuffix("_for_cpu")
+    return function._overloadpacket.__name__.replace("_for_cpu", "")
 
 
 def is_view(function: Any) -> bool:
@@ -35,6 +37,11 @@ def is_view(function: Any) -> bool:
         return True
     schema = function._schema
     return not schema.is_mutable and any(out.alias_info is not None for out in schema.returns)
+
+
+def is_composed(function: Any) -> bool:
+    """Return whether an operator has no kernel of its own, but runs several others."""
+    return name_of(function) in _COMPOSED
 
 
 def is_allocation(function: Any) -> bool:
