@@ -149,19 +149,21 @@ def registers(program: Program) -> list[Registers]:
     return found
 
 
-def rates(card: Card, l2: float) -> Rates:
+def rates(card: Card, l2: float, from_dram: float) -> Rates:
     """Return the share of one multiprocessor in the rates of the memories.
 
     Args:
         card: the GPU.
         l2: bytes/s from L2 to all multiprocessors.
+        from_dram: how much the trace's fresh sectors count: fewer of them come from DRAM than in
+            a sample, in which most blocks that share them are missing.
     """
     cycles = card.multiprocessors * card.hertz
     return Rates(
         sector_shared=SECTOR_BYTES / SHARED_BYTES_PER_CYCLE,
         sector_port=SECTOR_BYTES / PORT_BYTES_PER_CYCLE,
         sector_l2=SECTOR_BYTES * cycles / l2,
-        sector_dram=SECTOR_BYTES * cycles / card.dram,
+        sector_dram=from_dram * SECTOR_BYTES * cycles / card.dram,
         latency_l2=LATENCY_L2,
         latency_dram=LATENCY_DRAM,
         block_start=BLOCK_START,

@@ -137,23 +137,33 @@ class Launcher:
         name, blocks = self.metadata.name, self.metadata.num_ctas
         if blocks != 1:
             raise ValueError(f"{name}: num_ctas: got {blocks}, expected 1: there are no clusters")
-        session, shared = self.session, self.metadata.shared
         parameters, arguments = self._parameters(values, x * y * z)
-        program = _timed(session, "translate", _program, function)
+        program = _timed(self.session, "translate", program_of, function)
         if [len(each) for each in parameters] != program.parameters:
             raise TypeError(
                 f"{name}: this Triton passes other parameters than the PTX machine does"
             )
+        self.session.counts["launches"] += 1
+        self.launch(program, (x, y, z), parameters, arguments)
+
+    def launch(
+        self,
+        program: Program,
+        grid: tuple[int, int, int],
+        parameters: list[bytes],
+        arguments: list[Argument],
+    ) -> None:
+        """Run the kernel under each schedule."""
+        session, shared = self.session, self.metadata.shared
         memory = [argument.memory for argument in arguments]
         threads = 32 * self.metadata.num_warps
 
         def run(schedule: Schedule) -> list[Fault]:
             faults = program.run(
-                (x, y, z), parameters, memory, threads=threads, shared=shared, schedule=schedule
+                grid, parameters, memory, threads=threads, shared=shared, schedule=schedule
             )
             return [fault for fault in faults if not _is_known(fault)]
 
-        session.counts["launches"] += 1
         session.reports += _timed(
             session, "run", run_all, program.name, run, arguments, session.schedules
         )
@@ -183,7 +193,8 @@ def _aligned(size: int, alignment: int) -> torch.Tensor:
 
 
 @functools.cache
-def _program(text: str) -> Program:
+def program_of(text: str) -> Program:
+    """Return a kernel's program."""
     return Program(text)
 
 

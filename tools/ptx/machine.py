@@ -131,6 +131,7 @@ class Program:
     """
 
     def __init__(self, text: str, entry: str | None = None) -> None:
+        self.text = text
         self.kernel: Kernel = read_kernel(text, entry)
         translator = Translator(self.kernel, signatures())
         self.code: list[Instruction] = translator.instructions

@@ -47,7 +47,7 @@ class Registers(NamedTuple):
 
 
 class Order(NamedTuple):
-    """For each instruction, the number of its basic block and its place among those of the block."""
+    """For each instruction, the number of its basic block and its place in the block."""
 
     blocks: list[int]
     ranks: list[int]
