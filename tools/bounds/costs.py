@@ -26,7 +26,7 @@ BLOCK_START = 200  # cycles between the end of a block and the first instruction
 
 # No instruction of the GPU: registers are renamed, parameters are operands, addresses are folded.
 _FREE = re.compile(
-    r"mov\.|truncate\.|extend\.u|(un)?pack\.2x32|wgmma\.move|ld\.param|not\.pred|nothing|cvta"
+    r"mov\.|truncate\.|extend\.u|pack\.2x32|unpack|wgmma\.move|ld\.param|not\.pred|nothing|cvta"
 )
 # Instructions of the GPU for one of PTX, where it is not 1.
 _ISSUES = (
@@ -60,8 +60,10 @@ def _cost(instruction: Instruction, card: Card) -> Cost:
         return Cost("double", issue, 2 if card.arch == 90 else 4, 8)
     if re.match(r"(add|sub|mul|fma|mad|neg)\S*\.(f32|f16|bf16|f16x2|bf16x2)$", opcode):
         return Cost("fma", issue, 1, LATENCY_ALU)
-    if re.match(r"(mul|mad)", opcode):
+    if re.match(r"(mul|mad|fma)", opcode):
         return Cost("fma", issue, 2 * issue, LATENCY_ALU * issue)
+    if re.match(r"(add|sub|shl|neg)", opcode):
+        return Cost("integer", issue, 2 * issue, LATENCY_ALU * issue)
     return Cost("alu", issue, 2 * issue, LATENCY_ALU * issue)
 
 

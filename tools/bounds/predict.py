@@ -22,6 +22,7 @@ from .costs import SCHEDULERS, costs, rates, registers
 from .tracing import Traced
 
 # Cycles that ptxas's arithmetic instructions take for one of PTX: it merges some, and adds others.
+_ARITHMETIC = ("fma", "alu", "integer")
 _LEAST_SCALE, _MOST_SCALE = 0.7, 1.6
 _RESERVED_SHARED = 1024  # bytes of each block
 _REGISTERS_GRANULE = 256  # of a warp
@@ -114,12 +115,14 @@ def predict(traced: Traced, card: Card) -> Prediction:
 
 def _scaled(cycles: list[Cost], traced: Traced) -> list[Cost]:
     """Return costs in which arithmetic takes as many instructions as ptxas made of it."""
-    counted = sum(cost.issue for cost in cycles if cost.unit in ("fma", "alu"))
+    # ptxas's count has the products and comparisons around a MUFU, but not the MUFU itself.
+    counted = sum(cost.issue for cost in cycles if cost.unit in (*_ARITHMETIC, "double"))
+    counted += sum(cost.issue - 1 for cost in cycles if cost.unit == "mufu")
     scale = traced.code.arithmetic / max(1.0, counted)
     scale = min(_MOST_SCALE, max(_LEAST_SCALE, scale))
     return [
         cost._replace(issue=cost.issue * scale, busy=cost.busy * scale)
-        if cost.unit in ("fma", "alu")
+        if cost.unit in _ARITHMETIC
         else cost
         for cost in cycles
     ]
@@ -138,9 +141,10 @@ def _units(traced: Traced, cycles: list[Cost], card: Card) -> tuple[dict[str, fl
     shared = traced.scale * trace.wavefronts.sum() + total("shared") + total("busy", "shared")
     matrix = total("busy", "wgmma") + total("busy", "tensor")
     fma, alu, mufu, double = (total("busy", unit) for unit in ("fma", "alu", "mufu", "double"))
+    both = (fma + alu + total("busy", "integer")) / 2
     units = {
         "issue": total("issue") / SCHEDULERS / each,
-        "arithmetic": max(fma, alu, double) / SCHEDULERS / each,
+        "arithmetic": max(fma, alu, both, double) / SCHEDULERS / each,
         "mufu": mufu / SCHEDULERS / each,
         "matrix": matrix / SCHEDULERS / each,
         "shared": shared / each,
@@ -177,10 +181,10 @@ def _played(
     )
     most = _most_blocks(traced, card)
     first, second = (min(most, rounds * resident) for rounds in _PLAYED_ROUNDS)
-    played = play(blocks=second)
+    played, _ = play(blocks=second)
     total = played.cycles
     if second < most:
-        total += (most - second) * (total - play(blocks=first).cycles) / (second - first)
+        total += (most - second) * (total - play(blocks=first)[0].cycles) / (second - first)
     return total / card.hertz, played
 
 

@@ -17,7 +17,10 @@
 namespace ptx {
 namespace {
 
-constexpr int SCHEDULERS = 4, QUEUE = 64;  // QUEUE: cycles of work that a memory unit accepts ahead
+constexpr int SCHEDULERS = 4;
+// Cycles of work that shared memory and the port to L2 accept ahead: some instructions, and what
+// covers the latency of DRAM.
+constexpr int SHARED_QUEUE = 64, PORT_QUEUE = 1024;
 
 // In the order of trace.py's UNITS.
 enum Unit : i32 {
@@ -28,7 +31,8 @@ enum Unit : i32 {
   DOUBLE,
   TENSOR,  // mma.sync
   NUM_PIPES,
-  SHARED = NUM_PIPES,
+  INTEGER = NUM_PIPES,  // FMA or ALU, whichever is free first
+  SHARED,
   LOAD,
   STORE,
   COPY,
@@ -59,6 +63,7 @@ struct Model {
   f32 sector_shared, sector_port, sector_l2, sector_dram;  // cycles of a sector in each unit
   f32 latency_l2, latency_dram;
   f32 block_start;
+  f64* spent;  // of each instruction: cycles from the previous one of its warp, over all warps
 };
 
 // In the order of trace.py's _Played.
@@ -207,11 +212,32 @@ class Player {
     const Cost& cost = model_.costs[step.pc];
     f64& scheduler = schedulers_[warp.scheduler];
     time = std::max(time, scheduler);
-    if (cost.unit < NUM_PIPES) time = std::max(time, pipes_[warp.scheduler][cost.unit]);
-    if (step.wavefronts + step.sectors > 0) time = std::max({time, shared_ - QUEUE, port_ - QUEUE});
-    scheduler = warp.time = time + cost.issue;
+    const int pipe = pipe_of(warp, cost);
+    if (pipe < NUM_PIPES) time = std::max(time, pipes_[warp.scheduler][pipe]);
+    if (step.wavefronts + step.sectors > 0) time = std::max(time, shared_ - SHARED_QUEUE);
+    if (step.sectors > 0) time = std::max(time, port_ - PORT_QUEUE);
+    const f64 next = time + cost.issue;
+    model_.spent[step.pc] += next - warp.time;
+    scheduler = warp.time = next;
     ++warp.at;
-    run(warp, step, cost, time);
+    if (pipe < NUM_PIPES)
+      compute(warp, cost, pipe, time);
+    else
+      run(warp, step, cost, time);
+  }
+
+  int pipe_of(const PlayedWarp& warp, const Cost& cost) const {
+    if (cost.unit != INTEGER) return cost.unit;
+    const auto& pipes = pipes_[warp.scheduler];
+    return pipes[FMA] < pipes[ALU] ? FMA : ALU;
+  }
+
+  void compute(PlayedWarp& warp, const Cost& cost, int pipe, f64 time) {
+    pipes_[warp.scheduler][pipe] = time + cost.busy;
+    const f64 done = time + std::max(cost.busy, cost.latency);
+    write(warp, cost, done);
+    if (pipe == TENSOR) note_product(*warp.slot, time, done);
+    schedule(warp);
   }
 
   void run(PlayedWarp& warp, const Step& step, const Cost& cost, f64 time) {
@@ -233,7 +259,7 @@ class Player {
         warp.copies.commit();
         break;
       case WAIT_COPIES:
-        warp.time = std::max(warp.time, warp.copies.wait(cost.remaining));
+        wait(warp, warp.copies.wait(cost.remaining));
         break;
       case WGMMA:
         product(warp, cost, time);
@@ -242,17 +268,20 @@ class Player {
         warp.products.commit();
         break;
       case WAIT_WGMMA:
-        warp.time = std::max(warp.time, warp.products.wait(cost.remaining));
+        wait(warp, warp.products.wait(cost.remaining));
         write(warp, cost, warp.time);
         break;
       case BARRIER:
         return arrive(warp, step, cost, time);
-      default:
-        pipes_[warp.scheduler][cost.unit] = time + cost.busy;
-        write(warp, cost, time + cost.busy + cost.latency);
-        if (cost.unit == TENSOR) note_product(*warp.slot, time, time + cost.busy + cost.latency);
     }
     schedule(warp);
+  }
+
+  // The warp waits at the instruction that it has just issued.
+  void wait(PlayedWarp& warp, f64 time) {
+    if (time <= warp.time) return;
+    model_.spent[(*warp.steps)[warp.at - 1].pc] += time - warp.time;
+    warp.time = time;
   }
 
   // Sectors pass the first level cache and the multiprocessor's port to L2; the fresh ones come
@@ -302,7 +331,7 @@ class Player {
     barrier = {};
     for (PlayedWarp* warp : warps) {
       warp->waited += std::max(0.0, time - warp->time);
-      warp->time = std::max(warp->time, time);
+      wait(*warp, time);
     }
     for (PlayedWarp* warp : warps) schedule(*warp);
   }

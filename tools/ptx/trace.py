@@ -14,7 +14,19 @@ from .build import library
 
 SECTOR = 32  # bytes
 # In the order of timeline.cpp's Unit.
-UNITS = ("free", "fma", "alu", "mufu", "double", "tensor", "shared", "load", "store", "copy")
+UNITS = (
+    "free",
+    "fma",
+    "alu",
+    "mufu",
+    "double",
+    "tensor",
+    "integer",
+    "shared",
+    "load",
+    "store",
+    "copy",
+)
 UNITS += ("commit copies", "wait copies", "wgmma", "commit wgmma", "wait wgmma", "barrier")
 
 
@@ -25,7 +37,8 @@ class Cost(NamedTuple):
         unit: one of UNITS.
         issue: of its scheduler.
         busy: of its pipe.
-        latency: until its result is ready.
+        latency: until its result is ready, from when its pipe takes it or, of shared memory and
+            wgmma, from when they are done.
         shared: of shared memory, beside what the trace counts.
         remaining: groups that may remain unfinished after a wait; 1 for a barrier that does not
             wait.
@@ -89,6 +102,7 @@ class _Model(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("costs", "registers")),
         ("num_registers", ctypes.c_int32),
         *((name, ctypes.c_float) for name in Rates.__annotations__),
+        ("spent", ctypes.c_void_p),
     ]
 
 
@@ -138,8 +152,11 @@ class Trace:
         *,
         resident: int,
         blocks: int,
-    ) -> Played:
-        """Return how long a multiprocessor takes for some blocks.
+    ) -> tuple[Played, np.ndarray]:
+        """Return how long a multiprocessor takes for blocks, and each instruction's share of it.
+
+        The share of an instruction in the time of the warps begins where the previous instruction
+        of its warp was issued.
 
         Args:
             costs: of each instruction.
@@ -157,12 +174,15 @@ class Trace:
             row.writes = row.reads + len(reads)
             numbers.extend(reads + writes)
             row.end = len(numbers)
+        spent = np.zeros(len(costs))
         model = _Model(
             costs=ctypes.addressof(table),
             registers=numbers.buffer_info()[0],
             num_registers=max(numbers, default=0) + 1,
             **vars(rates),
+            spent=spent.ctypes.data,
         )
         play = library().ptx_play
         play.restype = Played
-        return play(self._handle, ctypes.byref(model), resident, blocks)
+        played = play(self._handle, ctypes.byref(model), resident, blocks)
+        return played, spent / max(1.0, spent.sum())
