@@ -29,12 +29,18 @@ class Calls(nn.Module):
         return self.function(*inputs)
 
 
-def count(module, *shapes, compiled=True, dtype=torch.bfloat16) -> Passes:
+def count(
+    module,
+    *shapes,
+    compiled=True,
+    dtype=torch.bfloat16,
+    setting=torch.enable_grad,
+) -> Passes:
     if not isinstance(module, nn.Module):
         module = Calls(module)
     with torch_graph.fake():
         inputs = [torch.empty(shape, dtype=dtype, requires_grad=True) for shape in shapes]
-        graphs = torch_graph.trace(module, inputs, compiled, torch.enable_grad)
+        graphs = torch_graph.trace(module, inputs, compiled, setting)
     launches = fusion.compiled_launches if compiled else fusion.eager_launches
     return Passes(*map(launches, graphs))
 
@@ -132,6 +138,17 @@ def test_a_norm_is_one_launch_because_it_uses_its_sums_in_the_same_rows():
     assert sum(w.bytes for w in backward) == pytest.approx(3 * x, rel=0.02)
 
 
+def test_under_autocast_a_norm_writes_float32_as_on_cuda():
+    def autocast():
+        return torch.autocast("cpu", torch.bfloat16)
+
+    def norm(x):
+        return F.layer_norm(x, (N,))
+
+    forward, _ = count(norm, (M, N), setting=autocast)
+    assert sum(w.bytes for w in forward) == pytest.approx(M * N * (BF16 + F32), rel=0.02)
+
+
 def test_a_sum_of_all_elements_is_complete_before_another_launch_uses_it():
     forward, _ = count(lambda x: x / x.sum(), (M, N), dtype=torch.float32)
     x = M * N * F32
@@ -219,7 +236,9 @@ def test_float32_logits_of_an_eager_loss_are_products_without_tensor_cores():
 def test_liger_computes_the_products_of_the_floor():
     bench, case = baselines.find_case("grouped_mlp", "swiglu-e128")
     work = bench.work(case, BF16)
-    for which, launches in baselines.launches(*baselines.ROWS[15][:3])._asdict().items():
+    for which, launches in (
+        baselines.launches("grouped_mlp", "swiglu-e128", "Liger fused_moe")._asdict().items()
+    ):
         assert sum(w.flops for w in launches) == sum(stage["flops"] for stage in work[which])
 
 

@@ -1,6 +1,8 @@
 """The launches of a traced graph: one for each operator, or as torch.compile would fuse them.
 
-These rules decide what is fused. Each is at least as good for the graph as torch.compile:
+These rules decide what is fused. Where in doubt they favour the graph: torch.compile would move
+more bytes. Its own scheduler (torch 2.14, told that it has an H200) plans launches that move 5 and
+12 % more in the passes of cross-attention, and 73 % more in a backward of InfoNCE.
 
 * A matrix product, an attention, a scatter, a sort and a scan are a launch each.
 * All other operators between them are fused: an operator joins the launch of those that it reads.
