@@ -67,21 +67,25 @@ def _cost(instruction: Instruction, card: Card) -> Cost:
     return Cost("alu", issue, 2 * issue, LATENCY_ALU * issue)
 
 
+def flops_of(instruction: Instruction) -> int:
+    """Return the FLOPs of a warp in a matrix instruction, else 0."""
+    shape = re.match(r"(wgmma\.mma_async|mma)\S*\.m\d+n(\d+)k(\d+)", instruction.opcode)
+    return 2 * 16 * int(shape[2]) * int(shape[3]) if shape else 0  # a warp has 16 rows
+
+
 def _matrix(instruction: Instruction, card: Card) -> Cost:
-    flops = 2 * 16 * 8 * 16  # m16n8k16
     rate = card.matrix_per_cycle / SCHEDULERS * card.mma_share
-    return Cost("tensor", 1, flops / rate, LATENCY_MATRIX)
+    return Cost("tensor", 1, flops_of(instruction) / rate, LATENCY_MATRIX)
 
 
 def _wgmma(instruction: Instruction, card: Card) -> Cost:
     """A warp's quarter of an m64nNk16."""
     columns, a_in_registers = (operand.value for operand in instruction.operands[-4:-2])
-    flops = 2 * 16 * int(columns) * 16
     read = 32 * int(columns) + (0 if a_in_registers else 2048)
     return Cost(
         "wgmma",
         1,
-        flops / (card.matrix_per_cycle / SCHEDULERS),
+        flops_of(instruction) / (card.matrix_per_cycle / SCHEDULERS),
         LATENCY_MATRIX,
         shared=read / SHARED_BYTES_PER_CYCLE / 4,
     )

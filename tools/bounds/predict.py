@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +19,7 @@ from mmfused.tools.ptx.machine import Program
 from mmfused.tools.ptx.trace import SECTOR, Cost, Played
 
 from .cards import Card
-from .costs import SCHEDULERS, costs, rates, registers
+from .costs import SCHEDULERS, costs, flops_of, rates, registers
 from .tracing import Traced
 
 # Cycles that ptxas's arithmetic instructions take for one of PTX: it merges some, and adds others.
@@ -45,9 +46,13 @@ class Prediction:
         prologue: share of a block's time before its first matrix product.
         epilogue: share after its last matrix product.
         barrier: share of a warp's time at barriers.
+        slots: issue slots of each class of instructions; units are trace.py's.
+        wavefronts: cycles of shared memory for loads and stores.
+        conflicts: those among them that bank conflicts cost.
         l2_bytes: through L2.
         dram_bytes: through DRAM.
         flops: of matrix instructions.
+        lines: shares of source lines in the time of the warps, the largest first.
     """
 
     name: str
@@ -61,15 +66,24 @@ class Prediction:
     prologue: float
     epilogue: float
     barrier: float
+    slots: dict[str, float]
+    wavefronts: float
+    conflicts: float
     l2_bytes: float
     dram_bytes: float
     flops: float
+    lines: dict[str, float]
 
     @property
     def limiter(self) -> str:
         """The unit that needs most time, or "latency" if none is busy half of the time."""
         unit = max(self.units, key=self.units.__getitem__)
         return unit if self.units[unit] > 0.5 * self.high else "latency"
+
+    @property
+    def idle_tail(self) -> float:
+        """The share of the last wave's places that have no block."""
+        return math.ceil(self.waves) - self.waves
 
 
 def resident_blocks(traced: Traced, card: Card) -> int:
@@ -89,28 +103,51 @@ def predict(traced: Traced, card: Card) -> Prediction:
     """Return what a launch needs on a card."""
     cycles = _scaled(costs(traced.program, card), traced)
     resident = resident_blocks(traced, card)
-    units, flops = _units(traced, cycles, card)
-    low, _ = _played(traced, cycles, card, max(card.l2), resident)
-    high, played = _played(traced, cycles, card, min(card.l2), resident)
+    units = _units(traced, cycles, card)
+    low, _, _ = _played(traced, cycles, card, max(card.l2), resident)
+    high, played, spent = _played(traced, cycles, card, min(card.l2), resident)
     blocks = min(_PLAYED_ROUNDS[-1] * resident, _most_blocks(traced, card))
     a_block = played.cycles * min(resident, blocks) / blocks
-    least = max(units.values())
+    trace, scale = traced.trace, traced.scale
     return Prediction(
-        traced.name,
-        traced.blocks,
-        traced.trace.blocks,
-        resident,
-        traced.blocks / (card.multiprocessors * resident),
-        units,
-        max(low, least if units["l2"] < least else 0.0),
-        max(high, least),
-        played.first_matrix / a_block,
-        played.after_matrix / a_block,
-        played.barrier / a_block,
-        float(traced.trace.sectors.sum()) * SECTOR * traced.scale,
-        float(traced.dram_sectors().sum()) * SECTOR,
-        flops,
+        name=traced.name,
+        blocks=traced.blocks,
+        traced=trace.blocks,
+        resident=resident,
+        waves=traced.blocks / (card.multiprocessors * resident),
+        units=units,
+        low=max(low, *(value for unit, value in units.items() if unit != "l2")),
+        high=max(high, *units.values()),
+        prologue=played.first_matrix / a_block,
+        epilogue=played.after_matrix / a_block,
+        barrier=played.barrier / a_block,
+        slots=_slots(traced, cycles),
+        wavefronts=scale * float(trace.wavefronts.sum()),
+        conflicts=scale * float(trace.conflicts.sum()),
+        l2_bytes=scale * float(trace.sectors.sum()) * SECTOR,
+        dram_bytes=float(traced.dram_sectors().sum()) * SECTOR,
+        flops=_flops(traced),
+        lines=_lines(traced.program, spent),
     )
+
+
+def _slots(traced: Traced, cycles: list[Cost]) -> dict[str, float]:
+    slots: Counter[str] = Counter()
+    for cost, times in zip(cycles, traced.trace.executed.tolist(), strict=True):
+        slots[cost.unit] += cost.issue * times * traced.scale
+    return {unit: number for unit, number in slots.most_common() if number}
+
+
+def _flops(traced: Traced) -> float:
+    each = [flops_of(instruction) for instruction in traced.program.code]
+    return traced.scale * float(np.dot(traced.trace.executed, each))
+
+
+def _lines(program: Program, spent: np.ndarray) -> dict[str, float]:
+    shares: Counter[str] = Counter()
+    for instruction, share in zip(program.code, spent.tolist(), strict=True):
+        shares[str(program.kernel.statements[instruction.statement].location)] += share
+    return dict(shares.most_common())
 
 
 def _scaled(cycles: list[Cost], traced: Traced) -> list[Cost]:
@@ -128,8 +165,8 @@ def _scaled(cycles: list[Cost], traced: Traced) -> list[Cost]:
     ]
 
 
-def _units(traced: Traced, cycles: list[Cost], card: Card) -> tuple[dict[str, float], float]:
-    """Return the seconds that each unit of the GPU needs, and the FLOPs of matrix products."""
+def _units(traced: Traced, cycles: list[Cost], card: Card) -> dict[str, float]:
+    """Return the seconds that each unit of the GPU needs."""
     trace = traced.trace
     executed = trace.executed * traced.scale
 
@@ -151,10 +188,7 @@ def _units(traced: Traced, cycles: list[Cost], card: Card) -> tuple[dict[str, fl
         "l2": trace.sectors.sum() * traced.scale * SECTOR / min(card.l2),
         "dram": traced.dram_sectors().sum() * SECTOR / card.dram,
     }
-    per_cycle = card.matrix_per_cycle / SCHEDULERS
-    flops = total("busy", "wgmma") * per_cycle
-    flops += total("busy", "tensor") * per_cycle * card.mma_share
-    return {unit: float(seconds) for unit, seconds in units.items()}, flops
+    return {unit: float(seconds) for unit, seconds in units.items()}
 
 
 def _most_blocks(traced: Traced, card: Card) -> int:
@@ -168,8 +202,8 @@ def _played(
     card: Card,
     l2: float,
     resident: int,
-) -> tuple[float, Played]:
-    """Return seconds of the fullest multiprocessor, and the last play."""
+) -> tuple[float, Played, np.ndarray]:
+    """Return seconds of the fullest multiprocessor, and the longer play."""
     fresh = traced.trace.distinct.sum() * traced.scale
     from_dram = float(traced.dram_sectors().sum() / max(1.0, fresh))
     play = functools.partial(
@@ -181,11 +215,11 @@ def _played(
     )
     most = _most_blocks(traced, card)
     first, second = (min(most, rounds * resident) for rounds in _PLAYED_ROUNDS)
-    played, _ = play(blocks=second)
+    played, spent = play(blocks=second)
     total = played.cycles
     if second < most:
         total += (most - second) * (total - play(blocks=first)[0].cycles) / (second - first)
-    return total / card.hertz, played
+    return total / card.hertz, played, spent
 
 
 @functools.lru_cache(maxsize=256)

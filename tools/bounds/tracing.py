@@ -21,7 +21,7 @@ import triton
 
 from mmfused.tools.ptx import driver
 from mmfused.tools.ptx.machine import Memory, Program, merged
-from mmfused.tools.ptx.schedules import Argument
+from mmfused.tools.ptx.schedules import PLAIN, Argument
 from mmfused.tools.ptx.trace import SECTOR, Trace
 
 from .cards import CARDS
@@ -29,10 +29,13 @@ from .costs import costs, registers
 from .machine_code import MachineCode, machine_code
 from .order import order
 
-STEPS = 300_000  # instructions of a warp after which no further block of a launch runs
+STEPS = 300_000  # instructions of a warp after which no further block of a launch is traced
+# A launch with tensors of integers may decide what later ones do, such as the order of rows by
+# expert. All of its blocks run if they take fewer instructions than this.
+DECIDING_STEPS = 20_000_000
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Traced:
     """A traced launch.
 
@@ -88,7 +91,19 @@ class _Launcher(driver.Launcher):
         key = program, grid, values, tuple(m.end - m.start for m in memory)
         if key not in self.known:
             self.known[key] = self._trace(program, grid, parameters, memory)
-        self.launches.append(self.known[key])
+        traced = self.known[key]
+        self.launches.append(traced)
+        decides = any(not argument.tensor.is_floating_point() for argument in arguments)
+        if decides and traced.trace.executed.sum() * traced.scale < DECIDING_STEPS:
+            threads = 32 * self.metadata.num_warps
+            program.run(
+                grid,
+                parameters,
+                memory,
+                threads=threads,
+                shared=self.metadata.shared,
+                schedule=PLAIN,
+            )
 
     def _trace(
         self,

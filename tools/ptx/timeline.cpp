@@ -361,16 +361,17 @@ int ptx_traced_blocks(const void* trace) {
   return int(static_cast<const ptx::Trace*>(trace)->blocks.size());
 }
 
-// Sums over the traced blocks, for each instruction: how often a warp ran it, and its wavefronts
-// and sectors. counts: [instruction][3].
+// Sums over the traced blocks, for each instruction: how often a warp ran it, its wavefronts, its
+// conflicts and its sectors. counts: [instruction][4].
 void ptx_trace_counts(const void* trace, ptx::u64* counts) {
   for (const auto& block : static_cast<const ptx::Trace*>(trace)->blocks)
     for (const auto& warp : block)
       for (const ptx::Step& step : warp) {
-        ptx::u64* const count = counts + 3 * step.pc;
+        ptx::u64* const count = counts + 4 * step.pc;
         count[0] += 1;
         count[1] += step.wavefronts;
-        count[2] += step.sectors;
+        count[2] += step.conflicts;
+        count[3] += step.sectors;
       }
 }
 

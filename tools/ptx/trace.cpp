@@ -10,10 +10,10 @@ namespace ptx {
 
 // ---- shared memory ------------------------------------------------------------------------------
 
-int wavefronts(const u32* addresses, u32 lanes, int size) {
+Wavefronts wavefronts(const u32* addresses, u32 lanes, int size) {
   constexpr int BANKS = 32, WORD = 4;
   const int words = std::max(1, size / WORD), group = BANKS / words;
-  int total = 0;
+  Wavefronts total{};
   for (int first = 0; first < 32; first += group) {
     std::array<std::array<u32, 32>, BANKS> found;  // the different words of each bank
     std::array<u8, BANKS> count{};
@@ -28,7 +28,8 @@ int wavefronts(const u32* addresses, u32 lanes, int size) {
         most = std::max(most, int(count[bank]));
       }
     }
-    total += most;
+    total.all += most;
+    total.without += most > 0;
   }
   return total;
 }
@@ -70,7 +71,10 @@ void Trace::end(int warp, bool is_blocked) {
 }
 
 void Trace::shared(int warp, const u32* addresses, u32 lanes, int size) {
-  blocks.back()[warp].back().wavefronts += u16(wavefronts(addresses, lanes, size));
+  const Wavefronts cycles = wavefronts(addresses, lanes, size);
+  Step& step = blocks.back()[warp].back();
+  step.wavefronts += u16(cycles.all);
+  step.conflicts += u16(cycles.all - cycles.without);
 }
 
 void Trace::global(int warp, const u64* addresses, u32 lanes, int size) {

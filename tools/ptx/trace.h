@@ -16,6 +16,7 @@ constexpr u32 SECTOR = 32;  // bytes that global memory is read and written in
 struct Step {
   u32 pc;
   u16 wavefronts;  // of shared memory, one a cycle
+  u16 conflicts;   // those among them that other banks would have saved
   u16 sectors;     // of global memory
   u16 fresh;       // those among them that no block has touched before
   u16 barrier;     // number of the barrier, and 16 * the warps that it expects (0: all)
@@ -50,7 +51,7 @@ class Trace {
   void add_range(u64 start, u64 end) { ranges.emplace_back(start, end); }
   bool is_enough() const { return steps_ >= enough_; }
   void begin_block(int num_warps) { blocks.emplace_back(num_warps); }
-  void begin(int warp, int pc) { blocks.back()[warp].push_back({u32(pc), 0, 0, 0, 0}); }
+  void begin(int warp, int pc) { blocks.back()[warp].push_back({.pc = u32(pc)}); }
   void end(int warp, bool is_blocked);  // a blocked instruction runs again
   void shared(int warp, const u32* addresses, u32 lanes, int size);
   void global(int warp, const u64* addresses, u32 lanes, int size);
@@ -68,8 +69,11 @@ class Trace {
   u64 enough_, steps_ = 0;
 };
 
-// Cycles that shared memory needs for an access: in each group of lanes whose accesses fill at most
-// 128 bytes, the bank with the most different words decides.
-int wavefronts(const u32* addresses, u32 lanes, int size);
+// Cycles that shared memory needs for an access.
+struct Wavefronts {
+  int all;      // in each group of lanes, as many as the bank with most different words has
+  int without;  // without conflicts: one for each group, whose accesses fill at most 128 bytes
+};
+Wavefronts wavefronts(const u32* addresses, u32 lanes, int size);
 
 }  // namespace ptx

@@ -122,19 +122,20 @@ class Played(ctypes.Structure):
 class Trace:
     """The instructions of some blocks of a launch; made by ``Program.trace``.
 
-    ``executed``, ``wavefronts`` and ``sectors`` are sums over these blocks for each instruction:
-    executions by a warp, cycles of shared memory, and sectors of global memory. ``distinct`` and
-    ``by_blocks`` (ranges, 2) are the sectors of each range that were read and written: counted
-    once, and counted once in each block.
+    Sums over these blocks for each instruction: ``executed`` by a warp; ``wavefronts``, cycles of
+    shared memory; ``conflicts``, those that bank conflicts cost; ``sectors`` of global memory.
+    ``distinct`` and ``by_blocks`` (ranges, 2) are the sectors of each range that were read and
+    written: counted once, and counted once in each block.
     """
 
     def __init__(self, handle: int, num_instructions: int, num_ranges: int) -> None:
         self._handle = handle
         weakref.finalize(self, library().ptx_free_trace, handle)
         self.blocks: int = library().ptx_traced_blocks(handle)
-        counts = np.zeros((num_instructions, 3), np.uint64)
+        counts = np.zeros((num_instructions, 4), np.uint64)
         library().ptx_trace_counts(handle, counts.ctypes.data)
-        self.executed, self.wavefronts, self.sectors = counts.T.astype(np.int64)
+        counts = counts.T.astype(np.int64)
+        self.executed, self.wavefronts, self.conflicts, self.sectors = counts
         sectors = np.zeros((num_ranges, 4), np.uint64)
         library().ptx_trace_sectors(handle, sectors.ctypes.data)
         self.distinct, self.by_blocks = sectors[:, :2].astype(int), sectors[:, 2:].astype(int)
