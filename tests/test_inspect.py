@@ -4,7 +4,7 @@ import json
 
 from compiling import ROOT, run_python
 
-from mmfused.cli.inspect import recorded_launches
+from mmfused.cli.compiling import recorded_launches
 from mmfused.kernels.tiles import SHARED_MEMORY
 from mmfused.ops import OPS
 from mmfused.supported import ARCHS, TRITONS
@@ -22,16 +22,17 @@ def test_second_inspection_reads_the_cache_and_compiles_damaged_results_again(tm
         "MMFUSED_INSPECT_CACHE": str(tmp_path / "store"),
         "TRITON_CACHE_DIR": str(tmp_path / "users"),
     }
-    first = run_python(*COMMAND, **env)
+    first = run_python(*COMMAND, "--sass", **env)
     results = sorted((tmp_path / "store").iterdir())
     assert first.returncode == 0 and len(results) == 4, first.stderr
+    assert first.stdout.count("  rest: ") == 4  # a line of machine code for each launch
     assert not (tmp_path / "users").exists()  # Triton's own cache is not used
     original = json.loads(results[0].read_text())
     results[0].write_text(json.dumps({**original, "registers": 77}))
-    second = run_python(*COMMAND, **env)
+    second = run_python(*COMMAND, "--sass", **env)
     assert " 77 " in second.stdout  # read from the cache, not measured
     results[0].write_text("{")
-    third = run_python(*COMMAND, **env)
+    third = run_python(*COMMAND, "--sass", **env)
     message = f"{results[0]} is damaged, so its launch is compiled again."
     assert sorted(third.stdout.splitlines()) == sorted([*first.stdout.splitlines(), message])
     assert json.loads(results[0].read_text()) == original

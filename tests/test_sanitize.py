@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from mmfused.benchmarks import report
-from mmfused.cli.inspect import recorded_launches
+from mmfused.cli.compiling import recorded_launches
 from mmfused.kernels import tiles
 from mmfused.library import KERNELS_ON_CPU
 from mmfused.tools import sanitize, sanitize_launches

@@ -7,7 +7,7 @@ The table is benchmarks/results/compile_matrix.md.
 
 Each Triton version is downloaded into .venv/triton-<version> if it is not there, and runs in a
 process of its own. `mmfused inspect` stores the compiled kernels, so a stopped run can be resumed.
-The exit status is 1 if a kernel has a fault.
+The exit status is 1 if a kernel has a fault, or if an entry of mmfused/cli/known.py is not needed.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ NEWEST_CASES = (
 )
 
 
-def supported():
-    """Load mmfused/supported.py by path, because importing mmfused would import torch."""
-    spec = importlib.util.spec_from_file_location("supported", ROOT / "mmfused" / "supported.py")
+def load(path: str):
+    """Load a module of mmfused by path, because importing mmfused would import torch."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / "mmfused" / path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -110,8 +110,9 @@ def report(rows: list[dict], archs: tuple[str, ...]) -> str:
         "and Triton version.",
         "A cell has the number of kernels, the maximum of registers per thread, and the maximum of "
         "shared memory per block.",
-        "A fault is a spill, a race, more shared memory than the GPU has, or a missing matrix "
-        f"instruction. Compiled at commit {commit()}.",
+        "A fault is a spill, a race, more shared memory than the GPU has, a missing matrix "
+        "instruction, or warps that compute the same product and are not listed in "
+        f"`mmfused/cli/known.py`. Compiled at commit {commit()}.",
         "",
         f"| op | Triton | {' | '.join(archs)} | faults |",
         "|---|---|" + "---|" * len(archs) + "---|",
@@ -127,12 +128,20 @@ def report(rows: list[dict], archs: tuple[str, ...]) -> str:
             parts.append(f"{len(cell)}, {registers}, {shared / 1024:.0f} KB")
         lines.append(f"| {op} | {version} | {' | '.join(parts)} | {faults} |")
     faulty = [row for row in rows if row["fault"]]
-    lines += ["", f"{len(rows)} kernels, {len(faulty)} with faults."]
+    listed = sum(bool(row["known"]) for row in rows)
+    lines += ["", f"{len(rows)} kernels, {len(faulty)} with faults, {listed} in that list."]
     lines += [
         f"* {r['case']}: {r['kernel']}, {r['arch']}, Triton {r['triton']}: {r['fault']}"
         for r in faulty
     ]
     return "\n".join(lines) + "\n"
+
+
+def unneeded(rows: list[dict]) -> list[str]:
+    """Return the entries of mmfused/cli/known.py that no row needs."""
+    names = ("op", "kernel", "arch", "case")
+    needed = {tuple(row[name] for name in names) for row in rows if row["known"]}
+    return [" ".join(entry) for entry in sorted({*load("cli/known.py").entries()} - needed)]
 
 
 def newest_version() -> str:
@@ -158,7 +167,8 @@ def main() -> int:
         help="kernels compiled in parallel (default: number of cores)",
     )
     args = parser.parse_args()
-    support = supported()
+    support = load("supported.py")
+    spare: list[str] = []
     if args.newest:
         version = newest_version()
         status = (
@@ -178,13 +188,16 @@ def main() -> int:
         rows.sort(key=lambda row: ops.index(row["op"]))
         TABLE.write_text(report(rows, support.ARCHS))
         print(f"Wrote {TABLE.relative_to(ROOT)}.")
+        spare = unneeded(rows)
+        for entry in spare:
+            print(f"{entry}: not needed in mmfused/cli/known.py")
     faults = [row for row in rows if row["fault"]]
     for row in faults:
         print(
             f"{row['case']}: {row['kernel']}, {row['arch']}, Triton {row['triton']}: {row['fault']}"
         )
     print(f"{len(rows)} kernels, {len(faults)} with faults.")
-    return 1 if faults else 0
+    return 1 if faults or spare else 0
 
 
 if __name__ == "__main__":
