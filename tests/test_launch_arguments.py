@@ -14,7 +14,7 @@ import triton
 from triton.runtime.jit import mangle_type
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from mmfused.cli.inspect import cases_of
+from mmfused.cli.compiling import cases_of
 from mmfused.kernels.recording import Launch, launches_for
 from mmfused.ops import OPS
 
