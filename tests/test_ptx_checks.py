@@ -86,7 +86,7 @@ REPORTS = {
     "no fence before wgmma": (
         "broken: missing proxy fence: kernels/broken.py:6 "
         "`wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%f0, %f1, %f2, %f3}, a_desc, "
-        "b_desc, fresh, 1, 1, 0, 0` reads what was written without fence.proxy.async (block 0, "
+        "b_desc, fresh, 1, 1, 0, 0` touches what was written without fence.proxy.async (block 0, "
         "warp 3, all lanes, 16 bytes at shared+0x600); the other access: kernels/broken.py:1 "
         "`st.shared.v4.u32 [at16], {0, 0, 0, 0}` by warp 3; 192 times"
     ),
@@ -144,7 +144,8 @@ def test_a_report_names_kernel_line_instruction_thread_and_address(name: str):
 
 
 def test_every_kind_of_fault_has_its_report_tested():
-    assert {report.split(": ")[1] for report in REPORTS.values()} == {kind for kind, *_ in KINDS}
+    reports = [*REPORTS.values(), *BULK_REPORTS.values()]
+    assert {report.split(": ")[1] for report in reports} == {kind for kind, *_ in KINDS}
 
 
 def test_records_of_a_large_array_take_memory_only_where_it_is_touched():

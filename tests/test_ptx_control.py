@@ -23,8 +23,8 @@ def random(*shape: int, seed: int = 0) -> np.ndarray:
 def test_every_other_opcode_of_the_machine_has_a_test():
     tested = r"""bra|ret|bar[.](sync|arrive|warp[.]sync)|fence[.]proxy[.]async|nothing
         |shfl[.](up|down|bfly|idx)[.]b32|redux[.]\w+[.]\w+|vote[.]ballot[.]b32|match[.]any[.]b32
-        |activemask[.]b32"""
-    elsewhere = "(ld|st|atom|red|cp)[.]|ldmatrix|stmatrix|mma|wgmma"
+        |activemask[.]b32|elect|setmaxnreg|brx[.]idx|barrier[.]cluster[.](arrive|wait)"""
+    elsewhere = "(ld|st|atom|red|cp|mbarrier)[.]|ldmatrix|stmatrix|mma|wgmma"
     known = [name for name, types in signatures().items() if not types]
     known = [name for name in known if not re.match(elsewhere, name)]
     assert [name for name in known if not re.fullmatch(tested, name, re.VERBOSE)] == []
@@ -393,7 +393,7 @@ UNSUPPORTED = {
     "an unknown space": ("ld.local.u32 %r1, [%rd1];", "it names no address space"),
     "a wide destination": ("add.u32 %rd1, %r1, %r2;", "it writes 32 bits to %rd1 of 64 bits"),
     "a narrow source": ("add.u64 %rd1, %r1, %rd2;", "it reads 64 bits of %r1"),
-    "a copy in bulk": ("cp.async.bulk.commit_group;", "it is no cp.async of 4, 8 or 16 bytes"),
+    "an unknown copy": ("cp.sync.u32 [%rd1], [%rd2];", "it is no cp.async of 4, 8 or 16 bytes"),
     "a negated operand": (
         "wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%f1, %f2, %f3, %f4}, "
         "%rd1, %rd2, 1, -1, 1, 0, 0;",

@@ -12,6 +12,7 @@ void Warp::settle() {
   if (elsewhere.empty()) {
     state = State::done;
     if (machine.schedule.checks) report_unfinished();
+    ++machine.progress;
     machine.release_barriers();
     return;
   }
@@ -43,6 +44,9 @@ void Warp::report_unfinished() {
   };
   report(open_copies);
   for (const std::vector<Copy>& group : copies) report(group);
+  for (const BulkStore& store : stores)
+    if (!store.waited_read)
+      machine.faults.add(Kind::unfinished, *this, *store.instruction, store.lane, 0, 0);
   for (const Delayed& late : delayed)
     machine.faults.add(Kind::unfinished, *this, *late.instruction, NO_LANE, 0, 0);
 }
@@ -65,20 +69,13 @@ void Warp::expect(const Instruction& instruction, u32 lanes, u32 needed) {
 
 // ---- barriers -----------------------------------------------------------------------------------
 
-namespace {
-template <class T> void join(T& known, const T& more) {
-  for (std::size_t k = 0; k < known.size(); ++k) known[k] = std::max(known[k], more[k]);
-}
-}  // namespace
-
 void Machine::arrive(Warp& warp, int id, int expected, bool waits) {
   if (trace != nullptr) trace->barrier(warp.id, id, expected);
   Barrier& barrier = barriers[id];
   barrier.arrived += 32;
   barrier.expected = expected;
-  join(barrier.clocks, warp.clocks);
-  join(barrier.fenced, warp.fenced);
-  join(barrier.finished, warp.finished);
+  barrier.known.join(warp);
+  ++progress;
   warp.tick();
   warp.barrier = id;
   if (waits) warp.state = State::at_barrier;
@@ -96,13 +93,20 @@ void Machine::release_barriers() {
       continue;
     for (Warp& warp : warps) {
       if (warp.state != State::at_barrier || warp.barrier != id) continue;
-      join(warp.clocks, barrier.clocks);
-      join(warp.fenced, barrier.fenced);
-      join(warp.finished, barrier.finished);
+      warp.join(barrier.known);
       warp.state = State::ready;
     }
     barrier = {};
   }
+}
+
+// A mask names the lanes that must execute an instruction together, unless they have returned.
+// Operand: the mask.
+void expect_named(Warp& warp, const Instruction& instruction, u32 lanes, i32 operand) {
+  const u32 *masks = warp.at<u32>(operand), alive = warp.alive();
+  for (int lane = 0; lane < 32; ++lane)
+    if (lanes >> lane & 1)
+      warp.expect(instruction, lanes & masks[lane], (masks[lane] & alive) | 1u << lane);
 }
 
 namespace {
@@ -117,15 +121,6 @@ template <bool WAITS> void barrier(Warp& warp, const Instruction& instruction, u
   warp.machine.arrive(warp, id, threads, WAITS);
 }
 
-// A mask names the lanes that must execute an instruction together, unless they have returned.
-// Operand: the mask.
-void expect_named(Warp& warp, const Instruction& instruction, u32 lanes, i32 operand) {
-  const u32 *masks = warp.at<u32>(operand), alive = warp.alive();
-  for (int lane = 0; lane < 32; ++lane)
-    if (lanes >> lane & 1)
-      warp.expect(instruction, lanes & masks[lane], (masks[lane] & alive) | 1u << lane);
-}
-
 void warp_barrier(Warp& warp, const Instruction& instruction, u32 lanes) {
   expect_named(warp, instruction, lanes, instruction.operands[0]);
   warp.sync_lanes();
@@ -134,8 +129,7 @@ void warp_barrier(Warp& warp, const Instruction& instruction, u32 lanes) {
 
 // Accesses before this fence become visible to asynchronous reads; those after it need another.
 void proxy_fence(Warp& warp, const Instruction&, u32) {
-  for (int k = 0; k < warp.machine.num_warps; ++k)
-    warp.fenced[k] = std::max(warp.fenced[k], warp.clocks[k]);
+  for (int k = 0; k < AGENTS; ++k) warp.fenced[k] = std::max(warp.fenced[k], warp.clocks[k]);
   warp.tick();
 }
 
@@ -151,6 +145,19 @@ void branch(Warp& warp, const Instruction& instruction, u32 lanes) {
     warp.split(instruction.operands[0], lanes);
 }
 
+// Operands: an index, and the pc for each value of it.
+void branch_by_index(Warp& warp, const Instruction& instruction, u32 lanes) {
+  const u32* chosen = warp.at<u32>(instruction.operands[0]);
+  warp.active &= ~lanes;
+  for_each_lane(lanes, [&](int lane) {
+    if (int(chosen[lane]) < instruction.count - 1)
+      warp.elsewhere.push_back({instruction.operands[1 + chosen[lane]], 1u << lane});
+    else
+      warp.machine.faults.add(Kind::branch_bounds, warp, instruction, lane, 0, 0);
+  });
+  warp.settle();
+}
+
 void leave(Warp& warp, const Instruction&, u32 lanes) {
   warp.active &= ~lanes;
   if (warp.active == 0) warp.settle();
@@ -158,6 +165,7 @@ void leave(Warp& warp, const Instruction&, u32 lanes) {
 
 const Register control_opcodes[] = {
     {"bra", branch},
+    {"brx.idx", branch_by_index},
     {"ret", leave},
     {"bar.sync", barrier<true>},
     {"bar.arrive", barrier<false>},

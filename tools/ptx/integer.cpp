@@ -16,7 +16,10 @@ using Wide = std::conditional_t<
 
 OPCODE("mov.u16 mov.s16 mov.b16 mov.f16 mov.bf16", (u16 a) -> u16 { return a; })
 OPCODE("mov.u32 mov.s32 mov.b32 mov.f32", (u32 a) { return a; })
-OPCODE("mov.u64 mov.s64 mov.b64 mov.f64 cvta.to.global.u64 cvta.global.u64", (u64 a) { return a; })
+OPCODE("mov.u64 mov.s64 mov.b64 mov.f64 cvta.to.global.u64 cvta.global.u64 cvta.param.u64", (u64 a) { return a; })
+// Clusters have one block, so that each address is in it.
+OPCODE("mapa.shared::cluster.u32", (u32 a, u32) { return a; })
+OPCODE("mapa.u64", (u64 a, u32) { return a; })
 OPCODE("mov.pred", (bool a) { return a; })
 
 // Opcodes of B = 16, 32 and 64 bits.

@@ -249,7 +249,7 @@ template <int SIZE> void cp_async(Warp& warp, const Instruction& instruction, u3
   copy.lanes = machine.shared.valid(warp, instruction, copy.to.data(), lanes, SIZE);
   if (machine.schedule.checks)
     for_each_lane(copy.lanes, [&](int lane) {
-      machine.shared.check_write({warp, instruction, u8(lane), copy.to[lane], SIZE, Access::copy});
+      machine.shared.check_write({warp, instruction, u8(lane), copy.to[lane], SIZE});
       machine.shared.begin_copy(copy.to[lane], SIZE, 1);
     });
   if (!machine.schedule.late_copies)
@@ -273,8 +273,7 @@ void finish(Warp& warp, const std::vector<Copy>& copies) {
     if (machine.schedule.checks)
       for_each_lane(copy.lanes, [&](int lane) {
         machine.shared.begin_copy(copy.to[lane], copy.size, -1);
-        machine.shared.check_write(
-            {warp, *copy.instruction, u8(lane), copy.to[lane], copy.size, Access::copy});
+        machine.shared.check_write({warp, *copy.instruction, u8(lane), copy.to[lane], copy.size});
       });
     if (machine.schedule.late_copies) arrive(warp, copy);
   }

@@ -5,9 +5,11 @@
 #include <cstdint>
 #include <cstring>
 #include <deque>
+#include <map>
 #include <random>
 #include <vector>
 
+#include "mbarrier.h"
 #include "memory.h"
 #include "trace.h"
 #include "types.h"
@@ -60,7 +62,7 @@ enum class State { ready, at_barrier, blocked, done };
 
 struct Machine;
 
-struct Warp {
+struct Warp : Knowledge {
   Machine& machine;
   int id;
   char* registers;
@@ -68,19 +70,24 @@ struct Warp {
   int pc = 0;
   u32 active = ALL;  // lanes that execute; all others are in `elsewhere` or have returned
   std::vector<Lanes> elsewhere{};
-  int merge_pc = 0;   // the lowest pc in `elsewhere`
-  int barrier = 0;    // the barrier that the warp waits at
-  Clocks clocks{};    // accesses to memory that happened before this point
-  Clocks fenced{};    // those that a proxy fence has made visible to asynchronous reads
-  Groups finished{};  // the groups of wgmmas of each warpgroup that ended before this point
+  int merge_pc = 0;  // the lowest pc in `elsewhere`
+  int barrier = 0;   // the barrier that the warp waits at
   std::vector<Copy> open_copies{};
   std::deque<std::vector<Copy>> copies{};
   std::vector<Delayed> delayed{};
   int wgmma_commits = 0;
+  std::deque<BulkStore> stores{};
+  int stores_issued = 0;
+  u32 store_clock = 0;                 // of the last bulk copy to global memory
+  std::array<int, 32> bulk_commits{};  // of each thread
+  Waiting waiting{};
+  int cluster_arrivals = 0;
+  std::vector<int> register_counts{};  // of each setmaxnreg
 
   u32 lanes_synced =
       0;  // the clock up to which the lanes of this warp have synchronised with each other
 
+  Stamp bulk_now() const { return stamp(MAX_WARPS + id, store_clock); }
   Stamp now() const { return stamp(id, clocks[id]); }
   // Whether another lane of this warp made an access that has not been synchronised with the lanes
   // of this warp.
@@ -109,10 +116,16 @@ struct Schedule {
 };
 
 struct Barrier {
-  int arrived = 0;            // threads
-  int expected = 0;           // threads; 0: all threads that have not returned
-  Clocks clocks{}, fenced{};  // what those that arrived know
-  Groups finished{};
+  int arrived = 0;    // threads
+  int expected = 0;   // threads; 0: all threads that have not returned
+  Knowledge known{};  // by those that arrived
+};
+
+// Of a cluster of one block.
+struct ClusterBarrier {
+  int arrived = 0, phases = 0;  // warps; phases that are complete
+  Knowledge known{};            // by those that arrived in this phase
+  Knowledge complete{};         // by those that arrived in earlier ones
 };
 
 struct Machine {
@@ -123,6 +136,9 @@ struct Machine {
   std::array<i32, 3> grid;
   std::vector<Warp> warps;
   std::array<Barrier, 16> barriers;
+  std::map<u32, MBarrier> mbarriers;  // by address
+  ClusterBarrier cluster_barrier;
+  u64 progress = 0;  // counts events that may let a waiting warp go on
   Parameters parameters;
   SharedMemory shared;
   GlobalMemory global;
@@ -132,7 +148,26 @@ struct Machine {
   u32 random(u32 below) { return u32(generator() % below); }
   void arrive(Warp& warp, int barrier, int expected, bool waits);
   void release_barriers();
+  // Let copies that wait for someone to need them arrive.
+  void land_awaited();
+  // Report what is left of bulk copies, and let them write.
+  void end_block();
 };
+
+// control.cpp. Report lanes that a mask names and that do not execute an instruction with the
+// others.
+void expect_named(Warp& warp, const Instruction& instruction, u32 lanes, i32 mask);
+
+// mbarrier.cpp. The barrier that one lane names, or null after a report.
+MBarrier* find_mbarrier(Warp& warp, const Instruction& instruction, int lane, u32 address);
+void expect_bytes(Machine& machine, MBarrier& barrier, i64 bytes);  // negative: bytes came
+// Report copies that nobody waited for and bytes that do not add up, where a barrier ends.
+void report_left(Machine& machine, const MBarrier& barrier);
+// Report a warp that waits forever for an mbarrier; false: it waits for none.
+bool report_mbarrier(const Warp& warp);
+
+// bulk.cpp
+void land(Machine& machine, MBarrier& barrier, const BulkLoad& load);
 
 template <class F> void for_each_lane(u32 lanes, F f) {
   for (; lanes != 0; lanes &= lanes - 1) f(std::countr_zero(lanes));

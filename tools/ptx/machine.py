@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from .build import library
+from .families import FAMILIES
 from .parse import Kernel, UnsupportedPtx, read_kernel
 from .registers import place_registers
 from .trace import Trace
@@ -41,12 +42,29 @@ KINDS = (
     ("race", "shared", "touches what another lane touched without bar.warp.sync in between"),
     ("copy in flight", "shared", "touches what an unfinished cp.async still writes"),
     ("race", "shared", "writes what an unfinished wgmma still reads"),
-    ("missing proxy fence", "shared", "reads what was written without fence.proxy.async"),
+    ("missing proxy fence", "shared", "touches what was written without fence.proxy.async"),
     ("race", "global", "touches what another thread wrote or read meanwhile"),
     ("divergence", "", "needs lanes that are elsewhere"),
     ("descriptor", "", "has a descriptor that differs between lanes"),
     ("deadlock", "", "waits forever"),
     ("unfinished", "shared", "is not waited for before the warp ends"),
+    ("unfinished", "shared", "is not waited for before its mbarrier ends"),
+    ("race", "shared", "writes what an unfinished bulk copy still reads"),
+    ("mbarrier", "shared", "uses an mbarrier that is not initialised"),
+    ("mbarrier", "shared", "initialises an mbarrier that is in use"),
+    ("mbarrier", "shared", "arrives more often than its mbarrier expects in a phase"),
+    (
+        "transaction",
+        "shared",
+        "brings bytes after its mbarrier has completed the phase without them",
+    ),
+    ("transaction", "shared", "leaves an mbarrier at which expected and copied bytes differ"),
+    ("deadlock", "shared", "waits forever: its mbarrier expects more bytes than copies bring"),
+    ("deadlock", "shared", "waits forever: copies bring more bytes than its mbarrier expects"),
+    ("deadlock", "shared", "waits forever for arrivals at its mbarrier"),
+    ("tensor map", "", "has a tensor map that is not valid for it"),
+    ("registers", "", "sets another number of registers than the rest of its warpgroup"),
+    ("out of bounds", "", "branches outside of its table"),
 )
 
 
@@ -116,7 +134,7 @@ class _Fault(ctypes.Structure):
 def signatures() -> dict[str, str]:
     """Return the types of the operands of every opcode that the machine knows."""
     lines = library().ptx_opcodes().decode().splitlines()
-    return dict(line.split(":") for line in lines)
+    return dict(line.rsplit(":", 1) for line in lines)
 
 
 class Program:
@@ -133,7 +151,7 @@ class Program:
     def __init__(self, text: str, entry: str | None = None) -> None:
         self.text = text
         self.kernel: Kernel = read_kernel(text, entry)
-        translator = Translator(self.kernel, signatures())
+        translator = Translator(self.kernel, signatures(), FAMILIES)
         self.code: list[Instruction] = translator.instructions
         self.parameter_offsets: list[int] = list(translator.parameter_offsets.values())
         granule_shift = translator.smallest_access.bit_length() - 1

@@ -239,6 +239,7 @@ const std::vector<Register> wgmma_opcodes = [] {
 void commit(Warp& warp, const Instruction& instruction, u32 lanes) {
   warp.expect(instruction, lanes, ALL);
   ++warp.wgmma_commits;
+  ++warp.machine.progress;
 }
 
 void move(Warp& warp, const Delayed& delayed) {

@@ -23,6 +23,17 @@ void Touch::report(Kind kind, int other_pc, int other_warp) const {
   warp.machine.faults.add(kind, warp, instruction, lane, address, size, other_pc, other_warp);
 }
 
+void Knowledge::join(const Knowledge& more) {
+  const auto join_all = [](auto& known, const auto& others) {
+    for (std::size_t k = 0; k < others.size(); ++k) known[k] = std::max(known[k], others[k]);
+  };
+  join_all(clocks, more.clocks);
+  join_all(fenced, more.fenced);
+  join_all(finished, more.finished);
+  if (landed.size() < more.landed.size()) landed.resize(more.landed.size());
+  join_all(landed, more.landed);
+}
+
 void Record::wrote(Stamp now, int pc, u8 lane, bool is_atomic) {
   atomic =
       is_atomic && (atomic || writer != now);  // a plain write with the same stamp still counts
@@ -58,8 +69,7 @@ void SharedMemory::resize(int bytes, int granule_shift, int num_warps, bool chec
   records_ = Records(granules);
   read_clocks_.assign(num_warps, std::vector<u32>(granules, 0));
   copies_.assign(granules, 0);
-  wgmma_groups_.assign((num_warps + 3) / 4, std::vector<int>(bytes / 16 + 1, 0));
-  wgmma_pc_.assign(bytes / 16 + 1, -1);
+  landings_.resize(bytes / 16 + 1);
 }
 
 void SharedMemory::begin_block(u32 clock, bool checks) {
@@ -67,7 +77,7 @@ void SharedMemory::begin_block(u32 clock, bool checks) {
   if (!checks) return;
   std::fill(bytes_.begin(), bytes_.end(), 0xff);  // NaN in every float type
   std::fill(copies_.begin(), copies_.end(), 0);
-  for (auto& groups : wgmma_groups_) std::fill(groups.begin(), groups.end(), 0);
+  for (auto& reads : async_reads_) std::fill(reads.begin(), reads.end(), AsyncRead{});
 }
 
 bool SharedMemory::all_valid(const u32* addresses, u32 lanes, int size) const {
@@ -106,62 +116,90 @@ u32 SharedMemory::valid(Warp& warp, const Instruction& instruction, const u32* a
                         [&](u64 a) { return a >= BASE && a + size <= u64(BASE) + size_; });
 }
 
+// A bulk copy is in flight for each warp that does not know of the end of the mbarrier's phase.
+bool SharedMemory::in_flight(const Touch& touch, std::size_t g) const {
+  if (copies_[g]) return true;
+  const Stamp writer = records_[g].writer;
+  if (warp_of(writer) < MAX_WARPS || clock_of(writer) <= block_start_) return false;
+  const Landing& landing = landings_[g << shift_ >> 4];
+  return !touch.warp.knows_phase(landing.mbarrier, landing.phase);
+}
+
 void SharedMemory::check_read(const Touch& touch) {
   Warp& warp = touch.warp;
-  const bool is_wgmma = touch.access == Access::wgmma;
+  const bool is_async = touch.access != Access::plain;
   for (std::size_t g = first(touch.address); g <= first(touch.address + touch.size - 1); ++g) {
     Record& record = records_[g];
     const Stamp writer = record.writer;
-    const auto report = [&](Kind kind) { touch.report(kind, record.writer_pc, warp_of(writer)); };
-    if (copies_[g])
+    const bool is_bulk = warp_of(writer) >= MAX_WARPS;
+    const auto report = [&](Kind kind) {
+      touch.report(kind, record.writer_pc, warp_of(writer) % MAX_WARPS);
+    };
+    if (in_flight(touch, g))
       report(Kind::copy_in_flight);
     else if (clock_of(writer) <= block_start_)
       touch.report(Kind::uninitialised);
-    else if (!known(writer, warp.clocks))
+    else if (!is_bulk && !known(writer, warp.clocks))
       report(Kind::read_after_write);
     else if (warp.other_lane(writer, record.writer_lane, touch.lane))
       report(Kind::lanes_of_a_warp);
-    else if (is_wgmma && !known(writer, warp.fenced))
+    else if (is_async && !is_bulk && !known(writer, warp.fenced))
       report(Kind::proxy_fence);
-    if (is_wgmma) continue;
+    if (is_async) continue;
     read_clocks_[warp.id][g] = clock_of(warp.now());
     record.read(warp.now(), touch.instruction.pc, touch.lane);
   }
-  if (!is_wgmma) return;
-  const std::size_t chunk = (touch.address - BASE) / 16;
-  wgmma_groups_[warp.id / 4][chunk] = warp.wgmma_commits + 1;
-  wgmma_pc_[chunk] = touch.instruction.pc;
+  if (is_async) note_async_read(touch);
+}
+
+void SharedMemory::note_async_read(const Touch& touch) {
+  const Warp& warp = touch.warp;
+  const bool is_bulk = touch.is_bulk();
+  std::vector<AsyncRead>& reads = async_reads_[is_bulk ? FIRST_STORES + warp.id : warp.id / 4];
+  if (reads.empty()) reads.resize(size_ / 16 + 1);
+  reads[(touch.address - BASE) / 16] = {is_bulk ? warp.stores_issued : warp.wgmma_commits + 1,
+                                        touch.instruction.pc};
 }
 
 void SharedMemory::check_write(const Touch& touch) {
   Warp& warp = touch.warp;
   const bool same = touch.data && std::memcmp(at(touch.address), touch.data, touch.size) == 0;
-  const bool atomic = touch.access == Access::atomic;
+  const bool atomic = touch.is_atomic();
   for (std::size_t g = first(touch.address); g <= first(touch.address + touch.size - 1); ++g) {
     Record& record = records_[g];
     const Stamp writer = record.writer;
+    const bool by_bulk = warp_of(writer) >= MAX_WARPS;
     const bool harmless = same || (atomic && record.atomic);
-    const auto report = [&](Kind kind) { touch.report(kind, record.writer_pc, warp_of(writer)); };
-    if (copies_[g])
+    const auto report = [&](Kind kind) {
+      touch.report(kind, record.writer_pc, warp_of(writer) % MAX_WARPS);
+    };
+    if (in_flight(touch, g))
       report(Kind::copy_in_flight);
     else if (atomic && clock_of(writer) <= block_start_)
       touch.report(Kind::uninitialised);
-    else if (!known(writer, warp.clocks) && !harmless)
+    else if (!by_bulk && !known(writer, warp.clocks) && !harmless)
       report(Kind::write_after_write);
     else if (warp.other_lane(writer, record.writer_lane, touch.lane) && !harmless)
       report(Kind::lanes_of_a_warp);
+    else if (touch.is_bulk() && !by_bulk && !known(writer, warp.fenced))
+      report(Kind::proxy_fence);
     check_readers(touch, g);
-    record.wrote(warp.now(), touch.instruction.pc, touch.lane, atomic);
+    record.wrote(touch.is_bulk() ? stamp(MAX_WARPS + warp.id, warp.clocks[warp.id]) : warp.now(),
+                 touch.instruction.pc, touch.lane, atomic);
   }
-  check_wgmmas(touch);
+  check_async_readers(touch);
+  if (touch.is_bulk()) landings_[(touch.address - BASE) / 16] = {touch.mbarrier, touch.phase};
 }
 
-// A wgmma reads until one of the four warps that issued it has waited; barriers tell other warps.
-void SharedMemory::check_wgmmas(const Touch& touch) {
+// A wgmma reads until one of the four warps that issued it has waited, a bulk copy until its thread
+// has waited; barriers tell other warps.
+void SharedMemory::check_async_readers(const Touch& touch) {
   const std::size_t chunk = (touch.address - BASE) / 16;
-  for (std::size_t k = 0; k < wgmma_groups_.size(); ++k)
-    if (wgmma_groups_[k][chunk] > touch.warp.finished[k])
-      touch.report(Kind::wgmma_reads, wgmma_pc_[chunk]);
+  for (int reader = 0; reader < READERS; ++reader) {
+    const std::vector<AsyncRead>& reads = async_reads_[reader];
+    if (reads.empty() || reads[chunk].group <= touch.warp.finished[reader]) continue;
+    touch.report(reader < FIRST_STORES ? Kind::wgmma_reads : Kind::bulk_reads, reads[chunk].pc);
+  }
 }
 
 void SharedMemory::check_readers(const Touch& touch, std::size_t g) {
@@ -206,6 +244,11 @@ Tensor* GlobalMemory::find(u64 address) {
   return address < next->end ? &*next : nullptr;
 }
 
+bool GlobalMemory::inside(u64 address, u64 size) {
+  const Tensor* tensor = find(address);
+  return tensor != nullptr && address + size <= tensor->end;
+}
+
 bool GlobalMemory::all_in(const Tensor& tensor, const u64* addresses, u32 lanes, int size) const {
   u64 low = ~u64(0), high = 0, bits = 0;
   for (int lane = 0; lane < 32; ++lane) {
@@ -240,7 +283,7 @@ bool GlobalMemory::concurrent(const Warp& warp, Stamp s) const {
 }
 
 void GlobalMemory::report_race(const Touch& touch, int other_pc, Stamp other) const {
-  const int other_warp = clock_of(other) <= block_start ? OTHER_BLOCK : warp_of(other);
+  const int other_warp = clock_of(other) <= block_start ? OTHER_BLOCK : warp_of(other) % MAX_WARPS;
   touch.report(Kind::global_race, other_pc, other_warp);
 }
 
@@ -264,7 +307,8 @@ void GlobalMemory::check_read(const Touch& touch) {
 void GlobalMemory::check_write(const Touch& touch) {
   Warp& warp = touch.warp;
   const bool same = touch.data && std::memcmp(at(touch.address), touch.data, touch.size) == 0;
-  const bool atomic = touch.access == Access::atomic;
+  const bool atomic = touch.is_atomic();
+  const Stamp now = touch.is_bulk() ? warp.bulk_now() : warp.now();
   Tensor& tensor = *find(touch.address);
   const u64 first = tensor.start >> shift, end = (touch.address + touch.size - 1) >> shift;
   for (u64 g = touch.address >> shift; g <= end; ++g) {
@@ -278,7 +322,7 @@ void GlobalMemory::check_write(const Touch& touch) {
       report_race(touch, record.reader_pc, record.reader);
     else if (concurrent(warp, record.other_reader))
       report_race(touch, -1, record.other_reader);
-    record.wrote(warp.now(), touch.instruction.pc, touch.lane, atomic);
+    record.wrote(now, touch.instruction.pc, touch.lane, atomic);
   }
 }
 

@@ -22,14 +22,31 @@ struct Instruction;
 struct Machine;
 
 constexpr int MAX_WARPS = 32, CLOCK_BITS = 26;
+// Who makes accesses: warps, and for each of them, after MAX_WARPS, its bulk copies.
+constexpr int AGENTS = 2 * MAX_WARPS;
+// Who reads shared memory asynchronously: the wgmmas of each warpgroup, the bulk copies of each
+// warp.
+constexpr int FIRST_STORES = MAX_WARPS / 4, READERS = FIRST_STORES + MAX_WARPS;
 constexpr u32 LAST_CLOCK = (1u << CLOCK_BITS) - 1;
 constexpr u8 NO_LANE = 255, SEVERAL_LANES = 254;
 constexpr int OTHER_BLOCK = -2;  // instead of the warp of an access
 
-using Clocks = std::array<u32, MAX_WARPS>;
-using Groups =
-    std::array<int, MAX_WARPS / 4>;  // the number of a group of wgmmas, for each warpgroup
-using Stamp = u32;                   // of an access: the warp, and its clock
+using Clocks = std::array<u32, AGENTS>;
+using Groups = std::array<int, READERS>;  // the number of a group of wgmmas, or of a bulk copy
+using Stamp = u32;                        // of an access: the agent, and its clock
+
+// What happened before a point; barriers pass it on.
+struct Knowledge {
+  Clocks clocks{};            // accesses to memory
+  Clocks fenced{};            // those that a proxy fence has made visible to asynchronous accesses
+  Groups finished{};          // asynchronous reads that ended
+  std::vector<u32> landed{};  // for each mbarrier, how many of its phases were complete
+
+  void join(const Knowledge& more);
+  bool knows_phase(int mbarrier, u32 phase) const {
+    return mbarrier < int(landed.size()) && landed[mbarrier] > phase;
+  }
+};
 
 inline Stamp stamp(int warp, u32 clock) { return u32(warp) << CLOCK_BITS | clock; }
 inline int warp_of(Stamp s) { return int(s >> CLOCK_BITS); }
@@ -56,6 +73,19 @@ enum class Kind : i32 {
   descriptor,
   deadlock,
   unfinished,
+  abandoned,
+  bulk_reads,
+  no_mbarrier,
+  mbarrier_in_use,
+  too_many_arrivals,
+  too_few_bytes,
+  bytes_left,
+  lacks_bytes,
+  has_bytes,
+  lacks_arrivals,
+  tensor_map,
+  registers,
+  branch_bounds,
 };
 
 struct Fault {
@@ -93,6 +123,7 @@ class Records {
  public:
   explicit Records(std::size_t count = 0);
   Record& operator[](std::size_t k) { return records_[k]; }
+  const Record& operator[](std::size_t k) const { return records_[k]; }
 
  private:
   struct Unmap {
@@ -102,7 +133,8 @@ class Records {
   std::unique_ptr<Record[], Unmap> records_;
 };
 
-enum class Access { plain, atomic, copy, wgmma };
+// wgmma and bulk copies access memory through the asynchronous proxy.
+enum class Access { plain, atomic, wgmma, bulk, bulk_atomic };
 
 // An access of one lane.
 struct Touch {
@@ -113,7 +145,11 @@ struct Touch {
   int size;
   Access access = Access::plain;
   const u8* data = nullptr;  // what is written, if that is known
+  int mbarrier = -1;         // of a bulk copy to shared memory: where it reports its bytes,
+  u32 phase = 0;             // and in which phase
 
+  bool is_bulk() const { return access >= Access::bulk; }
+  bool is_atomic() const { return access == Access::atomic || access == Access::bulk_atomic; }
   void report(Kind kind, int other_pc = -1, int other_warp = -1) const;
 };
 
@@ -132,10 +168,25 @@ class SharedMemory {
   void check_read(const Touch& touch);
   void check_write(const Touch& touch);
   void begin_copy(u32 address, int size, int change);  // change: 1 begins, -1 ends
+  bool inside(u32 address, u64 size) const {
+    return address >= BASE && address - BASE + size <= u64(size_);
+  }
 
  private:
-  void check_wgmmas(const Touch& touch);
+  // A bulk copy to 16 bytes.
+  struct Landing {
+    int mbarrier;
+    u32 phase;
+  };
+  // The last asynchronous reads of 16 bytes.
+  struct AsyncRead {
+    int group;
+    i32 pc;
+  };
+  bool in_flight(const Touch& touch, std::size_t g) const;
+  void check_async_readers(const Touch& touch);
   void check_readers(const Touch& touch, std::size_t g);
+  void note_async_read(const Touch& touch);
   std::size_t first(u64 address) const { return (address - BASE) >> shift_; }
 
   std::vector<u8> bytes_;
@@ -144,9 +195,9 @@ class SharedMemory {
   Records records_;
   std::vector<std::vector<u32>> read_clocks_;  // [warp][granule]
   std::vector<u8> copies_;                     // unfinished copies to each granule
-  // [warpgroup][16 bytes]: the last group of wgmmas that reads them
-  std::vector<std::vector<int>> wgmma_groups_;
-  std::vector<i32> wgmma_pc_;
+  std::vector<Landing> landings_;              // [16 bytes]
+  // [reader][16 bytes], empty until the first read.
+  std::array<std::vector<AsyncRead>, READERS> async_reads_;
 };
 
 // A range of memory that the kernel may touch.
@@ -167,6 +218,7 @@ class GlobalMemory {
   u32 valid(Warp& warp, const Instruction& instruction, const u64* addresses, u32 lanes, int size);
   void check_read(const Touch& touch);
   void check_write(const Touch& touch);
+  bool inside(u64 address, u64 size);
 
  private:
   Tensor* find(u64 address);

@@ -58,6 +58,7 @@ class Kernel:
     registers: dict[str, int] = field(default_factory=dict)  # bits; "%r" stands for %r0, %r1, ...
     statements: list[Statement] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)  # the number of the next statement
+    tables: dict[str, list[str]] = field(default_factory=dict)  # labels that brx.idx chooses from
     shared: dict[str, int] = field(default_factory=dict)  # offset of each variable
     static_shared_bytes: int = 0
 
@@ -83,13 +84,27 @@ def read_kernel(text: str, entry: str | None = None) -> Kernel:
     start = re.search(rf"\.entry\s+{re.escape(entry or names[0])}\b", text)
     assert start is not None
     head, _, rest = text[start.start() :].partition("\n{")
-    body = rest[: re.search(r"^\}", rest, re.MULTILINE).start()]
+    body = rest[: _end_of_scope(rest)]
     threads = re.search(r"\.reqntid\s+(\d+)", head)
+    if cluster := re.search(r"\.reqnctapercluster\s+([2-9]|\d\d|\d+\s*,\s*[2-9])", head):
+        raise UnsupportedPtx(
+            f"{entry or names[0]}: the machine runs clusters of one block, not {cluster[1]}"
+        )
     kernel = Kernel(entry or names[0], _parameters(head), int(threads[1]) if threads else None)
     _shared_variables(kernel, text, body)
     files = dict(re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', text, re.MULTILINE))
     _read_body(kernel, body, files)
     return kernel
+
+
+def _end_of_scope(text: str) -> int:
+    """Return the place of the brace that closes a scope, from the text after its opening brace."""
+    depth = 1
+    for match in re.finditer(r"//.*|/\*.*?\*/|[{}]", text):
+        depth += {"{": 1, "}": -1}.get(match[0], 0)
+        if depth == 0:
+            return match.start()
+    raise UnsupportedPtx("a brace is not closed")
 
 
 def _parameters(head: str) -> dict[str, int]:
@@ -119,13 +134,28 @@ def _shared_variables(kernel: Kernel, module: str, body: str) -> None:
 
 
 def _read_body(kernel: Kernel, body: str, files: dict[str, str]) -> None:
+    label, jumps = "", []
     for piece, location, scopes in _pieces(body, files):
         if piece.endswith(":"):
-            kernel.labels[piece[:-1]] = len(kernel.statements)
+            label = _scoped(piece[:-1], scopes)
+            kernel.labels[label] = len(kernel.statements)
+        elif piece.startswith(".branchtargets"):
+            kernel.tables[label] = split(piece.removeprefix(".branchtargets"))
         elif piece.startswith(".reg"):
             _declare_registers(kernel, piece, scopes)
         elif not piece.startswith("."):
             kernel.statements.append(_statement(kernel, piece, location, scopes))
+            if scopes and kernel.statements[-1].opcode.startswith("bra"):
+                jumps.append((len(kernel.statements) - 1, list(scopes)))
+    for number, scopes in jumps:  # labels may follow
+        operands = kernel.statements[number].operands
+        names = [_scoped(operands[0], scopes[:k]) for k in range(len(scopes), -1, -1)]
+        operands[0] = next((name for name in names if name in kernel.labels), operands[0])
+
+
+def _scoped(name: str, scopes: list[int]) -> str:
+    """Return the name of what is declared in a scope; other scopes may use the same name."""
+    return f"{name}@{scopes[-1]}" if scopes else name
 
 
 def _pieces(body: str, files: dict[str, str]) -> Iterator[tuple[str, Location, list[int]]]:
@@ -163,7 +193,7 @@ def _declare_registers(kernel: Kernel, piece: str, scopes: list[int]) -> None:
     _, kind, names = piece.split(None, 2)
     for name in names.split(","):
         stem = re.sub(r"<\d+>$", "", name.strip())
-        kernel.registers[f"{stem}@{scopes[-1]}" if scopes else stem] = WIDTHS[kind[1:]]
+        kernel.registers[_scoped(stem, scopes)] = WIDTHS[kind[1:]]
 
 
 def _statement(kernel: Kernel, piece: str, location: Location, scopes: list[int]) -> Statement:

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 
 from .translate import Instruction, Operand
 
+_JUMPS = ("bra", "brx.idx", "ret")
+
 
 def place_registers(
     instructions: list[Instruction],
@@ -63,15 +65,19 @@ def _bits(operands: list[Operand], bit: dict[str, int]) -> int:
 def _basic_blocks(instructions: list[Instruction]) -> list[tuple[int, int, list[int]]]:
     """Return begin, end and the numbers of the following blocks of each basic block."""
     count = len(instructions)
-    jumps = [pc for pc, i in enumerate(instructions) if i.opcode in ("bra", "ret")]
-    targets = {pc: instructions[pc].operands[0].value for pc in jumps if instructions[pc].operands}
-    begins = sorted({0, *targets.values(), *(pc + 1 for pc in jumps)} - {count})
+    jumps = [pc for pc, i in enumerate(instructions) if i.opcode in _JUMPS]
+    targets = {
+        pc: [int(op.value) for op in instructions[pc].operands if op.kind == "integer"]
+        for pc in jumps
+    }
+    starts = {target for all_targets in targets.values() for target in all_targets}
+    begins = sorted({0, *starts, *(pc + 1 for pc in jumps)} - {count})
     number = {begin: k for k, begin in enumerate(begins)}
     blocks = []
     for begin, end in zip(begins, [*begins[1:], count], strict=True):
         last = instructions[end - 1]
-        following = [targets[end - 1]] if end - 1 in targets else []
-        if last.opcode not in ("bra", "ret") or last.guard:
+        following = list(targets.get(end - 1, []))
+        if last.opcode not in _JUMPS or last.guard:
             following.append(end)
         blocks.append((begin, end, [number[pc] for pc in following if pc < count]))
     return blocks

@@ -114,7 +114,7 @@ class Runner {
     std::memset(registers_.data(), 0xff, registers_.size() * sizeof(Line));
     machine_.warps.reserve(machine_.num_warps);
     for (int id = 0; id < machine_.num_warps; ++id) {
-      machine_.warps.push_back(Warp{machine_, id, registers_[lines * id].bytes});
+      machine_.warps.push_back(Warp{{}, machine_, id, registers_[lines * id].bytes});
       std::memcpy(machine_.warps[id].registers + NUM_SPECIAL * REGISTER_BYTES, launch_.constants,
                   launch_.constant_bytes);
     }
@@ -125,9 +125,13 @@ class Runner {
     machine_.shared.begin_block(clock_, machine_.schedule.checks);
     machine_.global.block_start = clock_;
     machine_.barriers.fill({});
+    machine_.mbarriers.clear();
+    machine_.cluster_barrier = {};
     for (Warp& warp : machine_.warps) begin(warp);
     while (Warp* warp = next_warp()) run_warp(*warp, turn_length());
-    for (const Warp& warp : machine_.warps) clock_ = std::max(clock_, warp.clocks[warp.id]);
+    machine_.end_block();
+    for (const Warp& warp : machine_.warps)
+      clock_ = std::max({clock_, warp.clocks[warp.id], warp.store_clock});
   }
 
   void begin(Warp& warp) {
@@ -137,15 +141,22 @@ class Runner {
     warp.active = threads == 32 ? ALL : (1u << threads) - 1;
     warp.elsewhere.clear();
     warp.merge_pc = std::numeric_limits<int>::max();
+    static_cast<Knowledge&>(warp) = {};
     warp.clocks.fill(clock_);
     warp.fenced.fill(clock_);
-    warp.finished.fill(0);
     warp.tick();
     warp.lanes_synced = clock_;
     warp.open_copies.clear();
     warp.copies.clear();
     warp.delayed.clear();
     warp.wgmma_commits = 0;
+    warp.stores.clear();
+    warp.stores_issued = 0;
+    warp.store_clock = clock_;
+    warp.bulk_commits.fill(0);
+    warp.waiting = {};
+    warp.cluster_arrivals = 0;
+    warp.register_counts.clear();
     set_special_registers(warp);
   }
 
@@ -167,10 +178,13 @@ class Runner {
     Warp* found = choose(State::ready);
     if (found != nullptr) return found;
     // A blocked warp looks again whether it can go on.
+    machine_.land_awaited();
     for (Warp& warp : machine_.warps)
       if (warp.state == State::blocked) warp.state = State::ready;
     found = choose(State::ready);
-    if (found != nullptr && ++rounds_ <= 2) return found;
+    rounds_ = machine_.progress == progress_ ? rounds_ + 1 : 0;
+    progress_ = machine_.progress;
+    if (found != nullptr && rounds_ <= MOST_ROUNDS) return found;
     report_waiting();
     return nullptr;
   }
@@ -189,11 +203,12 @@ class Runner {
   }
 
   void report_waiting() {
-    for (const Warp& warp : machine_.warps)
-      if (warp.state != State::done)
-        machine_.faults.add(Kind::deadlock, warp,
-                            program_.code[std::max(0, warp.pc - (warp.state == State::at_barrier))],
-                            0, 0, 0);
+    for (const Warp& warp : machine_.warps) {
+      if (warp.state == State::done) continue;
+      if (warp.state != State::at_barrier && report_mbarrier(warp)) continue;
+      const int pc = std::max(0, warp.pc - (warp.state == State::at_barrier));
+      machine_.faults.add(Kind::deadlock, warp, program_.code[pc], 0, 0, 0);
+    }
   }
 
   // How many instructions a warp runs before another may run.
@@ -205,7 +220,6 @@ class Runner {
 
   void run_warp(Warp& warp, int turn) {
     const Instruction* const code = program_.code.data();
-    const int limit = turn;
     while (warp.state == State::ready && turn-- > 0) {
       const Instruction& instruction = code[warp.pc++];
       u32 lanes = warp.active;
@@ -218,16 +232,18 @@ class Runner {
       if (machine_.trace != nullptr) machine_.trace->end(warp.id, warp.state == State::blocked);
       if (warp.pc >= warp.merge_pc && warp.state == State::ready) warp.settle();
     }
-    if (warp.state != State::blocked || limit - turn > 1)
-      rounds_ = 0;  // it did more than to look again
   }
 
   const Program& program_;
   const Launch& launch_;
   Machine machine_{};
   std::vector<Line> registers_;
-  u32 clock_ = 0;   // of the latest synchronisation in earlier blocks
-  int rounds_ = 0;  // in which only blocked warps ran
+  u32 clock_ = 0;  // of the latest synchronisation in earlier blocks
+  // In which all warps waited, and nothing happened that could let one go on. A warp that polls
+  // does other things in between, so only many such rounds show that it waits forever.
+  static constexpr int MOST_ROUNDS = 1000;
+  int rounds_ = 0;
+  u64 progress_ = 0;
 };
 
 }  // namespace

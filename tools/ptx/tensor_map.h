@@ -20,6 +20,15 @@ struct TensorMap {
   u8 fill_nan;
   u8 interleave;  // 0: none, the only one that the machine knows
   u8 unused[3];
+
+  u32 element_bytes() const {
+    constexpr u8 bytes[] = {1, 2, 4, 4, 8, 8, 2, 4, 4, 8, 2, 4, 4};
+    return bytes[element];
+  }
+  bool is_float() const { return element >= 6; }
+  u32 swizzle_bytes() const { return swizzle == 0 ? 16 : 16u << swizzle; }
+  // Whether CUDA's driver would make such a map; a kernel can make any.
+  bool is_valid() const;
 };
 static_assert(sizeof(TensorMap) == 128);
 
