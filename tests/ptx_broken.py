@@ -96,10 +96,11 @@ class Case(NamedTuple):
     threads: int = 64
     blocks: int = 1
     also: str = ""
+    head: str = HEAD
 
     def kernel(self, broken: bool) -> Kernel:
         """Return the broken or the repaired kernel. Line n of the body is line n of its source."""
-        text, line, lines, written = HEAD.format(threads=self.threads), 0, set(), ""
+        text, line, lines, written = self.head.format(threads=self.threads), 0, set(), ""
         for number, written in enumerate(self.body.splitlines()):
             marks, statement = re.fullmatch(r"\s*([-+!?]*)\s*(.*)", written).groups()
             line = number if "!" in marks else line

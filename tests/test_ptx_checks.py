@@ -10,14 +10,16 @@ import pytest
 import torch
 from ptx_broken import BARRIERS, WGMMA_READS, WORDS, Case
 from ptx_broken_async import ASYNCHRONOUS, pipelined
+from ptx_broken_bulk import BULK, UNEVEN
 from ptx_broken_memory import GLOBAL_RACES, HARMLESS, LANES, MEMORY
 
 from mmfused.tools.ptx.build import compiler
 from mmfused.tools.ptx.machine import KINDS, Fault, Memory, Program, Schedule
+from mmfused.tools.ptx.tensor_map import encode
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler for the PTX machine")
 
-CASES = {**BARRIERS, **ASYNCHRONOUS, **MEMORY, **GLOBAL_RACES, **LANES}
+CASES = {**BARRIERS, **ASYNCHRONOUS, **MEMORY, **GLOBAL_RACES, **LANES, **BULK}
 SCHEDULES = [
     Schedule(seed, late_copies, late_wgmma)
     for seed, late_copies, late_wgmma in itertools.product(range(4), (False, True), (False, True))
@@ -26,15 +28,20 @@ SCHEDULES = [
 
 def run(text: str, schedule: Schedule, blocks: int = 1) -> tuple[list[Fault], torch.Tensor]:
     """Run a kernel of ptx_broken.py; return its faults and its output."""
-    memory = torch.arange(4 * WORDS, dtype=torch.int32)
+    memory = torch.arange(4 * WORDS + 16, dtype=torch.int32)
+    memory = memory[-memory.data_ptr() % 64 // 4 :]
     source, out = memory[WORDS : 2 * WORDS], memory[2 * WORDS + 256 : 3 * WORDS + 256]
     source.copy_(torch.linspace(-1, 1, 2 * WORDS).bfloat16().view(torch.int32))
     ranges = [
         Memory(array.data_ptr(), array.data_ptr() + 4 * WORDS, name)
         for name, array in (("in", source), ("out", out))
     ]
-    parameters = [array.data_ptr().to_bytes(8, "little") for array in (source, out)]
-    faults = Program(text).run((blocks, 1, 1), parameters, ranges, schedule=schedule)
+    starts = [array.data_ptr() for array in (source, out)]
+    parameters = [start.to_bytes(8, "little") for start in starts]
+    parameters += [encode("s32", start, [32, 32], [128], [32, 8], swizzle=3) for start in starts]
+    program = Program(text)
+    parameters = parameters[: len(program.parameters)]
+    faults = program.run((blocks, 1, 1), parameters, ranges, schedule=schedule)
     return faults, out
 
 
@@ -57,6 +64,13 @@ def test_a_repaired_kernel_is_silent_in_every_order(case: Case):
     kernel = case.kernel(broken=False)
     for schedule in SCHEDULES:
         assert list(map(str, run(kernel.text, schedule, case.blocks)[0])) == [], schedule
+
+
+@pytest.mark.parametrize("case", UNEVEN.values(), ids=UNEVEN)
+def test_bytes_that_an_mbarrier_does_not_expect_are_reported_in_every_order(case: Case):
+    for schedule in SCHEDULES:
+        assert list(map(str, run(case.kernel(False).text, schedule)[0])) == [], schedule
+        assert "transaction" in {fault.kind for fault in run(case.kernel(True).text, schedule)[0]}
 
 
 @pytest.mark.parametrize("body", HARMLESS.values(), ids=HARMLESS)
@@ -134,18 +148,42 @@ REPORTS = {
         "not waited for before the warp ends (block 0, warp 0, lane 0, 4 bytes at shared+0x0); 2 "
         "times"
     ),
+    "mbarrier: not initialised": (
+        "broken: mbarrier: kernels/broken.py:2 `@leader mbarrier.arrive.expect_tx.shared::cta.b64 "
+        "_, [full], 1024` uses an mbarrier that is not initialised (block 0, warp 0, lane 0, 8 "
+        "bytes at shared+0x4000)"
+    ),
+    "expects nothing": (
+        "broken: transaction: kernels/broken.py:2 `@leader mbarrier.arrive.shared::cta.b64 _, "
+        "[full]` leaves an mbarrier at which expected and copied bytes differ (block 0, warp 0, "
+        "lane 0, 1024 bytes at shared+0x4000)"
+    ),
+    "bulk load: no tensor map": (
+        "broken: tensor map: kernels/broken.py:4 `@leader cp.async.bulk.tensor.2d.shared::cta."
+        "global.mbarrier::complete_tx::bytes [base], [tile, {0, 0}], [full]` has a tensor map that "
+        "is not valid for it (block 0, warp 0, lane 0)"
+    ),
+    "registers that differ": (
+        "broken: registers: kernels/broken.py:2 `@second setmaxnreg.inc.sync.aligned.u32 232` sets "
+        "another number of registers than the rest of its warpgroup (block 0, warp 1, all lanes); "
+        "the other access: by warp 0"
+    ),
+    "mbarrier: expects too many bytes": (
+        "broken: deadlock: kernels/broken.py:5 `mbarrier.try_wait.parity.shared::cta.b64 complete, "
+        "[full], 0` waits forever: its mbarrier expects more bytes than copies bring (block 0, "
+        "warp 0, lane 0, 1024 bytes at shared+0x4000); 2 times"
+    ),
 }
 
 
 @pytest.mark.parametrize("name", REPORTS)
 def test_a_report_names_kernel_line_instruction_thread_and_address(name: str):
-    case = CASES[name]
+    case = {**CASES, **UNEVEN}[name]
     assert str(run(case.kernel(True).text, SCHEDULES[0], case.blocks)[0][0]) == REPORTS[name]
 
 
 def test_every_kind_of_fault_has_its_report_tested():
-    reports = [*REPORTS.values(), *BULK_REPORTS.values()]
-    assert {report.split(": ")[1] for report in reports} == {kind for kind, *_ in KINDS}
+    assert {report.split(": ")[1] for report in REPORTS.values()} == {kind for kind, *_ in KINDS}
 
 
 def test_records_of_a_large_array_take_memory_only_where_it_is_touched():

@@ -127,7 +127,7 @@ void issue(Warp& warp, BulkLoad& load, MBarrier& barrier) {
 }
 
 void start_load(Warp& warp, const Instruction& instruction, int lane, const Box& box, u32 address) {
-  MBarrier* barrier = find_mbarrier(warp, instruction, lane, address);
+  MBarrier* barrier = find_mbarrier(warp, instruction, lane, address, Access::mbarrier);
   if (barrier == nullptr) return;
   BulkLoad load{&instruction, warp.id, lane, barrier->phase, box};
   barrier->last = load;
@@ -152,9 +152,7 @@ template <auto READ_BOX> void load(Warp& warp, const Instruction& instruction, u
 }  // namespace
 
 void land(Machine& machine, MBarrier& barrier, const BulkLoad& load) {
-  if (load.phase != barrier.phase)
-    machine.faults.add(Kind::too_few_bytes, machine.warps[load.warp], *load.instruction, load.lane,
-                       barrier.address, int(load.box.bytes()));
+  if (load.phase != barrier.phase) report_unexpected(machine, barrier, load);
   for_chunks(load.box, [&](u32 address, u32 offset) {
     std::memcpy(machine.shared.at(address), load.data.data() + offset, 16);
   });
@@ -165,9 +163,13 @@ void Machine::land_awaited() {
   for (const Warp& warp : warps) {
     const auto found = mbarriers.find(warp.waiting.address);
     if (warp.state != State::blocked || found == mbarriers.end()) continue;
-    const std::vector<BulkLoad> late = std::move(found->second.late);
-    found->second.late.clear();
-    for (const BulkLoad& load : late) land(*this, found->second, load);
+    MBarrier& barrier = found->second;
+    const u32 phase = barrier.phase;
+    while (!barrier.late.empty() && barrier.phase == phase) {
+      const BulkLoad load = std::move(barrier.late.front());
+      barrier.late.pop_front();
+      land(*this, barrier, load);
+    }
   }
 }
 

@@ -159,8 +159,11 @@ struct Machine {
 void expect_named(Warp& warp, const Instruction& instruction, u32 lanes, i32 mask);
 
 // mbarrier.cpp. The barrier that one lane names, or null after a report.
-MBarrier* find_mbarrier(Warp& warp, const Instruction& instruction, int lane, u32 address);
+MBarrier* find_mbarrier(Warp& warp, const Instruction& instruction, int lane, u32 address,
+                        Access access);
 void expect_bytes(Machine& machine, MBarrier& barrier, i64 bytes);  // negative: bytes came
+// Report a copy of a phase that has ended without its bytes.
+void report_unexpected(Machine& machine, const MBarrier& barrier, const BulkLoad& load);
 // Report copies that nobody waited for and bytes that do not add up, where a barrier ends.
 void report_left(Machine& machine, const MBarrier& barrier);
 // Report a warp that waits forever for an mbarrier; false: it waits for none.

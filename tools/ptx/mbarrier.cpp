@@ -8,6 +8,11 @@
 
 namespace ptx {
 
+void report_unexpected(Machine& machine, const MBarrier& barrier, const BulkLoad& load) {
+  machine.faults.add(Kind::too_few_bytes, machine.warps[load.warp], *load.instruction, load.lane,
+                     barrier.address, int(load.box.bytes()));
+}
+
 namespace {
 
 void complete_phase(Machine& machine, MBarrier& barrier) {
@@ -19,6 +24,7 @@ void complete_phase(Machine& machine, MBarrier& barrier) {
   landed[barrier.index] = barrier.phase;
   barrier.arrived = {};
   barrier.pending = barrier.count;
+  for (const BulkLoad& load : barrier.late) report_unexpected(machine, barrier, load);
   for (Warp& warp : machine.warps)
     if (warp.state == State::blocked && warp.waiting.address == barrier.address)
       warp.state = State::ready;
@@ -27,23 +33,26 @@ void complete_phase(Machine& machine, MBarrier& barrier) {
 // The lanes of one instruction mostly name one barrier.
 class Barriers {
  public:
-  Barriers(Warp& warp, const Instruction& instruction, i32 base, i32 offset, u32 lanes)
-      : warp_(warp), instruction_(instruction), last_lane_(31 - std::countl_zero(lanes)) {
+  Barriers(Warp& warp, const Instruction& instruction, i32 base, i32 offset, u32 lanes,
+           Access access = Access::mbarrier)
+      : warp_(warp),
+        instruction_(instruction),
+        access_(access),
+        last_lane_(31 - std::countl_zero(lanes)) {
     const u32* from = warp.at<u32>(base);
     for (int lane = 0; lane < 32; ++lane) addresses_[lane] = from[lane] + u32(offset);
   }
 
-  u32 address(int lane) const { return addresses_[lane]; }
-
   MBarrier* at(int lane) {
     if (found_ == nullptr || found_->address != addresses_[lane] || lane == last_lane_)
-      found_ = find_mbarrier(warp_, instruction_, lane, addresses_[lane]);
+      found_ = find_mbarrier(warp_, instruction_, lane, addresses_[lane], access_);
     return found_;
   }
 
  private:
   Warp& warp_;
   const Instruction& instruction_;
+  Access access_;
   int last_lane_;
   u32 addresses_[32];
   MBarrier* found_ = nullptr;
@@ -51,21 +60,26 @@ class Barriers {
 
 bool check_access(Warp& warp, const Instruction& instruction, int lane, u32 address,
                   Access access) {
-  if (warp.machine.shared.valid(warp, instruction, &address, 1, 8) == 0) return false;
-  if (warp.machine.schedule.checks)
-    warp.machine.shared.check_write({warp, instruction, u8(lane), address, 8, access});
+  SharedMemory& shared = warp.machine.shared;
+  if (shared.valid(warp, instruction, &address, 1, 8) == 0) return false;
+  const Touch touch{warp, instruction, u8(lane), address, 8, access};
+  if (warp.machine.schedule.checks && access == Access::poll)
+    shared.check_read(touch);
+  else if (warp.machine.schedule.checks)
+    shared.check_write(touch);
   return true;
 }
 
 }  // namespace
 
-MBarrier* find_mbarrier(Warp& warp, const Instruction& instruction, int lane, u32 address) {
+MBarrier* find_mbarrier(Warp& warp, const Instruction& instruction, int lane, u32 address,
+                        Access access) {
   const auto found = warp.machine.mbarriers.find(address);
   if (found == warp.machine.mbarriers.end() || !found->second.is_valid) {
     Touch{warp, instruction, u8(lane), address, 8}.report(Kind::no_mbarrier);
     return nullptr;
   }
-  check_access(warp, instruction, lane, address, Access::atomic);
+  check_access(warp, instruction, lane, address, access);
   return &found->second;
 }
 
@@ -78,12 +92,14 @@ void expect_bytes(Machine& machine, MBarrier& barrier, i64 bytes) {
 void report_left(Machine& machine, const MBarrier& barrier) {
   const BulkLoad& last = barrier.last;
   const Warp& warp = machine.warps[last.warp];
+  const Instruction* expect = barrier.last_expect ? barrier.last_expect : last.instruction;
+  i64 bytes = barrier.bytes;
+  for (const BulkLoad& load : barrier.late) bytes -= load.box.bytes();
+  if (bytes != 0)
+    machine.faults.add(Kind::bytes_left, warp, *expect, last.lane, barrier.address,
+                       int(std::abs(bytes)));
   if (last.instruction != nullptr && last.phase >= barrier.phases_waited_for)
     machine.faults.add(Kind::abandoned, warp, *last.instruction, last.lane, barrier.address, 8);
-  const Instruction* expect = barrier.last_expect ? barrier.last_expect : last.instruction;
-  if (barrier.bytes != 0)
-    machine.faults.add(Kind::bytes_left, warp, *expect, last.lane, barrier.address,
-                       int(std::abs(barrier.bytes)));
 }
 
 bool report_mbarrier(const Warp& warp) {
@@ -120,11 +136,11 @@ void init(Warp& warp, const Instruction& instruction, u32 lanes) {
 
 // Operands: address, offset.
 void invalidate(Warp& warp, const Instruction& instruction, u32 lanes) {
-  Barriers barriers(warp, instruction, instruction.operands[0], instruction.operands[1], lanes);
+  Barriers barriers(warp, instruction, instruction.operands[0], instruction.operands[1], lanes,
+                    Access::plain);
   for_each_lane(lanes, [&](int lane) {
     MBarrier* barrier = barriers.at(lane);
     if (barrier == nullptr) return;
-    check_access(warp, instruction, lane, barrier->address, Access::plain);
     report_left(warp.machine, *barrier);
     barrier->is_valid = false;
     barrier->late.clear();
@@ -173,7 +189,7 @@ template <int SIGN> void expect(Warp& warp, const Instruction& instruction, u32 
 template <bool PARITY, bool TRIES>
 void wait(Warp& warp, const Instruction& instruction, u32 lanes) {
   const i32* o = instruction.operands;
-  Barriers barriers(warp, instruction, o[1], o[2], lanes);
+  Barriers barriers(warp, instruction, o[1], o[2], lanes, Access::poll);
   u32 complete = 0, awaited = 0;
   const MBarrier* joined = nullptr;
   for_each_lane(lanes, [&](int lane) {

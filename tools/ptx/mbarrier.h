@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <array>
+#include <deque>
 #include <vector>
 
 #include "memory.h"
@@ -55,10 +56,10 @@ struct MBarrier {
   u32 phase = 0;          // phases that are complete
   u32 first_phase = 0;    // since it was initialised
   u32 phases_waited_for = 0;
-  Knowledge arrived{};           // of those that arrived in this phase
-  Knowledge complete{};          // of those that arrived in earlier ones
-  std::vector<BulkLoad> late{};  // that have not landed
-  BulkLoad last{};               // without its data
+  Knowledge arrived{};          // of those that arrived in this phase
+  Knowledge complete{};         // of those that arrived in earlier ones
+  std::deque<BulkLoad> late{};  // that have not landed
+  BulkLoad last{};              // without its data
   const Instruction* last_expect = nullptr;
 };
 

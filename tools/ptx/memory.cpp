@@ -127,11 +127,12 @@ bool SharedMemory::in_flight(const Touch& touch, std::size_t g) const {
 
 void SharedMemory::check_read(const Touch& touch) {
   Warp& warp = touch.warp;
-  const bool is_async = touch.access != Access::plain;
+  const bool is_async = touch.is_async();
   for (std::size_t g = first(touch.address); g <= first(touch.address + touch.size - 1); ++g) {
     Record& record = records_[g];
     const Stamp writer = record.writer;
-    const bool is_bulk = warp_of(writer) >= MAX_WARPS;
+    const bool by_bulk = warp_of(writer) >= MAX_WARPS;
+    const bool harmless = touch.access == Access::poll && record.atomic;
     const auto report = [&](Kind kind) {
       touch.report(kind, record.writer_pc, warp_of(writer) % MAX_WARPS);
     };
@@ -139,11 +140,11 @@ void SharedMemory::check_read(const Touch& touch) {
       report(Kind::copy_in_flight);
     else if (clock_of(writer) <= block_start_)
       touch.report(Kind::uninitialised);
-    else if (!is_bulk && !known(writer, warp.clocks))
+    else if (!by_bulk && !known(writer, warp.clocks) && !harmless)
       report(Kind::read_after_write);
-    else if (warp.other_lane(writer, record.writer_lane, touch.lane))
+    else if (warp.other_lane(writer, record.writer_lane, touch.lane) && !harmless)
       report(Kind::lanes_of_a_warp);
-    else if (is_async && !is_bulk && !known(writer, warp.fenced))
+    else if (is_async && !by_bulk && !known(writer, warp.fenced))
       report(Kind::proxy_fence);
     if (is_async) continue;
     read_clocks_[warp.id][g] = clock_of(warp.now());
@@ -183,7 +184,7 @@ void SharedMemory::check_write(const Touch& touch) {
       report(Kind::lanes_of_a_warp);
     else if (touch.is_bulk() && !by_bulk && !known(writer, warp.fenced))
       report(Kind::proxy_fence);
-    check_readers(touch, g);
+    if (touch.access != Access::mbarrier) check_readers(touch, g);
     record.wrote(touch.is_bulk() ? stamp(MAX_WARPS + warp.id, warp.clocks[warp.id]) : warp.now(),
                  touch.instruction.pc, touch.lane, atomic);
   }

@@ -133,8 +133,9 @@ class Records {
   std::unique_ptr<Record[], Unmap> records_;
 };
 
-// wgmma and bulk copies access memory through the asynchronous proxy.
-enum class Access { plain, atomic, wgmma, bulk, bulk_atomic };
+// wgmma and bulk copies access memory through the asynchronous proxy. Operations on an mbarrier,
+// and polls of it, are atomic for each other.
+enum class Access { plain, atomic, mbarrier, poll, wgmma, bulk, bulk_atomic };
 
 // An access of one lane.
 struct Touch {
@@ -149,7 +150,10 @@ struct Touch {
   u32 phase = 0;             // and in which phase
 
   bool is_bulk() const { return access >= Access::bulk; }
-  bool is_atomic() const { return access == Access::atomic || access == Access::bulk_atomic; }
+  bool is_async() const { return access >= Access::wgmma; }
+  bool is_atomic() const {
+    return access == Access::atomic || access == Access::mbarrier || access == Access::bulk_atomic;
+  }
   void report(Kind kind, int other_pc = -1, int other_warp = -1) const;
 };
 

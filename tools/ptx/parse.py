@@ -45,7 +45,8 @@ class Statement(NamedTuple):
     def __str__(self) -> str:
         guard = f"@{'!' * self.negated}{self.guard} " if self.guard else ""
         operands = ", ".join(re.sub(r",(?:[^,]+,){3,}", ", ..., ", op) for op in self.operands)
-        return f"{guard}{self.opcode} {operands}".rstrip()
+        scope = r"@\d+\b"  # that a register or label belongs to
+        return re.sub(scope, "", f"{guard}{self.opcode} {operands}".rstrip())
 
 
 @dataclass
