@@ -10,7 +10,8 @@ import pytest
 import torch
 from ptx_broken import BARRIERS, WGMMA_READS, WORDS, Case
 from ptx_broken_async import ASYNCHRONOUS, pipelined
-from ptx_broken_bulk import BULK, UNEVEN
+from ptx_broken_bulk import BULK
+from ptx_broken_mbarrier import MBARRIERS, UNEVEN, WARPS
 from ptx_broken_memory import GLOBAL_RACES, HARMLESS, LANES, MEMORY
 
 from mmfused.tools.ptx.build import compiler
@@ -19,7 +20,16 @@ from mmfused.tools.ptx.tensor_map import encode
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler for the PTX machine")
 
-CASES = {**BARRIERS, **ASYNCHRONOUS, **MEMORY, **GLOBAL_RACES, **LANES, **BULK}
+CASES = {
+    **BARRIERS,
+    **ASYNCHRONOUS,
+    **MEMORY,
+    **GLOBAL_RACES,
+    **LANES,
+    **BULK,
+    **MBARRIERS,
+    **WARPS,
+}
 SCHEDULES = [
     Schedule(seed, late_copies, late_wgmma)
     for seed, late_copies, late_wgmma in itertools.product(range(4), (False, True), (False, True))
@@ -148,7 +158,7 @@ REPORTS = {
         "not waited for before the warp ends (block 0, warp 0, lane 0, 4 bytes at shared+0x0); 2 "
         "times"
     ),
-    "mbarrier: not initialised": (
+    "not initialised": (
         "broken: mbarrier: kernels/broken.py:2 `@leader mbarrier.arrive.expect_tx.shared::cta.b64 "
         "_, [full], 1024` uses an mbarrier that is not initialised (block 0, warp 0, lane 0, 8 "
         "bytes at shared+0x4000)"
@@ -168,7 +178,7 @@ REPORTS = {
         "another number of registers than the rest of its warpgroup (block 0, warp 1, all lanes); "
         "the other access: by warp 0"
     ),
-    "mbarrier: expects too many bytes": (
+    "expects too many bytes": (
         "broken: deadlock: kernels/broken.py:5 `mbarrier.try_wait.parity.shared::cta.b64 complete, "
         "[full], 0` waits forever: its mbarrier expects more bytes than copies bring (block 0, "
         "warp 0, lane 0, 1024 bytes at shared+0x4000); 2 times"

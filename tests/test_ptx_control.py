@@ -24,7 +24,7 @@ def test_every_other_opcode_of_the_machine_has_a_test():
     tested = r"""bra|ret|bar[.](sync|arrive|warp[.]sync)|fence[.]proxy[.]async|nothing
         |shfl[.](up|down|bfly|idx)[.]b32|redux[.]\w+[.]\w+|vote[.]ballot[.]b32|match[.]any[.]b32
         |activemask[.]b32|elect|setmaxnreg|brx[.]idx|barrier[.]cluster[.](arrive|wait)"""
-    elsewhere = "(ld|st|atom|red|cp|mbarrier)[.]|ldmatrix|stmatrix|mma|wgmma"
+    elsewhere = "(ld|st|atom|red|cp|mbarrier|tensormap)[.]|ldmatrix|stmatrix|mma|wgmma"
     known = [name for name, types in signatures().items() if not types]
     known = [name for name in known if not re.match(elsewhere, name)]
     assert [name for name in known if not re.fullmatch(tested, name, re.VERBOSE)] == []
@@ -375,6 +375,9 @@ SPELLINGS = """
     fma.rn.bf16x2 %r1, %r2, %r3, %r4;  lop3.b32 %r1, %r2, %r3, %r4, 0xE8;  mov.f32 %f1, 1.5;
     selp.f32 %f1, 0fFF800000, %f2, %p1;  setp.ne.b32 %p1, %r1, 0;  mov.pred %p1, -1;
     mov.u64 %rd1, buffer;  cvta.to.global.u64 %rd1, %rd2;  bfe.u32 %r1, %r2, 4, 8;
+    prefetch.tensormap [%rd1];  nanosleep.u32 100;  griddepcontrol.wait;
+    griddepcontrol.launch_dependents;  fence.mbarrier_init.release.cluster;
+    cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%rd1, {%r1, %r2}];
     mad.wide.s32 %rd1, %r1, 4, %rd2;  setp.eq.s16 %p1, %rs1, 0;  mov.b16 %rs1, 0x3F80U;
 """
 
@@ -394,6 +397,37 @@ UNSUPPORTED = {
     "a wide destination": ("add.u32 %rd1, %r1, %r2;", "it writes 32 bits to %rd1 of 64 bits"),
     "a narrow source": ("add.u64 %rd1, %r1, %rd2;", "it reads 64 bits of %r1"),
     "an unknown copy": ("cp.sync.u32 [%rd1], [%rd2];", "it is no cp.async of 4, 8 or 16 bytes"),
+    "a cluster's copy": (
+        "cp.async.bulk.tensor.1d.shared::cluster.global.mbarrier::complete_tx::bytes"
+        ".multicast::cluster [%r1], [%rd1, {%r2}], [%r3], %rs1;",
+        "it copies to several blocks of a cluster",
+    ),
+    "a copy of two blocks": (
+        "cp.async.bulk.tensor.1d.shared::cta.global.mbarrier::complete_tx::bytes"
+        ".cta_group::2 [%r1], [%rd1, {%r2}], [%r3];",
+        "it is of sm_100",
+    ),
+    "an image": (
+        "cp.async.bulk.tensor.3d.shared::cta.global.im2col.mbarrier::complete_tx::bytes"
+        " [%r1], [%rd1, {%r2, %r3, %r4}], [%r5], {%rs1};",
+        "it copies image columns",
+    ),
+    "an unknown reduction": (
+        "cp.reduce.async.bulk.tensor.1d.global.shared::cta.inc.bulk_group [%rd1, {%r2}], [%r1];",
+        "it is a reduction that the machine does not know",
+    ),
+    "an mbarrier at a generic address": (
+        "mbarrier.init.b64 [%rd1], 1;",
+        "it names no address space: shared",
+    ),
+    "an mbarrier that loses arrivals": (
+        "mbarrier.arrive_drop.shared::cta.b64 %rd1, [%r1];",
+        "it knows no mbarrier.arrive_drop",
+    ),
+    "a wrong number of registers": (
+        "setmaxnreg.inc.sync.aligned.u32 100;",
+        "it sets 100 registers, expected a multiple of 8 from 24 to 256",
+    ),
     "a negated operand": (
         "wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%f1, %f2, %f3, %f4}, "
         "%rd1, %rd2, 1, -1, 1, 0, 0;",

@@ -5,18 +5,6 @@
 
 namespace ptx {
 
-bool TensorMap::is_valid() const {
-  if (rank < 1 || rank > MOST_DIMENSIONS || element > 12 || swizzle > 3 || interleave != 0)
-    return false;
-  if (address % 16 != 0 || (fill_nan && !is_float())) return false;
-  for (int k = 0; k < rank; ++k) {
-    if (dims[k] == 0 || box[k] == 0 || box[k] > 256 || element_strides[k] != 1) return false;
-    if (k > 0 && (strides[k - 1] % 16 != 0 || strides[k - 1] >> 40 != 0)) return false;
-  }
-  const u32 row = box[0] * element_bytes();
-  return row % 16 == 0 && (swizzle == 0 || row <= swizzle_bytes());
-}
-
 u32 Box::bytes() const {
   u32 elements = 1;
   for (int k = 0; k < map.rank; ++k) elements *= map.box[k];
@@ -72,6 +60,8 @@ bool read_map(Warp& warp, const Instruction& instruction, int lane, u64 address,
     if (machine.parameters.valid(warp, instruction, &address, 1, sizeof map) == 0) return false;
     std::memcpy(&map, machine.parameters.at(address), sizeof map);
   } else if (machine.global.inside(address, sizeof map)) {
+    if (machine.schedule.checks)
+      machine.global.check_read({warp, instruction, u8(lane), address, sizeof map});
     std::memcpy(&map, machine.global.at(address), sizeof map);
   }
   if (map.is_valid()) return true;

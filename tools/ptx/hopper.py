@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from .tensor_map import ELEMENTS
+from .tensor_map import ELEMENTS, FIELDS
 from .translate import NONE, Operand, Translator, numbers
 
 # In the order of bulk.cpp's Reduction.
@@ -131,6 +131,22 @@ def jump_by_index(t: Translator, words: list[str], tokens: list[str]) -> None:
     t.emit("brx.idx", [t.source(tokens[0], "u32"), *labels], outputs=0)
 
 
+def tensormap(t: Translator, words: list[str], tokens: list[str]) -> None:
+    """Tensor maps that a kernel makes: in shared memory, then copied to global memory."""
+    if words[1] == "cp_fenceproxy":
+        ends = [*t.address(tokens[0], "u64"), *t.address(tokens[1], "u32")]
+        return t.emit("tensormap.copy", ends, outputs=0)
+    if words[1:3] != ["replace", "tile"] or words[3] not in FIELDS or "shared::cta" not in words:
+        t.unsupported("is no tensormap.replace.tile of a map in shared memory")
+    t.smallest_access = min(t.smallest_access, 4)
+    place = FIELDS[words[3]]
+    at = place.offset + (place.size * int(tokens[1], 0) if place.is_array else 0)
+    is_wide = words[-1] == "b64"
+    value = t.source(tokens[-1], words[-1])
+    form = numbers(at, place.size, words[3] == "rank", is_wide)  # PTX counts ranks from 0
+    t.emit("tensormap.replace", [*t.address(tokens[0], "u32"), value, *form], outputs=0)
+
+
 def ignored(t: Translator, words: list[str], tokens: list[str]) -> None:
     """What changes nothing here: prefetches, sleep and the order of launches."""
     t.emit("nothing", [], outputs=0)
@@ -140,6 +156,7 @@ FAMILIES = {
     "mbarrier": mbarrier,
     "elect": elect,
     "setmaxnreg": setmaxnreg,
+    "tensormap": tensormap,
     "brx": jump_by_index,
     "prefetch": ignored,
     "nanosleep": ignored,

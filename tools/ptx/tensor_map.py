@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from typing import NamedTuple
 
 # In the order of the numbers that PTX gives them in tensormap.replace, and their bytes.
 ELEMENT_BYTES = {
@@ -18,6 +19,29 @@ ELEMENTS = tuple(ELEMENT_BYTES)
 SWIZZLE_BYTES = (0, 32, 64, 128)
 _MOST_DIMENSIONS = 5
 _FORMAT = f"<Q{_MOST_DIMENSIONS}Q{_MOST_DIMENSIONS - 1}Q{2 * _MOST_DIMENSIONS}I8B"
+
+
+class Field(NamedTuple):
+    """Where a value lies in a tensor map, in bytes; an array has one for each dimension."""
+
+    offset: int
+    size: int
+    is_array: bool = False
+
+
+# By their names in tensormap.replace; in the order of the struct.
+FIELDS = {
+    "global_address": Field(0, 8),
+    "global_dim": Field(8, 8, True),
+    "global_stride": Field(48, 8, True),
+    "box_dim": Field(80, 4, True),
+    "element_stride": Field(100, 4, True),
+    "rank": Field(120, 1),
+    "elemtype": Field(121, 1),
+    "swizzle_mode": Field(122, 1),
+    "fill_mode": Field(123, 1),
+    "interleave_layout": Field(124, 1),
+}
 
 
 def encode(
