@@ -1,7 +1,7 @@
 """Training steps of the five models whose launches are counted.
 
-These are the small models of benchmarks/model_steps.py: from the encoders' tokens to the loss, in
-float32, without dropout. As in training, gradients are clipped and AdamW makes the step.
+These are the steps of benchmarks/model_steps.py: from the encoders' tokens to the loss, in float32,
+without dropout. As in training, gradients are clipped and AdamW makes the step.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import mmfused.models
 from mmfused.benchmarks import model_steps
 from mmfused.training.optimizer import make_optimizer
 
+from .launch_cases import FLOAT, floats, module
 from .launches import Launch, recorded
-from .torch_work import untouched
 
 TITLES = {
     "fluid": "FLUID",
@@ -38,11 +38,10 @@ class StepLaunches(NamedTuple):
 
 def step_launches(name: str) -> StepLaunches:
     """Count the second training step of a model: the optimizer has its state already."""
-    batch = next(case.B for case in model_steps.cases("cpu", False) if case.name == name)
-    step = model_steps.STEPS[name](mmfused.models, batch, True, torch.device("cpu"), torch.float32)
-    inputs = [
-        untouched(shape, dtype=torch.float32).requires_grad_() for shape in step.shapes().values()
-    ]
+    batch = next(case.B for case in model_steps.CASES if case.name == name)
+    make, meta = model_steps.STEPS[name], torch.device("meta")
+    step = module(lambda: make(mmfused.models, batch, False, meta, FLOAT), FLOAT)
+    inputs = [floats(*shape, dtype=FLOAT) for shape in step.shapes().values()]
     parameters = [x for x in step.parameters() if x.requires_grad]
     optimizer = make_optimizer(step, _ADAMW) if parameters else None
     _step(step, inputs, parameters, optimizer)

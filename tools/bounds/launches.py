@@ -204,16 +204,18 @@ class _Operators(TorchDispatchMode):
     ) -> None:
         """Append the launch of an operator, unless it has nothing to do."""
         moved = torch_work.bytes_of(function, args, kwargs, out)
-        tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)]
-        if not moved:
+        waits = torch_work.waits(function, args)
+        results = [x.numel() for x in tree_leaves(out) if isinstance(x, Tensor)]
+        if not waits and (not moved or (results and not any(results))):
             return
+        tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)]
         self.launches.append(
             Launch(
                 torch_work.name_of(function),
                 "torch",
                 flops=torch_work.flops_of(function, args, kwargs, out),
                 bytes=moved,
-                waits=torch_work.waits(function, args),
+                waits=waits,
                 computed=computed,
                 shapes=tuple(tuple(x.shape) for x in tensors),
                 dtype=tensors[0].dtype,

@@ -184,7 +184,7 @@ class Pretence:
         return self.unless_paused(original, group)
 
     def as_on_cuda(self, name: str, original: Any) -> Any:
-        """Replace a function of torch.nn.functional that is one operator on a GPU."""
+        """Replace a function of torch.nn.functional that runs other operators on a GPU."""
         return self.unless_paused(original, functools.partial(_AS_ON_CUDA[F, name], original))
 
 
@@ -219,14 +219,13 @@ def _dropout(
     return torch.native_dropout(x, p, True)[0]
 
 
-def _rms_norm(
-    original: Any,
-    x: Tensor,
-    normalized_shape: tuple[int, ...],
-    weight: Tensor | None = None,
-    eps: float | None = None,
-) -> Tensor:
-    return torch.ops.aten._fused_rms_norm(x, normalized_shape, weight, eps)[0]
+def _one_hot(original: Any, x: Tensor, num_classes: int = -1) -> Tensor:
+    if num_classes == -1:  # the largest value decides
+        return original(x, num_classes)
+    return x.new_zeros(*x.shape, num_classes).scatter_(-1, x.unsqueeze(-1), 1)
 
 
-_AS_ON_CUDA = {(F, "dropout"): _dropout, (F, "rms_norm"): _rms_norm}
+_AS_ON_CUDA = {
+    (F, "dropout"): _dropout,
+    (F, "one_hot"): _one_hot,
+}
