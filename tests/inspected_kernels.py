@@ -35,7 +35,7 @@ class Side(NamedTuple):
 
 @triton.jit
 def sides_kernel(
-    side,
+    side: Side,
     out_ptr,
     n,
     BN: tl.constexpr,

@@ -62,6 +62,7 @@ def own_launches():
 
 def test_members_of_tuples_are_specialised_like_arguments():
     first, second, *_ = own_launches()
+    assert list(first.args) == ["side", "out_ptr", "n"] and first.constexprs == {"BN": 128}
     signature, constexprs, attributes = specialize(first, 90)
     assert signature == {
         "side": Side("*bf16", "i32", "constexpr", Inner("*fp32", "constexpr"), "fp32", "i64"),

@@ -36,6 +36,7 @@ def ttgir(layout, product):
         (MMA.format("2, 4"), DOT.format(32, 32), 0),
         (MMA.format("1, 8"), DOT.format(16, 32), 2),
         (MMA.format("4, 1"), DOT.format(64, 32), 0),
+        (MMA.format("1, 1"), DOT.format(16, 4), 0),  # narrower than an instruction
         (WGMMA.format("8, 1", 64), GROUP_DOT.format(64, 64), 2),
         (WGMMA.format("8, 1", 64), GROUP_DOT.format(128, 64), 0),
         (WGMMA.format("4, 2", 64), GROUP_DOT.format(64, 64), 2),
