@@ -164,6 +164,26 @@ def test_a_tensor_that_is_read_as_two_parts_counts_once():
     assert numbers(forward) == near((0, 1.5 * M * N * BF16))
 
 
+def test_memory_that_is_read_twice_counts_once():
+    forward, _ = count(lambda x: x * x[:1], (M, N))
+    assert numbers(forward) == near((0, 2 * M * N * BF16))
+
+
+def test_a_column_that_is_repeated_is_read_once():
+    forward, _ = count(lambda x, y: x[:, :1].expand(-1, N) + y, (M, N), (M, N))
+    assert numbers(forward) == near((0, M * BF16 + 2 * M * N * BF16))
+
+
+def test_a_cast_is_computed_again_instead_of_stored():
+    def share(x):
+        wide = x.float()
+        return wide / wide.sum()
+
+    forward, _ = count(share, (M, N))
+    x = M * N * BF16
+    assert numbers(forward) == near((0, x), (0, x + 2 * x))
+
+
 def test_the_gradient_of_indexing_moves_only_the_rows_that_it_adds():
     index = torch.zeros(10, dtype=torch.int64, device="meta")
     forward, backward = count(lambda x: x[torch.empty_like(index, device="cpu")], (M, N))
