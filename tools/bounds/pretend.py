@@ -49,6 +49,12 @@ def keep_on_host(values: Any) -> Any:
     return values
 
 
+def put_on_gpu(x: Tensor) -> Tensor:
+    """Remove the mark of :func:`keep_on_host`."""
+    vars(x).pop(_HOST, None)
+    return x
+
+
 @contextmanager
 def on_cuda(arch: int, copied: Callable[[str, Tensor], None]) -> Iterator[Pretence]:
     """Let tensors on the CPU pass for tensors on a GPU.
@@ -126,7 +132,7 @@ class Pretence:
                 with self.paused():
                     return keep_on_host(original(*args, **kwargs))
             out = original(*args, **_without_cuda(kwargs))
-            vars(out).pop(_HOST, None)
+            put_on_gpu(out)
             if name in _FROM_VALUES and not given:
                 self.copied(name, out)
             return out
@@ -140,7 +146,7 @@ class Pretence:
             out = original(x, *args, **_without_cuda(kwargs))
             if is_on_host(x):
                 return keep_on_host(out)
-            vars(out).pop(_HOST, None)
+            put_on_gpu(out)
             self.copied(name, out)
             return out
 

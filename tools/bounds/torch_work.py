@@ -17,7 +17,7 @@ from torch.utils.flop_counter import flop_registry
 
 from mmfused.tools.end_to_end_count import ALLOCATIONS, moved
 
-from .pretend import is_on_host
+from .pretend import is_on_host, put_on_gpu
 
 _ALIGNMENT = 64  # of torch's own allocations on a CPU
 _INDEXING = ("index", "_unsafe_index", "index_put", "index_put_", "_unsafe_index_put")
@@ -109,7 +109,7 @@ def untouched(
     num_bytes = (extent if 0 not in size else 0) * dtype.itemsize
     memory = torch.from_numpy(np.zeros(num_bytes + _ALIGNMENT, np.uint8))  # calloc
     memory = memory[-memory.data_ptr() % _ALIGNMENT :][:num_bytes]
-    return memory.view(dtype).as_strided(size, stride)
+    return put_on_gpu(memory.view(dtype).as_strided(size, stride))
 
 
 def mutated(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
