@@ -9,6 +9,7 @@ from mmfused.cli.compiling import recorded_launches
 from mmfused.cli.inspect import report_of
 from mmfused.cli.redundancy import find_redundant
 from mmfused.supported import ARCHS
+from mmfused.tools import compile_matrix
 
 MMA = "versionMajor = 2, versionMinor = 0, warpsPerCTA = [{}], instrShape = [16, 8]"
 WGMMA = "versionMajor = 3, versionMinor = 0, warpsPerCTA = [{}], instrShape = [16, {}, 16]"
@@ -76,6 +77,14 @@ def test_list_names_launches_that_exist():
             for job in recorded_launches(arch, op, sorted(names))
         }
         assert {entry for entry in known.entries() if entry[2] == arch} <= launched
+
+
+def test_compile_matrix_names_entries_that_no_launch_needs():
+    names = ("op", "kernel", "arch", "case")
+    rows = [dict(zip(names, entry, strict=True), known="2 warps") for entry in known.entries()]
+    assert compile_matrix.unneeded(rows) == []
+    rows[3]["known"] = ""
+    assert compile_matrix.unneeded(rows) == [" ".join(rows[3][name] for name in names)]
 
 
 def test_redundant_warps_are_a_fault_unless_they_are_listed(monkeypatch):

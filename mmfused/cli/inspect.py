@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
     listed = sum(bool(r.known) for r in reports)
     print(
         f"{len(reports)} launches compiled, {faults} with a fault"
-        + (f", {listed} with one that an issue removes." if listed else ".")
+        + (f", {listed} with a known one." if listed else ".")
     )
     return 1 if faults else 0
 
