@@ -1,7 +1,5 @@
 """The launches of the library's own step in each row of the targets, and the time they need.
 
-    python tools/bounds/rows.py query_pooling fluid [H100]
-
 A step is the benchmark's case at its full size, in bfloat16, with the fused backend. Triton kernels
 are traced (tracing.py) and predicted (predict.py); torch's operators take the time of their FLOPs
 or bytes, as those of the baselines do.
@@ -10,15 +8,10 @@ or bytes, as those of the baselines do.
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
-
-if not __package__:  # run as a script: import mmfused from this checkout
-    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
 
@@ -145,11 +138,16 @@ def _predicted(launch: Traced, card: str) -> Prediction:
     return predict(launch, CARDS[card])
 
 
+def prediction(launch: Traced, card: Card) -> Prediction:
+    """Return what a traced launch needs on a card."""
+    return _predicted(launch, card.name)
+
+
 def times(launch: Traced | Work, card: Card) -> tuple[float, float]:
     """Return the low and the high predicted time of a launch."""
     if isinstance(launch, Work):
         return (seconds(launch, card),) * 2
-    found = _predicted(launch, card.name)
+    found = prediction(launch, card)
     return found.low, found.high
 
 
@@ -178,47 +176,5 @@ def bounds(op: str, case: str, card: Card) -> tuple[Bound, Bound]:
 def limiter(launch: Traced | Work, card: Card) -> str:
     """Return the unit that limits a launch."""
     if isinstance(launch, Traced):
-        return _predicted(launch, card.name).limiter
+        return prediction(launch, card).limiter
     return "matrix" if seconds(launch, card) > launch.bytes / card.dram else "dram"
-
-
-# ---- the table of one row ------------------------------------------------------------------------
-
-
-def table(op: str, case: str, card: Card) -> str:
-    """Return a line for each launch of a row: time, limiter, units, occupancy."""
-    lines = []
-    for which, launches in step(op, case, card.arch)._asdict().items():
-        lines += [f"{which}", *(_line(launch, card) for launch in launches)]
-    return "\n".join(lines)
-
-
-def _line(launch: Traced | Work, card: Card) -> str:
-    low, high = (1e6 * value for value in times(launch, card))
-    line = f"  {launch.name:26} {low:9.1f} {high:9.1f} us  {limiter(launch, card):8}"
-    if isinstance(launch, Work):
-        return f"{line} {launch.flops / 1e9:.1f} GFLOP, {launch.bytes / 1e6:.1f} MB"
-    found = _predicted(launch, card.name)
-    units = " ".join(f"{unit} {1e6 * value:.1f}" for unit, value in found.units.items())
-    shares = ", ".join(
-        f"{name} {100 * getattr(found, name):.0f} %" for name in ("prologue", "epilogue", "barrier")
-    )
-    return (
-        f"{line} {found.traced} of {found.blocks} blocks, {found.resident} at a time, "
-        f"{found.waves:.1f} waves; {units}; {shares}"
-    )
-
-
-def main(words: list[str]) -> None:
-    op, case, card = [*words, "H200"][:3]
-    print(table(op, case, CARDS[card]))
-    for which, bound in zip(Step._fields, bounds(op, case, CARDS[card]), strict=True):
-        print(
-            f"{which}: {1e6 * bound.low:.1f} to {1e6 * bound.high:.1f} us predicted, floor "
-            f"{1e6 * bound.floor:.1f} us, {bound.launches} launches; slowest: {bound.slowest} "
-            f"({bound.limiter})"
-        )
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
