@@ -6,7 +6,8 @@ command exits with 1 if a kernel spills registers, needs more shared memory than
 race (:mod:`.races`), lacks a matrix instruction that it should have, or has warps that compute the
 same product (:mod:`.redundancy`) and is not listed in :mod:`.known`.
 
-:mod:`.compiling` compiles and caches; with ``--sass``, :mod:`.sass` reads the machine code.
+:mod:`.compiling` compiles and caches; with ``--sass``, :mod:`.sass` reads the machine code. With
+``--bound`` the command counts what limits each kernel instead (:mod:`.bound`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 from ..library import INTERPRETED
 from ..ops import OPS
 from ..supported import ARCHS
-from . import compiling, known
+from . import bound, compiling, known
 from .compiling import Job, Measured
 from .sass import Sass
 
@@ -71,8 +72,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="sm_90",
         help=f"architecture; may be repeated (default: {' '.join(ARCHS)})",
     )
-    parser.add_argument("--op", choices=sorted(OPS), help="compile the kernels of this op only")
+    parser.add_argument(
+        "--op",
+        choices=[*sorted(OPS), "models"],
+        help="compile the kernels of this op only; models: only with --bound",
+    )
     parser.add_argument("--case", action="append", help="compile this case only; may be repeated")
+    parser.add_argument(
+        "--bound",
+        action="store_true",
+        help="count instead what limits each kernel in the cases of the benchmarks that have a "
+        "target, and predict its time",
+    )
+    parser.add_argument(
+        "--card",
+        action="append",
+        metavar="H200",
+        help="GPU for --bound: H100, H200 or A100; may be repeated (default: H200)",
+    )
     parser.add_argument(
         "--sass",
         action="store_true",
@@ -86,6 +103,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compile the launches, print the table, and return 1 if a launch has a fault, else 0."""
+    _check_not_interpreted()
+    if args.bound:
+        return bound.run(args)
     _check(args)
     print(_HEADER, flush=True)
     reports = []
@@ -103,13 +123,19 @@ def run(args: argparse.Namespace) -> int:
     return 1 if faults else 0
 
 
-def _check(args: argparse.Namespace) -> None:
+def _check_not_interpreted() -> None:
     if INTERPRETED:
         raise ValueError(
             "inspect: TRITON_INTERPRET: got '1', expected it unset, because it disables compilation"
         )
+
+
+def _check(args: argparse.Namespace) -> None:
     from mmfused.kernels.tiles import SHARED_MEMORY
 
+    if args.card or args.op == "models":
+        option, value = ("--card", args.card) if args.card else ("--op", args.op)
+        raise ValueError(f"{option}: got {value!r}, expected --bound beside it")
     supported = [f"sm_{number}" for number in SHARED_MEMORY]
     for arch in args.arch or ():
         if arch not in supported:

@@ -91,14 +91,16 @@ def _line(row: str, found: dict[str, Any], card: str, versions: list[str]) -> li
     return [
         row.replace("/", " "),
         _pair(_us(bound["floor"]) for bound in newest.values()),
-        *(
-            _pair(_range(bound["low"], bound["high"]) for bound in found[version][card].values())
-            for version in versions
-        ),
+        *(times(found[version][card]) for version in versions),
         _pair(f"{100 * bound['floor'] / bound['high']:.0f} %" for bound in newest.values()),
         _pair(f"{bound['slowest']}: {bound['limiter']}" for bound in newest.values()),
         _baselines(row, newest, CARDS[card]),
     ]
+
+
+def times(passes: dict[str, Any]) -> str:
+    """Return the predicted times of the passes of a row."""
+    return _pair(_range(bound["low"], bound["high"]) for bound in passes.values())
 
 
 def _baselines(row: str, newest: dict[str, Any], card: Any) -> str:
