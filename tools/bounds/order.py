@@ -16,9 +16,10 @@ from mmfused.tools.ptx.translate import Instruction
 
 WINDOW = 64
 _LOAD_CYCLES = 300  # that a load of global memory is expected to take
-_JUMPS = ("bra", "ret", "brx")
+_JUMPS = ("bra", "ret", "brx.idx")
 # No access to memory moves across these.
 _FENCES = ("commit copies", "wait copies", "wgmma", "commit wgmma", "wait wgmma", "barrier")
+_FENCES += ("mbarrier", "wait mbarrier", "bulk load", "bulk store", "commit bulk", "wait bulk")
 _LOADS = ("ld.", "ldmatrix")
 
 

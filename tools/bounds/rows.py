@@ -28,7 +28,7 @@ from mmfused.tools.targets import ROWS as TARGETS
 ROWS = list(dict.fromkeys((row.op, row.case) for row in TARGETS if row.device == "cuda"))
 # torch's operators with more elements are not computed; smaller ones hold what kernels branch on,
 # such as the order of rows by expert.
-SKIP_ABOVE = 2_000_000
+SKIP_ABOVE = 16_000_000
 
 
 class Step(NamedTuple):

@@ -32,7 +32,7 @@ from .order import order
 STEPS = 300_000  # instructions of a warp after which no further block of a launch is traced
 # A launch with tensors of integers may decide what later ones do, such as the order of rows by
 # expert. All of its blocks run if they take fewer instructions than this.
-DECIDING_STEPS = 20_000_000
+DECIDING_STEPS = 100_000_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,10 +112,9 @@ class _Launcher(driver.Launcher):
         parameters: list[bytes],
         memory: list[Memory],
     ) -> Traced:
-        arch, warps, shared = self.session.arch, self.metadata.num_warps, self.metadata.shared
-        trace = program.trace(
-            grid, parameters, memory, threads=32 * warps, shared=shared, steps=STEPS
-        )
+        arch, shared = self.session.arch, self.metadata.shared
+        threads = program.kernel.threads or 32 * self.metadata.num_warps
+        trace = program.trace(grid, parameters, memory, threads=threads, shared=shared, steps=STEPS)
         card = next(card for card in CARDS.values() if card.arch == arch)
         cycles, names = costs(program, card), registers(program)
         trace.reorder(order(program.code, cycles, names))
@@ -124,7 +123,7 @@ class _Launcher(driver.Launcher):
             trace,
             machine_code(program.text, arch),
             math.prod(grid),
-            warps,
+            threads // 32,
             shared + program.kernel.static_shared_bytes,
             np.array([-(-(end - start) // SECTOR) for start, end in merged(memory)]),
         )

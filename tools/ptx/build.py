@@ -83,7 +83,7 @@ def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
     lib.ptx_free.argtypes = [pointer]
     lib.ptx_run.argtypes = [pointer, pointer, pointer, integer]
     lib.ptx_trace.restype = pointer
-    lib.ptx_trace.argtypes = [pointer, pointer, ctypes.c_char_p, ctypes.c_uint64, pointer]
+    lib.ptx_trace.argtypes = [pointer, pointer, ctypes.c_char_p, ctypes.c_uint64, *[pointer] * 2]
     lib.ptx_reorder.argtypes = [pointer] * 3
     lib.ptx_play.argtypes = [pointer, pointer, integer, integer]
     lib.ptx_traced_blocks.argtypes = lib.ptx_free_trace.argtypes = [pointer]

@@ -44,6 +44,8 @@ template <class F> void for_valid_rows(Touch touch, const Box& box, F f) {
   box.for_rows([&](u32 offset, u64 address, u32 bytes) {
     touch.address = address;
     touch.size = int(bytes);
+    Trace* const trace = touch.warp.machine.trace;
+    if (trace != nullptr) trace->bulk_rows(touch.warp.id, address, bytes);
     if (touch.warp.machine.global.inside(address, bytes))
       f(touch, offset);
     else
@@ -119,6 +121,10 @@ void issue(Warp& warp, BulkLoad& load, MBarrier& barrier) {
 void start_load(Warp& warp, const Instruction& instruction, int lane, const Box& box, u32 address) {
   MBarrier* barrier = find_mbarrier(warp, instruction, lane, address, Access::mbarrier);
   if (barrier == nullptr) return;
+  if (Trace* const trace = warp.machine.trace) {
+    trace->bulk_shared(warp.id, box.bytes());
+    trace->mbarrier(warp.id, barrier->index, barrier->phase);
+  }
   BulkLoad load{&instruction, warp.id, lane, barrier->phase, box};
   barrier->last = load;
   issue(warp, load, *barrier);
@@ -282,6 +288,7 @@ template <auto READ_BOX> void store(Warp& warp, const Instruction& instruction, 
     BulkStore store{
         &instruction, lane, warp.bulk_commits[lane] + 1, ++warp.stores_issued, warp.store_clock,
         reduction,    box};
+    if (warp.machine.trace != nullptr) warp.machine.trace->bulk_shared(warp.id, box.bytes());
     check_store(warp, store);
     if (!warp.machine.schedule.late_wgmma) {
       read_shared(warp.machine, store);

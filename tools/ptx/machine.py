@@ -26,6 +26,7 @@ __all__ = ["IN_ORDER", "Fault", "Memory", "Program", "Schedule", "UnsupportedPtx
 _MOST_FAULTS = 100  # of one launch that are described
 _REGISTER_BYTES = 128
 _WRITES = ("st.global", "red.global", "atom.global")
+_WRITES += ("cp.async.bulk.store", "cp.async.bulk.tensor.store")
 _NO_LANE, _OTHER_BLOCK = 255, -2  # of memory.h
 
 # In the order of memory.h's Kind: a short name, the space of the address, and what happened.
@@ -258,20 +259,25 @@ class Program:
             steps: no further block starts after so many instructions of a warp.
 
         Raises:
-            RuntimeError: a block had a fault; :meth:`run` describes it.
+            RuntimeError: a block had a fault.
         """
         schedule = Schedule(checks=False)
         launch = self._launch(grid, parameters, memory, threads, shared, schedule)
-        num_faults = ctypes.c_int64()
+        fault, has_fault = _Fault(), ctypes.c_int()
         writes = bytes(i.opcode.startswith(_WRITES) for i in self.code)
         handle = library().ptx_trace(
-            self._handle, ctypes.byref(launch), writes, steps, ctypes.byref(num_faults)
+            self._handle,
+            ctypes.byref(launch),
+            writes,
+            steps,
+            ctypes.byref(fault),
+            ctypes.byref(has_fault),
         )
         if handle is None:
             raise MemoryError(f"{self.name} needs too much memory for a trace")
-        if num_faults.value:
+        if has_fault.value:
             library().ptx_free_trace(handle)
-            raise RuntimeError(f"{self.name}: {num_faults.value} faults; run it with checks")
+            raise RuntimeError(str(self._describe(fault, memory)))
         return Trace(handle, len(self.code), len(merged(memory)))
 
     def _launch(

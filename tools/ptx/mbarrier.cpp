@@ -158,6 +158,8 @@ void arrive(Warp& warp, const Instruction& instruction, u32 lanes) {
     MBarrier* barrier = barriers.at(lane);
     if (barrier == nullptr) return;
     const u32 count = warp.at<u32>(o[3])[lane];
+    Trace* const trace = warp.machine.trace;
+    if (trace != nullptr) trace->mbarrier(warp.id, barrier->index, barrier->phase);
     states[lane] = u64(barrier->phase) << 32 | barrier->pending;
     if (count > barrier->pending)
       Touch{warp, instruction, u8(lane), barrier->address, 8}.report(Kind::too_many_arrivals);
@@ -202,6 +204,9 @@ void wait(Warp& warp, const Instruction& instruction, u32 lanes) {
     if (!is_complete) awaited = barrier->address;
     if (!is_complete || barrier == nullptr || barrier == joined) return;
     warp.join(barrier->complete);
+    Trace* const trace = warp.machine.trace;
+    if (trace != nullptr && barrier->phase > barrier->first_phase)
+      trace->mbarrier(warp.id, barrier->index, barrier->phase - 1);
     barrier->phases_waited_for = barrier->phase;
     joined = barrier;
   });

@@ -297,16 +297,18 @@ int ptx_run(const void* program, const ptx::Launch* launch, ptx::Fault* faults, 
 }
 
 // Run a sample of the blocks and return their trace, or null if there is not enough memory. writes:
-// whether each instruction writes global memory; num_faults: how many faults the blocks had.
+// whether each instruction writes global memory; fault: the first fault, if there is one.
 void* ptx_trace(const void* handle, const ptx::Launch* launch, const ptx::u8* writes,
-                ptx::u64 enough, ptx::i64* num_faults) try {
+                ptx::u64 enough, ptx::Fault* fault, int* has_fault) try {
   const auto& program = *static_cast<const ptx::Program*>(handle);
   auto trace =
       std::make_unique<ptx::Trace>(std::vector<bool>(writes, writes + program.code.size()), enough);
   for (ptx::i64 k = 0; k < launch->num_ranges; ++k)
     trace->add_range(launch->memory[2 * k], launch->memory[2 * k + 1]);
   ptx::Runner runner(program, *launch, trace.get());
-  *num_faults = ptx::i64(runner.run_sample().list.size());
+  const auto& found = runner.run_sample().list;
+  *has_fault = !found.empty();
+  if (*has_fault) *fault = found.front();
   return trace.release();
 } catch (const std::bad_alloc&) {
   return nullptr;

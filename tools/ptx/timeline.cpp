@@ -10,6 +10,8 @@
 #include <deque>
 #include <limits>
 #include <queue>
+#include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "trace.h"
@@ -42,6 +44,12 @@ enum Unit : i32 {
   COMMIT_WGMMA,
   WAIT_WGMMA,
   BARRIER,
+  MBARRIER,  // an arrival
+  WAIT_MBARRIER,
+  BULK_LOAD,
+  BULK_STORE,
+  COMMIT_BULK,
+  WAIT_BULK,
 };
 
 // What an instruction costs, in cycles.
@@ -97,12 +105,19 @@ struct PlayedWarp {
   std::size_t at = 0;
   f64 time = 0, waited = 0;
   std::vector<f32> ready{};  // relative to the start of the block
-  Groups copies{}, products{};
+  Groups copies{}, products{}, bulk{};
 };
 
 struct Waiting {
   std::vector<PlayedWarp*> warps;
   int arrived = 0;
+};
+
+// A phase of an mbarrier.
+struct Phase {
+  int parts = 0;  // arrivals and copies that are missing
+  f64 time = 0;   // of the last part
+  std::vector<PlayedWarp*> warps{};
 };
 
 // A block that is on the multiprocessor.
@@ -111,6 +126,7 @@ struct Slot {
   int alive = 0;
   std::vector<PlayedWarp> warps{};
   std::array<Waiting, 16> barriers{};
+  std::unordered_map<u32, Phase> phases{};
 };
 
 class Player {
@@ -158,9 +174,19 @@ class Player {
       warp.time = slot.start;
       warp.waited = 0;
       warp.ready.assign(model_.num_registers, 0);
-      warp.copies = warp.products = {};
+      warp.copies = warp.products = warp.bulk = {};
     }
+    count_parts(slot);
     for (PlayedWarp& warp : slot.warps) schedule(warp);
+  }
+
+  void count_parts(Slot& slot) {
+    slot.phases.clear();
+    for (const PlayedWarp& warp : slot.warps)
+      for (const Step& step : *warp.steps) {
+        const i32 unit = model_.costs[step.pc].unit;
+        slot.phases[step.phase].parts += unit == MBARRIER || unit == BULK_LOAD;
+      }
   }
 
   // Put the warp's next instruction among the events, or end the warp.
@@ -214,8 +240,10 @@ class Player {
     time = std::max(time, scheduler);
     const int pipe = pipe_of(warp, cost);
     if (pipe < NUM_PIPES) time = std::max(time, pipes_[warp.scheduler][pipe]);
-    if (step.wavefronts + step.sectors > 0) time = std::max(time, shared_ - SHARED_QUEUE);
-    if (step.sectors > 0) time = std::max(time, port_ - PORT_QUEUE);
+    const bool is_bulk = cost.unit == BULK_LOAD || cost.unit == BULK_STORE;  // has its own engine
+    if (step.wavefronts + step.sectors > 0 && !is_bulk)
+      time = std::max(time, shared_ - SHARED_QUEUE);
+    if (step.sectors > 0 && !is_bulk) time = std::max(time, port_ - PORT_QUEUE);
     const f64 next = time + cost.issue;
     model_.spent[step.pc] += next - warp.time;
     scheduler = warp.time = next;
@@ -273,8 +301,49 @@ class Player {
         break;
       case BARRIER:
         return arrive(warp, step, cost, time);
+      case MBARRIER:
+        complete_part(warp, step, time + cost.latency);
+        break;
+      case WAIT_MBARRIER:
+        if (waits_for_phase(warp, step, cost)) return;
+        break;
+      case BULK_LOAD:
+        complete_part(warp, step, memory(step, time));
+        break;
+      case BULK_STORE:
+        warp.bulk.open = std::max(warp.bulk.open, memory(step, time));
+        warp.slot->end = std::max(warp.slot->end, warp.bulk.open);
+        break;
+      case COMMIT_BULK:
+        warp.bulk.commit();
+        break;
+      case WAIT_BULK:
+        wait(warp, warp.bulk.wait(cost.remaining));
+        break;
     }
     schedule(warp);
+  }
+
+  void complete_part(PlayedWarp& warp, const Step& step, f64 time) {
+    Phase& phase = warp.slot->phases[step.phase];
+    phase.time = std::max(phase.time, time);
+    if (--phase.parts > 0 || step.phase == 0) return;
+    for (PlayedWarp* waiting : std::exchange(phase.warps, {})) {
+      wait(*waiting, phase.time);
+      schedule(*waiting);
+    }
+  }
+
+  // Whether the warp waits for a phase of an mbarrier that is not complete.
+  bool waits_for_phase(PlayedWarp& warp, const Step& step, const Cost& cost) {
+    if (step.phase == 0) return false;
+    Phase& phase = warp.slot->phases[step.phase];
+    if (phase.parts > 0) {
+      phase.warps.push_back(&warp);
+      return true;
+    }
+    wait(warp, phase.time + cost.latency);
+    return false;
   }
 
   // The warp waits at the instruction that it has just issued.

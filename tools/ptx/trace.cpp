@@ -105,6 +105,21 @@ void Trace::barrier(int warp, int id, int threads) {
   blocks.back()[warp].back().barrier = u16(id + 16 * ((threads + 31) / 32));
 }
 
+void Trace::bulk_rows(int warp, u64 address, u32 bytes) {
+  Step& step = blocks.back()[warp].back();
+  for (u64 sector = address / SECTOR; sector <= (address + bytes - 1) / SECTOR; ++sector)
+    touch(step, sector, writes_[step.pc]);
+}
+
+void Trace::bulk_shared(int warp, u32 bytes) {
+  blocks.back()[warp].back().wavefronts += u16(bytes / 128);
+}
+
+// Phases of each mbarrier are numbered from 1.
+void Trace::mbarrier(int warp, int index, u32 phase) {
+  blocks.back()[warp].back().phase = u32(index) << 20 | (phase + 1);
+}
+
 void Trace::reorder(const i32* basic_blocks, const i32* ranks) {
   for (auto& block : blocks)
     for (std::vector<Step>& steps : block) {

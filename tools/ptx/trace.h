@@ -20,6 +20,7 @@ struct Step {
   u16 sectors;     // of global memory
   u16 fresh;       // those among them that no block has touched before
   u16 barrier;     // number of the barrier, and 16 * the warps that it expects (0: all)
+  u32 phase;       // of an mbarrier, that this completes a part of or waits for; 0: none
 };
 
 // The sectors of a range of global memory.
@@ -56,6 +57,9 @@ class Trace {
   void shared(int warp, const u32* addresses, u32 lanes, int size);
   void global(int warp, const u64* addresses, u32 lanes, int size);
   void barrier(int warp, int id, int threads);
+  void bulk_rows(int warp, u64 address, u32 bytes);  // in global memory
+  void bulk_shared(int warp, u32 bytes);
+  void mbarrier(int warp, int index, u32 phase);
   // Sort the steps of each run through a basic block by rank. Both arrays are by instruction.
   void reorder(const i32* basic_blocks, const i32* ranks);
 

@@ -28,6 +28,7 @@ UNITS = (
     "copy",
 )
 UNITS += ("commit copies", "wait copies", "wgmma", "commit wgmma", "wait wgmma", "barrier")
+UNITS += ("mbarrier", "wait mbarrier", "bulk load", "bulk store", "commit bulk", "wait bulk")
 
 
 class Cost(NamedTuple):
