@@ -12,12 +12,16 @@ endif
 
 # If pytest-xdist is installed, run the test files in parallel, each file in one worker.
 WORKERS = $$($(PY) -c 'import importlib.util as u; print("-n auto --dist loadfile" if u.find_spec("xdist") else "")')
-# What `make test` runs on compiled PTX: every kernel once, and models whose losses show the numbers.
-PTX_PART = tests/test_sanitize.py tests/test_ptx_training.py -k "reach_every_kernel or fluid or unica"
+# Tests whose kernels are their own: arguments of all kinds, TMA, Gluon.
+PTX_OWN = ptx_arguments ptx_gluon ptx_tma
+# What `make test` runs on compiled PTX: every kernel once, models whose losses show the numbers, and
+# some kernels of the tests.
+PTX_PART = tests/test_sanitize.py tests/test_ptx_training.py $(PTX_OWN:%=tests/test_%.py) \
+	-k "reach_every_kernel or fluid or unica or members_of_tuples or projection or producer or fence"
 # The files whose tests launch kernels.
 PTX_OPS = query_pooling gated_cross_attention topk_routing grouped_mlp masked_info_nce
-PTX_FILES = benchmarks export flops fuse_attention fuse_moe fuzz gpu_slices on_cuda ptx_arguments \
-	ptx_training sanitize strides switch
+PTX_FILES = benchmarks export flops fuse_attention fuse_moe fuzz gpu_slices on_cuda ptx_training sanitize \
+	strides switch $(PTX_OWN)
 PTX_TESTS = $(wildcard $(PTX_OPS:%=tests/test_%*.py)) $(PTX_FILES:%=tests/test_%.py)
 # The folder of another Triton, which is downloaded if it is missing.
 TRITON_FOLDER = $$(PYTHONPATH=tools $(PY) -c 'import compile_matrix as m; print(m.triton_folder("$(TRITON)"))')

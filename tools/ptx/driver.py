@@ -183,7 +183,7 @@ class Launcher:
 
 def _is_known(fault: Fault) -> bool:
     """Return whether Triton is at fault: 3.6 puts no proxy fence between cp.async and wgmma."""
-    missing = fault.kind == "missing proxy fence" and "`cp.async" in fault.text
+    missing = fault.kind == "missing proxy fence" and "`cp.async.c" in fault.text
     return missing and triton.__version__.startswith("3.6.")
 
 

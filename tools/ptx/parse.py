@@ -161,14 +161,14 @@ def _scoped(name: str, scopes: list[int]) -> str:
 
 def _pieces(body: str, files: dict[str, str]) -> Iterator[tuple[str, Location, list[int]]]:
     """Yield labels ("name:") and statements, with source line and the numbers of open braces."""
-    location, scopes, opened, text = Location("?", 0), [], 0, ""
+    location, scopes, opened, text, is_inline = Location("?", 0), [], 0, "", False
     for line in re.sub(r"/\*.*?\*/", "", body, flags=re.DOTALL).splitlines():
-        line = line.partition("//")[0].strip()
+        line, _, comment = line.strip().partition("//")
+        if "inline asm" in comment:
+            is_inline = "begin" in comment
         if line.startswith(".loc"):
-            _, file, number, *_ = line.replace(",", " ").split()
-            inlined = re.search(r"inlined_at (\d+) (\d+)", line)
-            caller = _place(files.get(inlined[1], "?"), inlined[2]) if inlined else ""
-            location = Location(files.get(file, "?"), int(number), caller)
+            # In inline assembly, LLVM adds the lines of the assembly to those of the source.
+            location = location if is_inline else _location(line, files)
             continue
         text += " " + line
         while text := text.strip():
@@ -187,6 +187,14 @@ def _pieces(body: str, files: dict[str, str]) -> Iterator[tuple[str, Location, l
                 yield piece.strip(), location, scopes
             else:
                 break
+
+
+def _location(line: str, files: dict[str, str]) -> Location:
+    """Return the place that a line ``.loc file line column, ..., inlined_at file line`` names."""
+    _, file, number, *_ = line.replace(",", " ").split()
+    inlined = re.search(r"inlined_at (\d+) (\d+)", line)
+    caller = _place(files.get(inlined[1], "?"), inlined[2]) if inlined else ""
+    return Location(files.get(file, "?"), int(number), caller)
 
 
 def _declare_registers(kernel: Kernel, piece: str, scopes: list[int]) -> None:
