@@ -1,13 +1,18 @@
 """Tests of what a call launches on a GPU, counted without one (tools/bounds/launches.py)."""
 
 import re
+from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mmfused
-from mmfused.tools.bounds import count_launches
+from mmfused.kernels import recording
+from mmfused.tools.bounds import count_launches, launch_cases, torch_work
 from mmfused.tools.bounds.count_launches import PAGE, model_rows, op_launches, op_rows
 from mmfused.tools.bounds.launch_cases import OPS
 from mmfused.tools.bounds.launches import recorded
@@ -90,6 +95,67 @@ def test_the_command_prints_the_chosen_tables(monkeypatch, capsys):
     assert printed.startswith("## Routing\n")
     assert "| logits | forward | 3 | 3 | 0 | route_kernel, scan_kernel, finish_kernel |" in printed
     assert "InfoNCE" not in printed
+
+
+# ---- against fake CUDA tensors -------------------------------------------------------------------
+
+
+class Operators(TorchDispatchMode):
+    """Notes torch's operators on fake tensors, and runs those of this library."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs, key = kwargs or {}, torch._C.DispatchKey
+        if function.namespace == "mmfused":
+            with self:
+                return function._op_dk(key.CUDA, *args, **kwargs)
+        if function.namespace != "aten":
+            return function(*args, **kwargs)
+        for kind in (key.CompositeImplicitAutograd, key.CompositeExplicitAutograd):
+            composed = kind == key.CompositeImplicitAutograd or torch_work.is_composed(function)
+            if composed and function.has_kernel_for_dispatch_key(kind):
+                with self:
+                    return function._op_dk(kind, *args, **kwargs)
+        out = function(*args, **kwargs)
+        free = torch_work.is_view(function) or torch_work.is_allocation(function)
+        if not free and torch_work.elements(out):
+            self.names.append(torch_work.name_of(function))
+        return out
+
+
+def fake_cuda(size, stride=None, *, dtype):
+    return torch.empty(size, dtype=dtype, device="cuda")
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="this torch has no operators for CUDA")
+@pytest.mark.parametrize(
+    ("op", "name"),
+    [
+        ("query pooling", "dropout, bias, LayerNorm, mask"),
+        ("gated cross-attention", "missing: skip, masks, dropout"),
+        ("routing", "logits, given indices"),
+        ("experts", "TopKMoE, jitter"),
+        ("masked InfoNCE", "all options"),
+    ],
+)
+@torch.no_grad()  # torch's engine cannot run on fake CUDA tensors without a GPU
+def test_a_forward_launches_what_it_launches_on_fake_cuda_tensors(monkeypatch, op, name):
+    call = OPS[op][name]()
+    with recorded() as launches:
+        call.run()
+    monkeypatch.setattr(launch_cases, "untouched", fake_cuda)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    gpu = SimpleNamespace(major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        call = OPS[op][name]()
+        with recording.launches_for(90) as kernels, Operators() as operators:
+            call.run()
+    expected = [*operators.names, *(kernel.name for kernel in kernels)]
+    assert Counter(names(launches)) == Counter(expected)
 
 
 # ---- the recorder --------------------------------------------------------------------------------
