@@ -26,18 +26,21 @@ class MachineCode(NamedTuple):
     """Of a kernel.
 
     ``registers`` and ``stack`` bytes are of a thread; ``arithmetic`` is the number of instructions
-    that compute.
+    that compute, and ``products`` that of matrix instructions.
     """
 
     registers: int
     stack: int
     arithmetic: int
+    products: int
 
 
 def machine_code(ptx: str, arch: int) -> MachineCode:
     """Compile PTX for an architecture, such as 90; results are stored."""
     version = (_PROGRAMS / "ptxas").stat().st_size
-    key = hashlib.sha256(repr((ptx, arch, version, _OTHER.pattern)).encode()).hexdigest()
+    key = hashlib.sha256(
+        repr((ptx, arch, version, _OTHER.pattern, MachineCode._fields)).encode()
+    ).hexdigest()
     path = cache_folder() / "machine_code" / key[:32]
     if path.is_file():
         return MachineCode(*json.loads(path.read_text()))
@@ -57,8 +60,13 @@ def _compile(ptx: str, arch: int) -> MachineCode:
         log = _run(_PROGRAMS / "ptxas", "-v", f"-arch={target}", source, "-o", cubin)
         text = _run(_PROGRAMS / "nvdisasm", "-c", cubin)
     registers, stack = re.search(r"Used (\d+) registers", log), re.search(r"(\d+) bytes stack", log)
-    arithmetic = [op for op in _INSTRUCTION.findall(text) if not _OTHER.match(op)]
-    return MachineCode(int(registers[1]), int(stack[1]) if stack else 0, len(arithmetic))
+    opcodes = _INSTRUCTION.findall(text)
+    return MachineCode(
+        int(registers[1]),
+        int(stack[1]) if stack else 0,
+        sum(not _OTHER.match(opcode) for opcode in opcodes),
+        sum(opcode in ("HMMA", "HGMMA") for opcode in opcodes),
+    )
 
 
 def _run(*words: object) -> str:

@@ -22,7 +22,7 @@ from .cards import Card
 from .costs import SCHEDULERS, costs, flops_of, rates, registers
 from .tracing import Traced
 
-# Cycles that ptxas's arithmetic instructions take for one of PTX: it merges some, and adds others.
+# Limits of how many arithmetic instructions ptxas makes of one of PTX.
 _ARITHMETIC = ("fma", "alu", "integer")
 _LEAST_SCALE, _MOST_SCALE = 0.7, 1.6
 _RESERVED_SHARED = 1024  # bytes of each block
@@ -152,6 +152,8 @@ def _lines(program: Program, spent: np.ndarray) -> dict[str, float]:
 
 def _scaled(cycles: list[Cost], traced: Traced) -> list[Cost]:
     """Return costs in which arithmetic takes as many instructions as ptxas made of it."""
+    if traced.code.products != sum(cost.unit in ("wgmma", "tensor") for cost in cycles):
+        return cycles  # ptxas has unrolled a loop, so that the instructions are not the same
     # ptxas's count has the products and comparisons around a MUFU, but not the MUFU itself.
     counted = sum(cost.issue for cost in cycles if cost.unit in (*_ARITHMETIC, "double"))
     counted += sum(cost.issue - 1 for cost in cycles if cost.unit == "mufu")

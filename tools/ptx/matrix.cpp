@@ -58,6 +58,7 @@ void write_accumulator(Warp& warp, const i32* registers, int count, const f32 (*
 // Operands: 4 registers of D, 4 of A, 2 of B, 4 of C.
 template <class T> void mma(Warp& warp, const Instruction& instruction, u32 lanes) {
   warp.expect(instruction, lanes, ALL);
+  if (warp.machine.trace != nullptr) return;  // which needs no values
   const i32* o = instruction.operands;
   f32 a[16][K], b[K][8], c[16][8];
   a_fragment<T>({warp.at<u32>(o[4]), warp.at<u32>(o[5]), warp.at<u32>(o[6]), warp.at<u32>(o[7])},
@@ -168,6 +169,7 @@ template <class T> void widen_chunk(const Warp& warp, u32 address, f32* out, int
 }
 
 template <class T> void compute(Warp& warp, const Delayed& wgmma) {
+  if (warp.machine.trace != nullptr) return;  // which needs no values
   const Form form(*wgmma.instruction);
   constexpr int STRIDE = 256;
   static thread_local f32 a[16][K], b[K][STRIDE], c[16][STRIDE];
