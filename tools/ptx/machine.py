@@ -82,8 +82,10 @@ class Schedule(NamedTuple):
 
     Args:
         seed: warps take turns at random, and blocks run in random order; 0: in order.
-        late_copies: cp.async writes at its wait instead of at once.
-        late_wgmma: wgmma reads and computes at its wait instead of at once.
+        late_copies: cp.async, and bulk copies to shared memory, write at their wait instead of at
+            once.
+        late_wgmma: wgmma, and bulk copies from shared memory, read at their wait instead of at
+            once.
         checks: look for races, uninitialised reads and missing fences; bounds are always checked.
     """
 
