@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import string
+from collections.abc import Callable
 
 import numpy as np
 from ptx_kernels import aligned
@@ -47,12 +48,24 @@ def launch(
     body: str,
     source: np.ndarray,
     out: np.ndarray,
-    make_map,
+    make_map: Callable[[int, int], bytes],
     *,
     threads: int = 32,
     schedule: Schedule,
 ) -> list[str]:
     """Run statements and return the reports; ``make_map`` gets the addresses of both arrays."""
+    program, parameters, memory = prepared(body, source, out, make_map, threads)
+    return list(map(str, program.run((1, 1, 1), parameters, memory, schedule=schedule)))
+
+
+def prepared(
+    body: str,
+    source: np.ndarray,
+    out: np.ndarray,
+    make_map: Callable[[int, int], bytes],
+    threads: int = 32,
+) -> tuple[Program, list[bytes], list[Memory]]:
+    """Return a kernel, its parameters and its memory."""
     starts = [array.ctypes.data for array in (source, out)]
     memory = [
         Memory(start, start + array.nbytes, name)
@@ -60,8 +73,7 @@ def launch(
     ]
     program = Program(_MODULE.substitute(threads=threads, body=body))
     parameters = [*(start.to_bytes(8, "little") for start in starts), make_map(*starts)]
-    faults = program.run((1, 1, 1), parameters, memory, schedule=schedule)
-    return [str(fault) for fault in faults]
+    return program, parameters, memory
 
 
 def form(array: np.ndarray, box: tuple[int, ...]) -> dict:

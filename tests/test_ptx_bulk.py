@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from ptx_bulk_kernels import form, launch, random
+from ptx_bulk_kernels import form, launch, prepared, random
 from ptx_kernels import HAS_COMPILER, NO_COMPILER, aligned, run, zeros
 
 from mmfused.tools.ptx.machine import Schedule, signatures
@@ -163,6 +163,19 @@ def test_a_box_is_stored_or_combined_where_it_is_inside_of_the_tensor(reduction,
         schedule = Schedule(late_wgmma=late)
         assert launch(body, tile, found, make_map, schedule=schedule) == []
         np.testing.assert_array_equal(found, expected)
+
+
+def test_a_trace_counts_the_sectors_of_the_rows_that_are_inside():
+    source, out, box = random(40, 64), aligned(np.zeros(2048, np.uint8)), (16, 32)
+    load = LOAD.format(kind=".tensor.2d", to="shared::cta", source="[map, {40, 30}]")
+    store = "cp.async.bulk.global.shared::cta.bulk_group [out], [base], 2048"
+    body = FILL.format(size=2048, load=load) + DRAIN.format(store=store)
+    program, parameters, memory = prepared(
+        body, source, out, lambda at, _: encode("f32", at, **form(source, box))
+    )
+    trace = program.trace((1, 1, 1), parameters, memory, steps=1000)
+    expected = {source.ctypes.data: [10 * 24 * 4 // 32, 0], out.ctypes.data: [0, 2048 // 32]}
+    assert trace.distinct.tolist() == [expected[start] for start in sorted(expected)]
 
 
 def test_a_kernel_makes_a_tensor_map():

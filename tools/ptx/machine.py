@@ -26,7 +26,7 @@ __all__ = ["IN_ORDER", "Fault", "Memory", "Program", "Schedule", "UnsupportedPtx
 _MOST_FAULTS = 100  # of one launch that are described
 _REGISTER_BYTES = 128
 _WRITES = ("st.global", "red.global", "atom.global")
-_WRITES += ("cp.async.bulk.store", "cp.async.bulk.tensor.store")
+_WRITES += ("cp.async.bulk.store", "cp.async.bulk.tensor.store", "tensormap.copy")
 _NO_LANE, _OTHER_BLOCK = 255, -2  # of memory.h
 
 # In the order of memory.h's Kind: a short name, the space of the address, and what happened.
