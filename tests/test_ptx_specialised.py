@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from ptx_bulk_kernels import SCHEDULES, form, launch, random
-from ptx_kernels import HAS_COMPILER, NO_COMPILER, aligned, execute, run, zeros
+from ptx_kernels import HAS_COMPILER, NO_COMPILER, aligned, execute, module, run, zeros
 
-from mmfused.tools.ptx.machine import Schedule
+from mmfused.tools.ptx.machine import Program, Schedule, UnsupportedPtx
 from mmfused.tools.ptx.tensor_map import encode
 
 pytestmark = pytest.mark.skipif(not HAS_COMPILER, reason=NO_COMPILER)
@@ -167,3 +167,11 @@ def test_warps_of_a_cluster_of_one_block_meet(schedule):
     outcome = execute(body, out=zeros(64), threads=64, shared=1024, schedule=schedule)
     assert outcome.faults == []
     np.testing.assert_array_equal(outcome.out, np.arange(64) ^ 32)
+
+
+@pytest.mark.parametrize("cluster", ["2", "1, 2, 1", "16"])
+def test_a_cluster_of_several_blocks_is_refused(cluster: str):
+    text = module("", {"out": 0}, 32)
+    Program(text.replace(".reqntid", ".reqnctapercluster 1, 1, 1\n.reqntid"))
+    with pytest.raises(UnsupportedPtx, match="small: the machine runs clusters of one block"):
+        Program(text.replace(".reqntid", f".reqnctapercluster {cluster}\n.reqntid"))

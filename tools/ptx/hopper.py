@@ -24,33 +24,42 @@ _REFUSED = {
 
 def bulk_copy(t: Translator, words: list[str], tokens: list[str]) -> None:
     """cp.async.bulk and cp.reduce.async.bulk, with their commits and waits."""
-    words = [word for word in words if word != "tile"]
     if "prefetch" in words:
-        return t.emit("nothing", [], outputs=0)
-    if "commit_group" in words:
-        return t.emit("cp.async.bulk.commit_group", [], outputs=0)
-    if "wait_group" in words:
+        t.emit("nothing", [], outputs=0)
+    elif "commit_group" in words:
+        t.emit("cp.async.bulk.commit_group", [], outputs=0)
+    elif "wait_group" in words:
         opcode = "cp.async.bulk.wait_group" + ".read" * ("read" in words)
-        return t.emit(opcode, numbers(int(tokens[0], 0)), outputs=0)
+        t.emit(opcode, numbers(int(tokens[0], 0)), outputs=0)
+    else:
+        _check_copy(t, words)
+        _copy(t, words, tokens)
+
+
+def _check_copy(t: Translator, words: list[str]) -> None:
+    """Refuse copies that the machine does not know."""
     for refused, why in _REFUSED.items():
         if f".{refused}." in f".{'.'.join(words)}.":
             t.unsupported(why)
     if any(word.startswith("im2col") for word in words):
         t.unsupported("copies image columns (im2col)")
-    is_load = "mbarrier::complete_tx::bytes" in words
-    if not is_load and "bulk_group" not in words:
+    if not {"mbarrier::complete_tx::bytes", "bulk_group"} & set(words):
         t.unsupported("completes in an unknown way")
+    if words[1] == "reduce" and not set(REDUCTIONS) & set(words):
+        t.unsupported("is a reduction that the machine does not know")
+
+
+def _copy(t: Translator, words: list[str], tokens: list[str]) -> None:
     t.smallest_access = min(t.smallest_access, 16)
-    box = _tensor_box if "tensor" in words else _bytes_box
+    is_load, is_tensor = "bulk_group" not in words, "tensor" in words
+    box = _tensor_box if is_tensor else _bytes_box
     ends = box(t, words, tokens, is_load)
     if is_load:
-        last = t.address(tokens[2 if "tensor" in words else 3], "u32")
+        last = t.address(tokens[2 if is_tensor else 3], "u32")  # a cache hint may follow
     else:
-        reduction = next((word for word in words if word in REDUCTIONS), "store")
-        if words[1] == "reduce" and reduction == "store":
-            t.unsupported("is a reduction that the machine does not know")
+        reduction = next((word for word in words if word in REDUCTIONS), REDUCTIONS[0])
         last = numbers(REDUCTIONS.index(reduction))
-    name = "cp.async.bulk" + ".tensor" * ("tensor" in words)
+    name = "cp.async.bulk" + ".tensor" * is_tensor
     t.emit(f"{name}.{'load' if is_load else 'store'}", [*ends, *last], outputs=0)
 
 
