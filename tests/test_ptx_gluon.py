@@ -112,11 +112,35 @@ def test_a_missing_fence_is_reported(run, code, monkeypatch):
     check_reports([("missing proxy fence", code)])
 
 
+@pytest.mark.parametrize("run", [multiply, pool])
+def test_each_arrival_wait_and_commit_is_needed(run, monkeypatch):
+    """And each fence; not each barrier, of which Triton writes more than these kernels need."""
+    needed = re.compile(
+        r"\s*(@\S+ )?(mbarrier\.|fence\.proxy|\S+\.(wait|commit)_group)",
+    )
+    texts, program_of = [], driver.program_of
+    monkeypatch.setattr(driver, "program_of", lambda text: texts.append(text) or program_of(text))
+    run()
+    lines = texts[0].splitlines()
+    found = [number for number, line in enumerate(lines) if needed.match(line)]
+    assert len(found) > 10
+    for number in found:
+        is_wait = ".try_wait." in lines[number]  # its loop is in the next line
+        program = Program("\n".join(lines[:number] + lines[number + 1 + is_wait :]))
+        monkeypatch.setattr(driver, "program_of", lambda _, program=program: program)
+        run()
+        assert take_reports(), lines[number]
+
+
+def take_reports():
+    return triton.runtime.driver.active.session.take_reports()
+
+
 def check_reports(expected):
     """Check that there is a report of each kind that names the line with some code."""
     path = Path(ptx_gluon_kernels.__file__)
     lines = path.read_text().splitlines()
-    reports = triton.runtime.driver.active.session.take_reports()
+    reports = take_reports()
     for kind, code in expected:
         number = next(number for number, line in enumerate(lines, 1) if code in line)
         place = f"{path.parent.name}/{path.name}:{number} "
