@@ -383,20 +383,28 @@ def check_fractions(op: str, **fractions: float) -> None:
             raise ValueError(f"{op}: {name}: got {fraction}, expected a number from 0 to below 1")
 
 
-def check_value(condition: Callable[[], torch.Tensor], message: str | Callable[[], str]) -> None:
+def check_value(
+    values: torch.Tensor,
+    condition: Callable[[torch.Tensor], torch.Tensor],
+    message: str | Callable[[], str],
+) -> None:
     """Raise ``ValueError`` if tensor values are invalid, on a CPU in eager mode only.
 
-    Raising on CUDA would need a synchronisation. On CUDA and in compiled graphs, callers turn
-    invalid values into NaN. ``MMFUSED_CHECK=1`` also asserts on the device, for debugging.
+    Raising on CUDA would need a synchronisation, so there the condition is not even computed. On
+    CUDA and in compiled graphs, callers turn invalid values into NaN. ``MMFUSED_CHECK=1`` also
+    asserts on the device, for debugging.
 
     Args:
-        condition: returns a bool scalar, True if the values are valid.
+        values: the tensor.
+        condition: returns a bool scalar for ``values``, True if they are valid.
         message: the error message, or a function that returns it. A message that contains a size
             needs a function; otherwise the size would become a constant of an exported graph.
     """
     if torch._C._are_functorch_transforms_active():  # vmap cannot branch on a value
         return
-    holds = condition()
+    if values.device.type != "cpu" and not CHECK_ON_DEVICE:
+        return
+    holds = condition(values)
     # A tensor subclass means that a compiler is tracing although is_compiling() returns False.
     eager = type(holds) is torch.Tensor and not torch.compiler.is_compiling()
     if holds.device.type == "cpu" and eager:

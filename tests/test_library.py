@@ -121,9 +121,9 @@ def test_dtensors_are_refused():
 
 
 def test_check_value_raises_on_a_cpu():
-    library.check_value(lambda: torch.tensor(True), "never")
+    library.check_value(torch.ones(2), lambda x: (x > 0).all(), "never")
     with pytest.raises(ValueError, match="wrong value"):
-        library.check_value(lambda: torch.tensor(False), "wrong value")
+        library.check_value(torch.zeros(2), lambda x: (x > 0).all(), "wrong value")
 
 
 @pytest.mark.parametrize("enabled", [False, True])
@@ -131,8 +131,15 @@ def test_check_value_asserts_on_a_device_only_if_enabled(enabled, monkeypatch):
     asserted = []
     monkeypatch.setattr(torch, "_assert_async", lambda holds, message: asserted.append(message))
     monkeypatch.setattr(library, "CHECK_ON_DEVICE", enabled)
-    library.check_value(lambda: torch.tensor(False, device="meta"), "wrong value")
+    computed = []
+
+    def condition(x):
+        computed.append(x)
+        return (x > 0).all()
+
+    library.check_value(torch.zeros(2, device="meta"), condition, "wrong value")
     assert asserted == ["wrong value"] * enabled
+    assert len(computed) == enabled  # computing it would launch kernels
 
 
 def test_compiled_graphs_assert_values_only_if_enabled():

@@ -13,7 +13,7 @@ from mmfused.models import FLUID, FLUIDConfig, inputs
 
 @pytest.fixture(autouse=True)
 def unchecked(monkeypatch):
-    monkeypatch.setattr(inputs, "check_value", lambda condition, message: None)
+    monkeypatch.setattr(inputs, "check_value", lambda *_: None)
 
 
 @pytest.mark.parametrize("outside", [-1, 10**6])

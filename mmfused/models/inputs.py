@@ -70,7 +70,8 @@ def check_rows(name: str, rows: int, queries: int) -> None:
 def check_range(name: str, values: Tensor, limit: int) -> None:
     """On the CPU, require values in [0, limit); see `check_value` for CUDA."""
     check_value(
-        lambda: ((values >= 0) & (values < limit)).all(),
+        values,
+        lambda x: ((x >= 0) & (x < limit)).all(),
         f"{name}: got a value out of range, expected values in [0, {limit - 1}]",
     )
 

@@ -78,7 +78,8 @@ def check_padding(
             f"{op}: {lengths_name}: got shape {tuple(lengths.shape)}, expected {(batch,)}"
         )
     check_value(
-        lambda: ((lengths >= 0) & (lengths <= length)).all(),
+        lengths,
+        lambda x: ((x >= 0) & (x <= length)).all(),
         lambda: f"{op}: {lengths_name}: got a value out of range, expected 0 to {length}",
     )
 
@@ -119,7 +120,8 @@ def check_temperature(op: str, temperature: float | Tensor, query: Tensor) -> No
             f"{temperature.dtype}, expected a floating-point tensor of one element"
         )
     check_value(
-        lambda: (temperature > 0).all(),
+        temperature,
+        lambda x: (x > 0).all(),
         f"{op}: temperature: got a number not above 0, expected a number above 0",
     )
 

@@ -144,7 +144,7 @@ def _check_reciprocal(temperature: float | Tensor, query: Tensor) -> None:
         "expected a larger number"
     )
     if isinstance(temperature, Tensor):
-        check_value(lambda: temperature.to(dtype).reciprocal().isfinite().all(), message)
+        check_value(temperature, lambda x: x.to(dtype).reciprocal().isfinite().all(), message)
     elif not 1 / temperature <= torch.finfo(dtype).max:
         raise ValueError(message)
 
@@ -161,7 +161,8 @@ def _check_row_weight(row_weight: Tensor | None, query: Tensor) -> None:
             f"{OP}: row_weight: got a tensor that requires grad, expected a constant: detach() it"
         )
     check_value(
-        lambda: (row_weight >= 0).all(),
+        row_weight,
+        lambda x: (x >= 0).all(),
         f"{OP}: row_weight: got a negative number, expected numbers of at least 0",
     )
 
@@ -170,7 +171,8 @@ def _check_values(labels: Labels, candidates: int) -> None:
     target, query_key, candidate_key = labels.target, labels.query_key, labels.candidate_key
     if target is not None:
         check_value(
-            lambda: ((target >= 0) & (target < candidates)).all(),
+            target,
+            lambda x: ((x >= 0) & (x < candidates)).all(),
             # A function, since a number in a string would become a constant of an exported graph.
             lambda: (
                 f"{OP}: target: got a value outside [0, {candidates}), expected the index of a "
@@ -179,12 +181,14 @@ def _check_values(labels: Labels, candidates: int) -> None:
         )
     if query_key is not None:
         check_value(
-            lambda: (query_key >= 0).all(),
+            query_key,
+            lambda x: (x >= 0).all(),
             f"{OP}: query_key: got a negative value, expected keys of at least 0",
         )
     if candidate_key is not None:
         check_value(
-            lambda: (candidate_key >= -1).all(),
+            candidate_key,
+            lambda x: (x >= -1).all(),
             f"{OP}: candidate_key: got a value below -1, expected keys of at least 0, "
             "or -1 for all rows",
         )

@@ -139,7 +139,8 @@ def _check_segments(
     if segments.shape != (tokens,):
         raise ValueError(f"{op}: segments: got shape {tuple(segments.shape)}, expected ({tokens},)")
     check_value(
-        lambda: ((segments >= 0) & (segments < num_segments)).all(),
+        segments,
+        lambda x: ((x >= 0) & (x < num_segments)).all(),
         f"{op}: segments: got a value outside [0, {num_segments}), expected segment numbers",
     )
 
@@ -160,7 +161,8 @@ def _check_available(
     if available.shape != shape:
         raise ValueError(f"{op}: available: got shape {tuple(available.shape)}, expected {shape}")
     check_value(
-        lambda: (available.sum(1) >= options.k).all(),
+        available,
+        lambda x: (x.sum(1) >= options.k).all(),
         f"{op}: available: got a segment with too few experts, expected at least k = {options.k}",
     )
 
@@ -170,7 +172,8 @@ def check_indices(op: str, indices: Tensor, num_experts: int) -> None:
     if indices.dtype != torch.int64:
         raise TypeError(f"{op}: indices: got dtype {indices.dtype}, expected torch.int64")
     check_value(
-        lambda: ((indices >= 0) & (indices < num_experts)).all(),
+        indices,
+        lambda x: ((x >= 0) & (x < num_experts)).all(),
         f"{op}: indices: got a value outside [0, {num_experts}), expected expert numbers",
     )
 
