@@ -20,6 +20,8 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 from torch.utils._pytree import tree_leaves
 
 CUDA, CPU = torch.device("cuda:0"), torch.device("cpu")
@@ -128,10 +130,13 @@ class Pretence:
 
         def create(*args: Any, **kwargs: Any) -> Tensor:
             given = any(isinstance(x, Tensor) and not is_on_host(x) for x in args[:1])
-            if not given and not _is_cuda(kwargs.get("device")):
+            device = kwargs.get("device") or _default_device()
+            if not given and not _is_cuda(device):
                 with self.paused():
                     return keep_on_host(original(*args, **kwargs))
-            out = original(*args, **_without_cuda(kwargs))
+            if device is not None:
+                kwargs |= {"device": CPU}
+            out = original(*args, **kwargs)
             put_on_gpu(out)
             if name in _FROM_VALUES and not given:
                 self.copied(name, out)
@@ -192,6 +197,12 @@ class Pretence:
     def as_on_cuda(self, name: str, original: Any) -> Any:
         """Replace a function of torch.nn.functional that runs other operators on a GPU."""
         return self.unless_paused(original, functools.partial(_AS_ON_CUDA[F, name], original))
+
+
+def _default_device() -> torch.device | None:
+    """Return the device of the innermost ``with torch.device(...)``."""
+    modes = [m for m in _get_current_function_mode_stack() if isinstance(m, DeviceContext)]
+    return modes[-1].device if modes else None
 
 
 def _is_cuda(device: Any) -> bool:

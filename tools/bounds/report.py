@@ -9,7 +9,7 @@ import triton
 
 from .cards import Card
 from .predict import Prediction
-from .rows import Bound, Step, bounds, limiter, prediction, step, times
+from .rows import SCALED, Bound, Step, bounds, limiter, prediction, step, times
 from .tracing import Traced
 from .work import Work
 
@@ -19,6 +19,9 @@ _LEAST_SECONDS = 1e-6  # of an operator of torch that has a line of its own
 
 def text(op: str, case: str, card: Card) -> str:
     """Return what limits each launch of a row: some lines for each."""
+    if (op, case) in SCALED:
+        smaller, factor = SCALED[op, case]
+        return f"{op} {case}: {factor} times\n{text(op, smaller, card)}"
     lines = []
     passes = zip(Step._fields, step(op, case, card.arch), bounds(op, case, card), strict=True)
     for which, launches, bound in passes:
@@ -41,6 +44,7 @@ def text(op: str, case: str, card: Card) -> str:
 def records(op: str, case: str, card: Card) -> list[dict[str, Any]]:
     """Return the same as a list of launches, for JSON."""
     found = []
+    case, _ = SCALED.get((op, case), (case, 1))
     for which, launches in zip(Step._fields, step(op, case, card.arch), strict=True):
         for launch in launches:
             low, high = times(launch, card)

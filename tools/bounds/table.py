@@ -25,6 +25,7 @@ if not __package__:  # run as a script: import mmfused from this checkout
 from mmfused.benchmarks import tables
 from mmfused.supported import TRITONS
 from mmfused.tools.bounds.cards import CARDS
+from mmfused.tools.bounds.rows import SCALED
 from mmfused.tools.compile_matrix import triton_folder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,13 +90,21 @@ def _table(counts: Counts, card: str) -> str:
 def _line(row: str, found: dict[str, Any], card: str, versions: list[str]) -> list[str]:
     newest = found[versions[-1]][card]
     return [
-        row.replace("/", " "),
+        _name(row),
         _pair(_us(bound["floor"]) for bound in newest.values()),
         *(times(found[version][card]) for version in versions),
         _pair(f"{100 * bound['floor'] / bound['high']:.0f} %" for bound in newest.values()),
         _pair(f"{bound['slowest']}: {bound['limiter']}" for bound in newest.values()),
         _baselines(row, newest, CARDS[card]),
     ]
+
+
+def _name(row: str) -> str:
+    op, case = row.split("/")
+    if (op, case) not in SCALED:
+        return f"{op} {case}"
+    smaller, factor = SCALED[op, case]
+    return f"{op} {case}, as {factor} x {smaller}"
 
 
 def times(passes: dict[str, Any]) -> str:

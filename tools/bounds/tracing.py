@@ -30,8 +30,8 @@ from .machine_code import MachineCode, machine_code
 from .order import order
 
 STEPS = 300_000  # instructions of a warp after which no further block of a launch is traced
-# A launch with tensors of integers may decide what later ones do, such as the order of rows by
-# expert. All of its blocks run if they take fewer instructions than this.
+# A launch that writes integers may decide what later ones do, such as the order of rows by expert.
+# All of its blocks run if they take fewer instructions than this.
 DECIDING_STEPS = 100_000_000
 
 
@@ -93,8 +93,8 @@ class _Launcher(driver.Launcher):
             self.known[key] = self._trace(program, grid, parameters, memory)
         traced = self.known[key]
         self.launches.append(traced)
-        decides = any(not argument.tensor.is_floating_point() for argument in arguments)
-        if decides and traced.trace.executed.sum() * traced.scale < DECIDING_STEPS:
+        steps = traced.trace.executed.sum() * traced.scale
+        if steps < DECIDING_STEPS and _writes_integers(traced.trace, arguments):
             threads = 32 * self.metadata.num_warps
             program.run(
                 grid,
@@ -127,6 +127,18 @@ class _Launcher(driver.Launcher):
             shared + program.kernel.static_shared_bytes,
             np.array([-(-(end - start) // SECTOR) for start, end in merged(memory)]),
         )
+
+
+def _writes_integers(trace: Trace, arguments: list[Argument]) -> bool:
+    written = trace.by_blocks[:, 1] > 0
+    for (start, end), is_written in zip(
+        merged([argument.memory for argument in arguments]), written, strict=True
+    ):
+        for argument in arguments:
+            is_inside = start <= argument.memory.start < end
+            if is_written and is_inside and not argument.tensor.is_floating_point():
+                return True
+    return False
 
 
 @contextmanager

@@ -258,7 +258,8 @@ class Program:
         Blocks are drawn evenly from the grid. The other arguments are those of :meth:`run`.
 
         Args:
-            steps: no further block starts after so many instructions of a warp.
+            steps: instructions of a warp after which no further block starts; at least 16 blocks
+                run, or 8 million instructions.
 
         Raises:
             RuntimeError: a block had a fault.

@@ -11,6 +11,8 @@
 namespace ptx {
 
 constexpr u32 SECTOR = 32;  // bytes that global memory is read and written in
+// Blocks may differ, so that some are needed; but long ones take memory.
+constexpr std::size_t LEAST_BLOCKS = 16, MOST_STEPS = 8'000'000;
 
 // An instruction that a warp has run.
 struct Step {
@@ -50,7 +52,9 @@ class Trace {
   Trace(std::vector<bool> writes, u64 enough) : writes_(std::move(writes)), enough_(enough) {}
 
   void add_range(u64 start, u64 end) { ranges.emplace_back(start, end); }
-  bool is_enough() const { return steps_ >= enough_; }
+  bool is_enough() const {
+    return steps_ >= MOST_STEPS || (steps_ >= enough_ && blocks.size() >= LEAST_BLOCKS);
+  }
   void begin_block(int num_warps) { blocks.emplace_back(num_warps); }
   void begin(int warp, int pc) { blocks.back()[warp].push_back({.pc = u32(pc)}); }
   void end(int warp, bool is_blocked);  // a blocked instruction runs again
