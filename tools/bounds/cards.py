@@ -51,12 +51,12 @@ _HOPPER = dict(
 )
 _HOPPER_SOURCES = dict(
     multiprocessors="NVIDIA H100 Tensor Core GPU Architecture, SXM5",
-    hertz="the boost clock of the SXM5 board under load, 1.755 GHz",
+    hertz="assumed under load; the SXM5 board boosts to 1.98 GHz",
     matrix="790 TFLOP/s, a bf16 product of random numbers on an H200; datasheet: 989",
     float32="datasheet 67 TFLOP/s, times the share that an H200 reaches of its bf16 products",
     mma_share="Luo et al. 2024, Dissecting the NVIDIA Hopper Architecture: mma.sync 62.9 %",
-    l2="5.5: Chips and Cheese 2023, an H100 PCIe; 10: 64 bytes a cycle and multiprocessor, less "
-    "a third",
+    l2="assumed: published measurements differ, from 5.5 to more than 7 on an H100 PCIe "
+    "(Chips and Cheese 2023); 10 is 43 bytes a cycle and multiprocessor, of 64 that its port has",
     l2_bytes="NVIDIA H100 Tensor Core GPU Architecture",
     occupancy="CUDA C++ Programming Guide, technical specifications per compute capability",
 )
@@ -90,7 +90,7 @@ A100 = Card(
     blocks=32,
     sources=dict(
         multiprocessors="NVIDIA A100 Tensor Core GPU Architecture, SXM4 80 GB",
-        hertz="datasheet: boost clock",
+        hertz="assumed under load: the boost clock of the datasheet",
         matrix="datasheet 312 TFLOP/s, times the share that an H200 reaches of its own",
         float32="datasheet 19.5 TFLOP/s, times the share that an H200 reaches of bf16 products",
         mma_share="all matrix instructions of sm_80 are mma.sync",

@@ -59,7 +59,7 @@ def _cost(instruction: Instruction, card: Card) -> Cost:
     if "f64" in opcode:
         return Cost("double", issue, 2 if card.arch == 90 else 4, 8)
     if re.match(r"(add|sub|mul|fma|mad|neg)\S*\.(f32|f16|bf16|f16x2|bf16x2)$", opcode):
-        return Cost("fma", issue, 1, LATENCY_ALU)
+        return Cost("fma", issue, 1 if card.arch == 90 else 2, LATENCY_ALU)
     if re.match(r"(mul|mad|fma)", opcode):
         return Cost("fma", issue, 2 * issue, LATENCY_ALU * issue)
     if re.match(r"(add|sub|shl|neg)", opcode):

@@ -14,7 +14,8 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
+from unittest import mock
 
 import numpy as np
 import triton
@@ -71,11 +72,12 @@ class Traced:
 
 
 class _Launcher(driver.Launcher):
-    """Traces a kernel's launches in place of running them."""
+    """Traces a kernel's launches in place of running them, inside of :func:`traced`."""
 
-    def __init__(self, launches: list[Traced], known: dict[Any, Traced], *args: Any) -> None:
-        super().__init__(*args)
-        self.launches, self.known = launches, known
+    # Triton keeps a kernel's launcher, so that these are of all of them: the list of the innermost
+    # block, and what it has traced.
+    launches: list[Traced] | None = None
+    known: ClassVar[dict[Any, Traced]] = {}
 
     def launch(
         self,
@@ -85,6 +87,8 @@ class _Launcher(driver.Launcher):
         arguments: list[Argument],
     ) -> None:
         """Trace the launch, or find one that differs in addresses only."""
+        if self.launches is None:
+            return super().launch(program, grid, parameters, arguments)
         memory = [argument.memory for argument in arguments]
         addresses = {m.start.to_bytes(8, "little") for m in memory}
         values = tuple(None if each in addresses else each for each in parameters)
@@ -147,11 +151,7 @@ def traced() -> Iterator[list[Traced]]:
 
     Each distinct launch is traced once.
     """
-    launches: list[Traced] = []
     active = triton.runtime.driver.active
-    before = active.launcher_cls
-    active.launcher_cls = functools.partial(_Launcher, launches, {}, active.session)
-    try:
-        yield launches
-    finally:
-        active.launcher_cls = before
+    active.launcher_cls = functools.partial(_Launcher, active.session)
+    with mock.patch.multiple(_Launcher, launches=[], known={}):
+        yield _Launcher.launches

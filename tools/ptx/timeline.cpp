@@ -280,7 +280,8 @@ class Player {
         const f64 done = memory(step, time);
         if (cost.unit == COPY) warp.copies.open = std::max(warp.copies.open, done);
         if (cost.unit == LOAD) write(warp, cost, done + cost.latency);
-        warp.slot->end = std::max(warp.slot->end, done);
+        // A block does not wait for its stores, but the launch does.
+        if (cost.unit == STORE) sums_.cycles = std::max(sums_.cycles, done);
         break;
       }
       case COMMIT_COPIES:
@@ -312,7 +313,6 @@ class Player {
         break;
       case BULK_STORE:
         warp.bulk.open = std::max(warp.bulk.open, memory(step, time));
-        warp.slot->end = std::max(warp.slot->end, warp.bulk.open);
         break;
       case COMMIT_BULK:
         warp.bulk.commit();
