@@ -17,7 +17,7 @@ PTX_OWN = ptx_arguments ptx_gluon ptx_tma
 # What `make test` runs on compiled PTX: every kernel once, models whose losses show the numbers, and
 # some kernels of the tests.
 PTX_PART = tests/test_sanitize.py tests/test_ptx_training.py $(PTX_OWN:%=tests/test_%.py) \
-	-k "reach_every_kernel or fluid or unica or members_of_tuples or projection or producer or fence"
+	-k "reach_every_kernel or fluid or members_of_tuples or projection or producer or fence"
 # The files whose tests launch kernels.
 PTX_OPS = query_pooling gated_cross_attention topk_routing grouped_mlp masked_info_nce
 PTX_FILES = benchmarks export flops fuse_attention fuse_moe fuzz gpu_slices on_cuda ptx_training sanitize \
