@@ -148,7 +148,7 @@ def compile_job(job: Job, with_sass: bool = False) -> Measured:
     """Compile one launch for its architecture and measure the result."""
     result = compiled(job)
     cubin = result.asm["cubin"]
-    registers, stack = _resources(cubin, job)
+    registers, stack = resources(cubin, f"{job.kernel} for {job.arch}")
     return Measured(
         registers=registers,
         stack=stack,
@@ -162,7 +162,7 @@ def compile_job(job: Job, with_sass: bool = False) -> Measured:
     )
 
 
-def _resources(cubin: bytes, job: Job) -> tuple[int, int]:
+def resources(cubin: bytes, name: str) -> tuple[int, int]:
     """Return the registers and the bytes of stack that one thread uses."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -174,7 +174,7 @@ def _resources(cubin: bytes, job: Job) -> tuple[int, int]:
         message = done.stderr.strip() or "no message"
         cache = os.environ.get("TRITON_CACHE_DIR")
         raise RuntimeError(
-            f"{job.kernel} for {job.arch}: cuobjdump cannot read the {len(cubin)} bytes of the "
+            f"{name}: cuobjdump cannot read the {len(cubin)} bytes of the "
             f"cubin ({message}); Triton's cache {cache} may be damaged or its disk full"
         )
     return int(found[1]), int(found[2])
@@ -185,7 +185,7 @@ def _fingerprint(module: str, kernel: str, with_sass: bool) -> str:
     """Return a hash of the kernel's source, Triton's version and the source of the checks."""
     import triton
 
-    checks = [compiled, compile_job, _resources, races, redundancy]
+    checks = [compiled, compile_job, resources, races, redundancy]
     if with_sass:
         checks.append(sass)
     source = getattr(importlib.import_module(module), kernel).cache_key

@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import subprocess
-import tempfile
-from pathlib import Path
 from typing import NamedTuple
 
 import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
 
+from mmfused.cli.compiling import resources
+from mmfused.cli.sass import disassemble
+from mmfused.kernels.tiles import OPTIONS
 from mmfused.tools.ptx.build import cache_folder
 
-_PROGRAMS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)", re.MULTILINE)
 # Everything but arithmetic: what costs.py counts one by one in PTX, and what is never issued.
 _OTHER = re.compile(
@@ -37,10 +38,8 @@ class MachineCode(NamedTuple):
 
 def machine_code(ptx: str, arch: int) -> MachineCode:
     """Compile PTX for an architecture, such as 90; results are stored."""
-    version = (_PROGRAMS / "ptxas").stat().st_size
-    key = hashlib.sha256(
-        repr((ptx, arch, version, _OTHER.pattern, MachineCode._fields)).encode()
-    ).hexdigest()
+    parts = (ptx, arch, triton.__version__, _OTHER.pattern, MachineCode._fields)
+    key = hashlib.sha256(repr(parts).encode()).hexdigest()
     path = cache_folder() / "machine_code" / key[:32]
     if path.is_file():
         return MachineCode(*json.loads(path.read_text()))
@@ -53,24 +52,17 @@ def machine_code(ptx: str, arch: int) -> MachineCode:
 
 
 def _compile(ptx: str, arch: int) -> MachineCode:
-    with tempfile.TemporaryDirectory() as name:
-        source, cubin = Path(name) / "kernel.ptx", Path(name) / "kernel.cubin"
-        source.write_text(ptx)
-        target = f"sm_{arch}{'a' if arch >= 90 else ''}"
-        log = _run(_PROGRAMS / "ptxas", "-v", f"-arch={target}", source, "-o", cubin)
-        text = _run(_PROGRAMS / "nvdisasm", "-c", cubin)
-    registers, stack = re.search(r"Used (\d+) registers", log), re.search(r"(\d+) bytes stack", log)
-    opcodes = _INSTRUCTION.findall(text)
+    target = GPUTarget("cuda", arch, 32)
+    backend = CUDABackend(target)
+    options = backend.parse_options(OPTIONS)
+    # Triton chooses ptxas and its options by version and architecture. The driver of tools/ptx has
+    # a subclass of this compiler, which stops at PTX.
+    cubin = CUDABackend.make_cubin(backend, ptx, {}, options, arch)
+    registers, stack = resources(cubin, f"a kernel for sm_{arch}")
+    opcodes = _INSTRUCTION.findall(disassemble(cubin))
     return MachineCode(
-        int(registers[1]),
-        int(stack[1]) if stack else 0,
+        registers,
+        stack,
         sum(not _OTHER.match(opcode) for opcode in opcodes),
         sum(opcode in ("HMMA", "HGMMA") for opcode in opcodes),
     )
-
-
-def _run(*words: object) -> str:
-    done = subprocess.run([*map(str, words)], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{words[0]} failed: {done.stderr.strip()}")
-    return done.stdout + done.stderr
