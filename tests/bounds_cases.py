@@ -4,7 +4,6 @@ It prints them as JSON: by case, what `predict` gives, and what the trace counts
 """
 
 import json
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from mmfused.kernels import tiles
 from mmfused.tools.bounds.cards import A100, H100, Card
 from mmfused.tools.bounds.predict import predict
 from mmfused.tools.bounds.tracing import Traced, traced
@@ -200,7 +200,7 @@ def ops() -> dict[str, dict[str, list[int]]]:
 
 
 if __name__ == "__main__":
-    os.environ["MMFUSED_PTX_ARCH"] = "90"
+    tiles.pretended_arch = 90
     found = kernels(90, H100, KERNELS)
     found["ops"] = ops()
     print(json.dumps(found | kernels(80, A100, KERNELS_80), default=float))
