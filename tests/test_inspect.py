@@ -1,9 +1,12 @@
 """Tests of ``mmfused inspect`` without a GPU, and of the committed compile matrix."""
 
+import argparse
 import json
 
+import pytest
 from compiling import ROOT, run_python
 
+from mmfused.cli import bound
 from mmfused.cli.compiling import recorded_launches
 from mmfused.kernels.tiles import SHARED_MEMORY
 from mmfused.ops import OPS
@@ -61,6 +64,25 @@ sys.exit(main({COMMAND[4:]!r}))
 def test_unknown_architecture_is_rejected():
     done = run_python("-W", "ignore", "-m", "mmfused", "inspect", "--arch", "sm_99")
     assert done.returncode == 2 and "--arch: got 'sm_99', expected one of sm_80" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"arch": ["sm_80"]}, r"--arch: got \['sm_80'\], expected no --bound"),
+        ({"sass": True}, "--sass: got True, expected no --bound"),
+        ({"card": ["B200"]}, "--card: got 'B200', expected some of H100, H200, A100"),
+        ({"card": ["A100", "H100"]}, "expected cards of one architecture"),
+        (
+            {"op": "topk_routing", "case": ["fluid"]},
+            "--case: got .*, expected some of logits-16384",
+        ),
+    ],
+)
+def test_options_that_cannot_be_counted_are_rejected(options: dict, message: str):
+    given = dict.fromkeys(("op", "case", "card", "arch", "sass", "json")) | options
+    with pytest.raises(ValueError, match=message):
+        bound.run(argparse.Namespace(**given))
 
 
 def test_supported_versions_are_sorted_and_architectures_known():

@@ -14,6 +14,9 @@ from typing import Any
 
 def run(args: argparse.Namespace) -> int:
     """Print what limits each launch of the chosen targets."""
+    for option in ("arch", "sass"):
+        if value := getattr(args, option):
+            raise ValueError(f"--{option}: got {value!r}, expected no --bound beside it")
     rows, cards, report = (_tool(name) for name in ("rows", "cards", "report"))
     chosen = [
         (op, case)

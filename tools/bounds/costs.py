@@ -4,7 +4,7 @@ Throughputs: CUDA C++ Programming Guide, "Arithmetic Instructions", results per 
 multiprocessor, of which each of the four schedulers has a quarter. Latencies: Luo et al. 2024,
 "Dissecting the NVIDIA Hopper Architecture", and Abdelkhalik et al. 2022, "Demystifying the Nvidia
 Ampere Architecture through Microbenchmarking"; they hide behind other warps, so they need not be
-exact. PTX names some instructions that ptxas turns into none or several: ISSUES has the numbers.
+exact. ptxas turns some instructions of PTX into none or several: see _FREE and _ISSUES.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from __future__ import annotations
 import re
 
 from mmfused.tools.ptx.machine import Program
-from mmfused.tools.ptx.trace import Cost, Rates, Registers
+from mmfused.tools.ptx.trace import SECTOR, Cost, Rates, Registers
 from mmfused.tools.ptx.translate import Instruction
 
 from .cards import Card
 
-SECTOR_BYTES, SHARED_BYTES_PER_CYCLE, PORT_BYTES_PER_CYCLE = 32, 128, 64
+SHARED_BYTES_PER_CYCLE, PORT_BYTES_PER_CYCLE = 128, 64
 SCHEDULERS = 4
 LATENCY_ALU, LATENCY_MUFU, LATENCY_SHARED, LATENCY_SHUFFLE = 4, 18, 23, 21
 LATENCY_MATRIX, LATENCY_BARRIER = 33, 20
@@ -32,7 +32,7 @@ _FREE = re.compile(
 _ISSUES = (
     (r"(add|sub|and|or|xor|not|neg|shl|shr|min|max|selp|setp|abs)\S*\.[bsu]64", 2),
     (r"(mul|mad)\S*\.[bsu]64", 4),
-    (r"div\.rn|div\.f32|sqrt\.rn|rcp\.rn", 8),
+    (r"div\.f32", 8),
     (r"ex2\.f32|lg2\.f32", 4),  # with denormals: a comparison and two products more
     (r"rsqrt\.f32|rcp\.f32|sqrt\.f32", 4),
     (r"(rem|div)\.[su]", 20),
@@ -175,10 +175,10 @@ def rates(card: Card, l2: float, from_dram: float) -> Rates:
     """
     cycles = card.multiprocessors * card.hertz
     return Rates(
-        sector_shared=SECTOR_BYTES / SHARED_BYTES_PER_CYCLE,
-        sector_port=SECTOR_BYTES / PORT_BYTES_PER_CYCLE,
-        sector_l2=SECTOR_BYTES * cycles / l2,
-        sector_dram=from_dram * SECTOR_BYTES * cycles / card.dram,
+        sector_shared=SECTOR / SHARED_BYTES_PER_CYCLE,
+        sector_port=SECTOR / PORT_BYTES_PER_CYCLE,
+        sector_l2=SECTOR * cycles / l2,
+        sector_dram=from_dram * SECTOR * cycles / card.dram,
         latency_l2=LATENCY_L2,
         latency_dram=LATENCY_DRAM,
         block_start=BLOCK_START,

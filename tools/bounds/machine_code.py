@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from typing import NamedTuple
 
@@ -24,7 +25,7 @@ _OTHER = re.compile(
 
 
 class MachineCode(NamedTuple):
-    """Of a kernel.
+    """What ptxas made of a kernel.
 
     ``registers`` and ``stack`` bytes are of a thread; ``arithmetic`` is the number of instructions
     that compute, and ``products`` that of matrix instructions.
@@ -45,7 +46,7 @@ def machine_code(ptx: str, arch: int) -> MachineCode:
         return MachineCode(*json.loads(path.read_text()))
     found = _compile(ptx, arch)
     path.parent.mkdir(exist_ok=True)
-    temporary = path.with_suffix(f".{id(found)}")
+    temporary = path.with_suffix(f".{os.getpid()}")
     temporary.write_text(json.dumps(found))
     temporary.replace(path)
     return found

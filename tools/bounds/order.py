@@ -20,7 +20,7 @@ _JUMPS = ("bra", "ret", "brx.idx")
 # No access to memory moves across these.
 _FENCES = ("commit copies", "wait copies", "wgmma", "commit wgmma", "wait wgmma", "barrier")
 _FENCES += ("mbarrier", "wait mbarrier", "bulk load", "bulk store", "commit bulk", "wait bulk")
-_LOADS = ("ld.", "ldmatrix")
+_LOADS, _STORES = ("ld.", "ldmatrix"), ("st.", "stmatrix", "atom", "red.")
 
 
 def order(code: list[Instruction], costs: list[Cost], registers: list[Registers]) -> Order:
@@ -86,8 +86,8 @@ class _Dependencies:
 
     def _order_memory(self, pc: int) -> None:
         opcode, unit = self.code[pc].opcode, self.costs[pc].unit
-        is_fence = unit in _FENCES or opcode.startswith("fence")
-        if is_fence or unit in ("store", "copy") or opcode.startswith(("st.", "stmatrix", "atom")):
+        is_fence = unit in _FENCES or opcode.startswith(("fence", "mbarrier"))
+        if is_fence or unit in ("store", "copy") or opcode.startswith(_STORES):
             self._follow([*self.fence, *self.loads, *self.stores], pc)
             self.loads, self.stores = [], [pc]
             self.fence = [pc] if is_fence else self.fence

@@ -1,8 +1,8 @@
 """From the trace of a launch to the time that a GPU needs for it.
 
 The time that each unit needs is what the launch asks of it, divided by its rate: no launch is
-faster than the slowest unit. The predicted time is that of the fullest multiprocessor, which plays
-its blocks (timeline.cpp): there units wait for each other, at the start and end of a block, at
+faster than the slowest unit. The predicted time is that of the fullest multiprocessor, which
+timeline.cpp simulates: there units wait for each other, at the start and end of a block, at
 barriers, and where the warps are too few to hide latency. Neither is a measurement.
 """
 
@@ -36,8 +36,8 @@ class Prediction:
 
     Attributes:
         name: of the kernel.
-        blocks: of the grid, and how many of them were traced.
-        traced: blocks whose instructions were counted.
+        blocks: of the grid.
+        traced: how many of the blocks ran and were counted.
         resident: blocks on a multiprocessor at a time.
         waves: rounds of blocks on the GPU.
         units: time that each unit needs; "l2" is at its lower rate.
@@ -46,7 +46,7 @@ class Prediction:
         prologue: share of a block's time before its first matrix product.
         epilogue: share after its last matrix product.
         barrier: share of a warp's time at barriers.
-        slots: issue slots of each class of instructions; units are trace.py's.
+        slots: issue slots by the unit of the instruction, one of trace.py's UNITS.
         wavefronts: cycles of shared memory for loads and stores.
         conflicts: those among them that bank conflicts cost.
         l2_bytes: through L2.

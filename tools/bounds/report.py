@@ -86,16 +86,22 @@ def _kernel(launch: Traced, card: Card) -> list[str]:
     if found.traced == found.blocks:
         sampled = f"all {found.blocks} blocks counted"
     units = ", ".join(f"{unit} {_us(seconds)}" for unit, seconds in found.units.items())
+    spilled = f", {launch.code.stack} bytes spilled by a thread" if launch.code.stack else ""
+    outside = ""
+    if found.flops:
+        outside = (
+            f"{100 * found.prologue:.0f} % of a block before its first product, "
+            f"{100 * found.epilogue:.0f} % after its last one; "
+        )
     return [
         f"  {_heading(launch, card)}; {sampled}",
         f"    us of each unit: {units}",
         f"    issue slots: {_slots(found)}",
         f"    {found.flops / 1e9:.1f} GFLOP of matrix products; {_memory(found)}",
-        f"    {launch.code.registers} registers, {launch.shared} bytes of shared memory: "
-        f"{found.resident} blocks a multiprocessor, {found.waves:.1f} waves, "
+        f"    {launch.code.registers} registers{spilled}, {launch.shared} bytes of shared memory; "
+        f"blocks on a multiprocessor: {found.resident}, {found.waves:.1f} waves, "
         f"{100 * found.idle_tail:.0f} % of the last one idle",
-        f"    not overlapped: {100 * found.prologue:.0f} % of a block before its first product, "
-        f"{100 * found.epilogue:.0f} % after its last one; {100 * found.barrier:.0f} % at barriers",
+        f"    not overlapped: {outside}{100 * found.barrier:.0f} % at barriers",
         f"    most time at {_lines(found)}",
     ]
 

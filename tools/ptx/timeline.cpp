@@ -1,4 +1,4 @@
-// Plays the traces of blocks on one multiprocessor, against the rates of a GPU.
+// Simulates one multiprocessor of a GPU that runs the traced blocks, at given rates.
 //
 // Each warp issues its instructions in order, each as soon as its operands are ready, one of the
 // four schedulers is free and the pipe of the instruction is. Copies and wgmmas run beside the warp
@@ -425,40 +425,5 @@ extern "C" {
 ptx::Played ptx_play(const void* trace, const ptx::Model* model, int resident, int blocks) {
   return ptx::Player(*model, *static_cast<const ptx::Trace*>(trace), resident, blocks).run();
 }
-
-int ptx_traced_blocks(const void* trace) {
-  return int(static_cast<const ptx::Trace*>(trace)->blocks.size());
-}
-
-// Sums over the traced blocks, for each instruction: how often a warp ran it, its wavefronts, its
-// conflicts and its sectors. counts: [instruction][4].
-void ptx_trace_counts(const void* trace, ptx::u64* counts) {
-  for (const auto& block : static_cast<const ptx::Trace*>(trace)->blocks)
-    for (const auto& warp : block)
-      for (const ptx::Step& step : warp) {
-        ptx::u64* const count = counts + 4 * step.pc;
-        count[0] += 1;
-        count[1] += step.wavefronts;
-        count[2] += step.conflicts;
-        count[3] += step.sectors;
-      }
-}
-
-// For each range of memory: distinct sectors that were read and written, and the same summed over
-// blocks. sectors: [range][4].
-void ptx_trace_sectors(const void* trace, ptx::u64* sectors) {
-  for (const ptx::Sectors& range : static_cast<const ptx::Trace*>(trace)->ranges) {
-    *sectors++ = range.distinct[0];
-    *sectors++ = range.distinct[1];
-    *sectors++ = range.by_blocks[0];
-    *sectors++ = range.by_blocks[1];
-  }
-}
-
-void ptx_reorder(void* trace, const ptx::i32* basic_blocks, const ptx::i32* ranks) {
-  static_cast<ptx::Trace*>(trace)->reorder(basic_blocks, ranks);
-}
-
-void ptx_free_trace(void* trace) { delete static_cast<ptx::Trace*>(trace); }
 
 }  // extern "C"

@@ -137,3 +137,42 @@ void Trace::reorder(const i32* basic_blocks, const i32* ranks) {
 }
 
 }  // namespace ptx
+
+extern "C" {
+
+int ptx_traced_blocks(const void* trace) {
+  return int(static_cast<const ptx::Trace*>(trace)->blocks.size());
+}
+
+// Sums over the traced blocks, for each instruction: how often a warp ran it, its wavefronts, its
+// conflicts and its sectors. counts: [instruction][4].
+void ptx_trace_counts(const void* trace, ptx::u64* counts) {
+  for (const auto& block : static_cast<const ptx::Trace*>(trace)->blocks)
+    for (const auto& warp : block)
+      for (const ptx::Step& step : warp) {
+        ptx::u64* const count = counts + 4 * step.pc;
+        count[0] += 1;
+        count[1] += step.wavefronts;
+        count[2] += step.conflicts;
+        count[3] += step.sectors;
+      }
+}
+
+// For each range of memory: distinct sectors that were read and written, and the same summed over
+// blocks. sectors: [range][4].
+void ptx_trace_sectors(const void* trace, ptx::u64* sectors) {
+  for (const ptx::Sectors& range : static_cast<const ptx::Trace*>(trace)->ranges) {
+    *sectors++ = range.distinct[0];
+    *sectors++ = range.distinct[1];
+    *sectors++ = range.by_blocks[0];
+    *sectors++ = range.by_blocks[1];
+  }
+}
+
+void ptx_reorder(void* trace, const ptx::i32* basic_blocks, const ptx::i32* ranks) {
+  static_cast<ptx::Trace*>(trace)->reorder(basic_blocks, ranks);
+}
+
+void ptx_free_trace(void* trace) { delete static_cast<ptx::Trace*>(trace); }
+
+}  // extern "C"

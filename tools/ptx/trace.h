@@ -1,5 +1,5 @@
 // A trace of some blocks of a launch: which instructions each warp ran, and what they asked of the
-// memories. timeline.cpp plays it against the rates of a GPU.
+// memories. timeline.cpp simulates them at the rates of a GPU.
 #pragma once
 
 #include <array>
