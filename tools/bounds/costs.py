@@ -38,7 +38,7 @@ _ISSUES = (
     (r"(rem|div)\.[su]", 20),
 )
 _MUFU = re.compile(r"(ex2|lg2|rcp|rsqrt|sqrt|tanh|sin|cos|div)\.")
-_CONVERSION = re.compile(r"cvt\.(\w+\.)*(f32|f16|bf16|f64)\.[su]\d+|cvt\.(\w+\.)*[su]\d+\.f\d+")
+_CONVERSION = re.compile(r"cvt\.(\w+\.)*f\d+\.[su]64|cvt\.(\w+\.)*[su]\d+\.f\d+")
 
 
 def costs(program: Program, card: Card) -> list[Cost]:

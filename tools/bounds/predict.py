@@ -152,8 +152,9 @@ def _lines(program: Program, spent: np.ndarray) -> dict[str, float]:
 
 def _scaled(cycles: list[Cost], traced: Traced) -> list[Cost]:
     """Return costs in which arithmetic takes as many instructions as ptxas made of it."""
-    if traced.code.products != sum(cost.unit in ("wgmma", "tensor") for cost in cycles):
-        return cycles  # ptxas has unrolled a loop, so that the instructions are not the same
+    products = sum(cost.unit in ("wgmma", "tensor") for cost in cycles)
+    if products == 0 or traced.code.products != products:
+        return cycles  # ptxas may have unrolled a loop, so that these are other instructions
     # ptxas's count has the products and comparisons around a MUFU, but not the MUFU itself.
     counted = sum(cost.issue for cost in cycles if cost.unit in (*_ARITHMETIC, "double"))
     counted += sum(cost.issue - 1 for cost in cycles if cost.unit == "mufu")
@@ -208,14 +209,16 @@ def _played(
     """Return seconds of the fullest multiprocessor, and the longer play."""
     fresh = traced.trace.distinct.sum() * traced.scale
     from_dram = float(traced.dram_sectors().sum() / max(1.0, fresh))
+    most = _most_blocks(traced, card)
+    # Where other multiprocessors have fewer blocks, this one gets more of the memories' rates.
+    share = traced.blocks / (card.multiprocessors * most)
     play = functools.partial(
         traced.trace.play,
         cycles,
         _registers(traced.program),
-        rates(card, l2, from_dram),
+        rates(card, l2 / share, from_dram * share),
         resident=resident,
     )
-    most = _most_blocks(traced, card)
     first, second = (min(most, rounds * resident) for rounds in _PLAYED_ROUNDS)
     played, spent = play(blocks=second)
     total = played.cycles

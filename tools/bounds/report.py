@@ -11,7 +11,7 @@ from .cards import Card
 from .predict import Prediction
 from .rows import SCALED, Bound, Step, bounds, limiter, prediction, step, times
 from .tracing import Traced
-from .work import Work
+from .work import Work, microseconds, time_range
 
 _MOST_LINES = 3  # of the source, for each launch
 _LEAST_SECONDS = 1e-6  # of an operator of torch that has a line of its own
@@ -37,18 +37,19 @@ def text(op: str, case: str, card: Card) -> str:
             else:
                 small += 1
         if small:
-            lines.append(f"  {small} operators of torch under {_us(_LEAST_SECONDS)} us")
+            lines.append(f"  {small} operators of torch under {microseconds(_LEAST_SECONDS)} us")
     return "\n".join(lines)
 
 
 def records(op: str, case: str, card: Card) -> list[dict[str, Any]]:
-    """Return the same as a list of launches, for JSON."""
+    """Return the same as a list of launches, for JSON; ``factor``: see :data:`rows.SCALED`."""
     found = []
-    case, _ = SCALED.get((op, case), (case, 1))
+    case, factor = SCALED.get((op, case), (case, 1))
     for which, launches in zip(Step._fields, step(op, case, card.arch), strict=True):
         for launch in launches:
             low, high = times(launch, card)
-            entry = {"low": low, "high": high, "limiter": limiter(launch, card)}
+            limit = limiter(launch, card)
+            entry = {"low": low, "high": high, "limiter": limit, "factor": factor}
             more = (
                 asdict(prediction(launch, card)) if isinstance(launch, Traced) else launch._asdict()
             )
@@ -56,24 +57,16 @@ def records(op: str, case: str, card: Card) -> list[dict[str, Any]]:
     return found
 
 
-def _us(seconds: float) -> str:
-    return f"{1e6 * seconds:.3g}" if seconds < 1e-4 else f"{1e6 * seconds:.0f}"
-
-
-def _range(low: float, high: float) -> str:
-    return _us(high) if high < 1.01 * low else f"{_us(low)} to {_us(high)}"
-
-
 def _sum(bound: Bound) -> str:
     return (
-        f"{_range(bound.low, bound.high)} us predicted, floor {_us(bound.floor)} us "
+        f"{time_range(bound.low, bound.high)} us predicted, floor {microseconds(bound.floor)} us "
         f"({100 * bound.share:.0f} %), {bound.launches} launches"
     )
 
 
 def _heading(launch: Traced | Work, card: Card) -> str:
     name = launch.name.removesuffix("_kernel")
-    return f"{name}: {_range(*times(launch, card))} us, limited by {limiter(launch, card)}"
+    return f"{name}: {time_range(*times(launch, card))} us, limited by {limiter(launch, card)}"
 
 
 def _work(work: Work) -> str:
@@ -85,7 +78,7 @@ def _kernel(launch: Traced, card: Card) -> list[str]:
     sampled = f"{found.traced} of {found.blocks} blocks counted"
     if found.traced == found.blocks:
         sampled = f"all {found.blocks} blocks counted"
-    units = ", ".join(f"{unit} {_us(seconds)}" for unit, seconds in found.units.items())
+    units = ", ".join(f"{unit} {microseconds(seconds)}" for unit, seconds in found.units.items())
     spilled = f", {launch.code.stack} bytes spilled by a thread" if launch.code.stack else ""
     outside = ""
     if found.flops:

@@ -26,6 +26,7 @@ from mmfused.benchmarks import tables
 from mmfused.supported import TRITONS
 from mmfused.tools.bounds.cards import CARDS
 from mmfused.tools.bounds.rows import SCALED
+from mmfused.tools.bounds.work import microseconds, time_range
 from mmfused.tools.compile_matrix import triton_folder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -91,7 +92,7 @@ def _line(row: str, found: dict[str, Any], card: str, versions: list[str]) -> li
     newest = found[versions[-1]][card]
     return [
         _name(row),
-        _pair(_us(bound["floor"]) for bound in newest.values()),
+        _pair(microseconds(bound["floor"]) for bound in newest.values()),
         *(times(found[version][card]) for version in versions),
         _pair(f"{100 * bound['floor'] / bound['high']:.0f} %" for bound in newest.values()),
         _pair(f"{bound['slowest']}: {bound['limiter']}" for bound in newest.values()),
@@ -109,7 +110,7 @@ def _name(row: str) -> str:
 
 def times(passes: dict[str, Any]) -> str:
     """Return the predicted times of the passes of a row."""
-    return _pair(_range(bound["low"], bound["high"]) for bound in passes.values())
+    return _pair(time_range(bound["low"], bound["high"]) for bound in passes.values())
 
 
 def _baselines(row: str, newest: dict[str, Any], card: Any) -> str:
@@ -123,22 +124,13 @@ def _baselines(row: str, newest: dict[str, Any], card: Any) -> str:
         if (baseline.op, baseline.case) == (op, case):
             both = row_seconds(baseline, card)
             how = "" if baseline.compiled else ", eager"
-            found.append(
-                f"{baseline.provider}{how}: {_pair(map(_us, both))} ({sum(both) / ours:.2f} x)"
-            )
+            us, ratio = _pair(map(microseconds, both)), sum(both) / ours
+            found.append(f"{baseline.provider}{how}: {us} ({ratio:.2f} x)")
     return "; ".join(found) or "-"
 
 
 def _pair(parts: Iterator[str]) -> str:
     return " / ".join(parts)
-
-
-def _us(seconds: float) -> str:
-    return f"{1e6 * seconds:.3g}" if seconds < 1e-4 else f"{1e6 * seconds:.0f}"
-
-
-def _range(low: float, high: float) -> str:
-    return _us(high) if high < 1.01 * low else f"{_us(low)}-{_us(high)}"
 
 
 def write(counts: Counts) -> None:

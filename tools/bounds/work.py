@@ -40,3 +40,14 @@ def seconds(work: Work, card: Card) -> float:
 def total_seconds(launches: list[Work], card: Card, gap: float = 0.0) -> float:
     """Return the time of launches one after the other, with ``gap`` seconds for each."""
     return sum(seconds(work, card) + gap for work in launches)
+
+
+def microseconds(seconds: float) -> str:
+    """Return a time as text with three digits."""
+    return f"{1e6 * seconds:.3g}" if seconds < 1e-4 else f"{1e6 * seconds:.0f}"
+
+
+def time_range(low: float, high: float) -> str:
+    """Return one time in microseconds, or two if they differ by more than 1 %."""
+    one = high < 1.01 * low
+    return microseconds(high) if one else f"{microseconds(low)} to {microseconds(high)}"

@@ -239,11 +239,8 @@ class Player {
     f64& scheduler = schedulers_[warp.scheduler];
     time = std::max(time, scheduler);
     const int pipe = pipe_of(warp, cost);
-    if (pipe < NUM_PIPES) time = std::max(time, pipes_[warp.scheduler][pipe]);
-    const bool is_bulk = cost.unit == BULK_LOAD || cost.unit == BULK_STORE;  // has its own engine
-    if (step.wavefronts + step.sectors > 0 && !is_bulk)
-      time = std::max(time, shared_ - SHARED_QUEUE);
-    if (step.sectors > 0 && !is_bulk) time = std::max(time, port_ - PORT_QUEUE);
+    const f64 free = free_from(warp, step, cost, pipe);
+    if (free > time) return events_.push({free, &warp});  // other warps may issue until then
     const f64 next = time + cost.issue;
     model_.spent[step.pc] += next - warp.time;
     scheduler = warp.time = next;
@@ -252,6 +249,16 @@ class Player {
       compute(warp, cost, pipe, time);
     else
       run(warp, step, cost, time);
+  }
+
+  // When the unit of an instruction can take it.
+  f64 free_from(const PlayedWarp& warp, const Step& step, const Cost& cost, int pipe) const {
+    if (pipe < NUM_PIPES) return pipes_[warp.scheduler][pipe];
+    if (cost.unit == BULK_LOAD || cost.unit == BULK_STORE) return 0;  // these have their own engine
+    f64 time = 0;
+    if (step.wavefronts + step.sectors > 0) time = shared_ - SHARED_QUEUE;
+    if (step.sectors > 0) time = std::max(time, port_ - PORT_QUEUE);
+    return time;
   }
 
   int pipe_of(const PlayedWarp& warp, const Cost& cost) const {
