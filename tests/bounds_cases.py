@@ -144,7 +144,59 @@ def info_nce() -> None:
     )
 
 
-OPS = [pooling, info_nce]
+def routing() -> None:
+    from mmfused.kernels import topk_routing
+
+    topk_routing.forward(
+        source=torch.randn(256, 16),
+        router_weight=None,
+        router_bias=None,
+        k=2,
+        selection_bias=None,
+        indices=None,
+        sigmoid=False,
+        renormalize=True,
+        mask=None,
+        segments=None,
+        num_segments=1,
+        available=None,
+        balance="switch",
+        jitter=0.0,
+        jitter_seed=None,
+    )
+
+
+def experts() -> None:
+    from mmfused.kernels import grouped_mlp, topk_routing
+
+    order = topk_routing.order((torch.arange(256) % 4)[:, None], None, 4)
+    grouped_mlp.mlp_forward(
+        x=half(256, 128),
+        w_up=half(4, 256, 128),
+        w_gate=None,
+        w_down=half(4, 128, 256),
+        b_up=half(4, 256),
+        b_down=half(4, 128),
+        combine_weights=torch.ones(256, 1),
+        activation="gelu",
+        packed=False,
+        **dict(zip(("order", "position", "offsets", "tiles"), order, strict=True)),
+    )
+
+
+def attention() -> None:
+    from mmfused.kernels import gated_cross_attention
+
+    tokens = [half(2, 64, 64) for _ in range(2)]
+    norms = [half(64) for _ in range(4)]
+    nothing = [torch.zeros(0, dtype=torch.bool) for _ in range(2)]
+    weights = [half(64, 64) for _ in range(4)] + [half(64, 128)] + [half(64) for _ in range(5)]
+    flags = [torch.zeros(0), torch.zeros(0)]
+    lists = (tokens, norms, nothing, nothing, 2 * weights, flags)
+    gated_cross_attention.forward(*lists, 4, "channel", "attend", True, 1e-5, 0.0, None)
+
+
+OPS = [pooling, info_nce, routing, experts, attention]
 
 
 def members(name: str, value: Any) -> dict[str, torch.Tensor]:

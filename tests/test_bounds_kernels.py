@@ -85,12 +85,32 @@ def test_a_large_product_nears_the_matrix_rate_if_l2_is_fast(cases: dict):
 WRITES = {
     "pooling, onepass_forward_kernel": {"z_ptr", "sums_ptr"},
     "info_nce, sweep_kernel": {"row_ptr", "column_ptr"},
+    "info_nce, merge_kernel": {"out_ptr"},
     "info_nce, target_kernel": {"out_ptr"},
+    "routing, route_kernel": {"indices_ptr", "ints_ptr", "floats_ptr", "weights_ptr"},
+    "routing, scan_kernel": {"totals_ptr", "sums_ptr", "prefix_ptr"},
+    "routing, finish_kernel": {
+        "losses_ptr",
+        "tiles_ptr",
+        "offsets_ptr",
+        "counts_ptr",
+        "position_ptr",
+        "coefficients_ptr",
+        "order_ptr",
+    },
+    "experts, rows_kernel": {"hidden_ptr", "out_ptr"},
+    "experts, combine_kernel": {"out_ptr"},
+    "attention, project_kernel": {"moments_ptr", "out_ptr+packed_ptr"},
+    "attention, attend_kernel": {"attended0_ptr", "attended1_ptr", "lse0_ptr", "lse1_ptr"},
 }
+PARTLY = {("experts, rows_kernel", "tiles_ptr")}  # most tiles are not used
 
 
 @pytest.mark.parametrize("name", WRITES)
 def test_a_kernel_of_the_library_touches_each_sector_of_its_tensors_once(cases: dict, name: str):
     for tensor, (size, reads, writes) in cases["ops"][name].items():
+        if (name, tensor) in PARTLY:
+            assert 0 < reads < size and writes == 0
+            continue
         expected = [0, size] if tensor in WRITES[name] else [size, 0]
         assert [reads, writes] == expected, tensor
