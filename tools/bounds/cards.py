@@ -22,7 +22,6 @@ class Card:
     mma_share: float  # of ``matrix`` that mma.sync reaches; wgmma reaches all of it
     dram: float  # bytes/s
     l2: tuple[float, float]  # bytes/s from L2 to the multiprocessors: a low and a high estimate
-    l2_bytes: int
     shared_bytes: int  # of a multiprocessor
     registers: int  # of a multiprocessor
     warps: int  # of a multiprocessor
@@ -43,7 +42,6 @@ _HOPPER = dict(
     float32=53.5e12,
     mma_share=0.63,
     l2=(5.5e12, 10e12),
-    l2_bytes=50 << 20,
     shared_bytes=228 << 10,
     registers=65536,
     warps=64,
@@ -57,7 +55,6 @@ _HOPPER_SOURCES = dict(
     mma_share="Luo et al. 2024, Dissecting the NVIDIA Hopper Architecture: mma.sync 62.9 %",
     l2="assumed: published measurements differ, from 5.5 to more than 7 on an H100 PCIe "
     "(Chips and Cheese 2023); 10 is 43 bytes a cycle and multiprocessor, of 64 that its port has",
-    l2_bytes="NVIDIA H100 Tensor Core GPU Architecture",
     occupancy="CUDA C++ Programming Guide, technical specifications per compute capability",
 )
 H100 = Card(
@@ -83,7 +80,6 @@ A100 = Card(
     mma_share=1.0,
     dram=1.7e12,
     l2=(3.5e12, 5.1e12),
-    l2_bytes=40 << 20,
     shared_bytes=164 << 10,
     registers=65536,
     warps=64,
@@ -96,7 +92,6 @@ A100 = Card(
         mma_share="all matrix instructions of sm_80 are mma.sync",
         dram="datasheet 2.04 TB/s, times 0.85",
         l2="5.1: NVIDIA A100 whitepaper, 5120 bytes a cycle at 1 GHz; 3.5: two thirds of it",
-        l2_bytes="NVIDIA A100 Tensor Core GPU Architecture",
         occupancy="CUDA C++ Programming Guide, technical specifications per compute capability",
     ),
 )
