@@ -88,6 +88,13 @@ def test_a_barrier_waits_for_the_slowest_warp():
     assert long.barrier - short.barrier == pytest.approx(3 / 4 * 100 * costs.LATENCY_ALU)
 
 
+def test_what_follows_a_barrier_begins_when_the_slowest_warp_has_come():
+    body = f"""
+        setp.ge.u32 %p1, tid, 32; @%p1 bra MEET; {CHAIN * 200}
+        MEET: bar.sync 0; @!%p1 bra END; {CHAIN * 200} END:"""
+    assert cycles(body, threads=128) >= 400 * costs.LATENCY_ALU
+
+
 def test_a_named_barrier_holds_only_its_warps():
     def played(threads: int) -> float:
         slow = f"""
