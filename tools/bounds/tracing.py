@@ -22,7 +22,7 @@ import triton
 
 from mmfused.tools.ptx import driver
 from mmfused.tools.ptx.machine import Memory, Program, merged
-from mmfused.tools.ptx.schedules import PLAIN, Argument
+from mmfused.tools.ptx.schedules import Argument
 from mmfused.tools.ptx.trace import SECTOR, Trace
 
 from .cards import CARDS
@@ -99,15 +99,7 @@ class _Launcher(driver.Launcher):
         self.launches.append(traced)
         steps = traced.trace.executed.sum() * traced.scale
         if steps < DECIDING_STEPS and _writes_integers(traced.trace, arguments):
-            threads = 32 * self.metadata.num_warps
-            program.run(
-                grid,
-                parameters,
-                memory,
-                threads=threads,
-                shared=self.metadata.shared,
-                schedule=PLAIN,
-            )
+            super().launch(program, grid, parameters, arguments)
 
     def _trace(
         self,
