@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 SIZES = "B, N, M, D, H"
-OURS = ("composed", "fused", "fused, one block kernel")
+OURS = ("composed", "fused")
 EXACT_CHUNK = 48  # samples per float64 call; a multiple of 3, the period of present()
 ONLY_HEADLINE = "compiled only in the headline case, to keep a run short"
 
@@ -246,18 +246,6 @@ def fused(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
     return _ours("fused", case, device, dtype)
 
 
-def block(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
-    """Build "fused" with a forward that computes attention, output and gate in one kernel."""
-    provider = fused(case, device, dtype)
-    from mmfused.kernels.gated_cross_attention import plans
-
-    if not plans.block_supports(case.D, case.D // case.H, dtype):
-        raise Unavailable(
-            "the block kernel needs D <= 256 and heads of at most 64 channels, or 32 in float32"
-        )
-    return replace(provider, within=functools.partial(plans.form, "block"))
-
-
 PROVIDERS: dict[str, Callable[..., Provider]] = {
     "SDPA": functools.partial(merged, attend=attend_sdpa),
     "eager": eager,
@@ -271,7 +259,6 @@ PROVIDERS: dict[str, Callable[..., Provider]] = {
     "varlen_attn": varlen,
     "composed": composed,
     "fused": fused,
-    "fused, one block kernel": block,
 }
 
 

@@ -24,12 +24,20 @@ SHARED_MEMORY = {
     121: 101_376,
 }
 
+# Multiprocessors of A100, A10, Jetson AGX Orin, L40, H200, B200, B300, RTX 5090 and DGX Spark.
+MULTIPROCESSORS = {80: 108, 86: 72, 87: 16, 89: 142, 90: 132, 100: 148, 103: 148, 120: 170, 121: 48}
+
 # Options of every launch. The default of enable_fp_fusion differs by Triton version.
 OPTIONS = {"enable_fp_fusion": True}
 
 # The architecture that plans are chosen for, in place of the GPU's; also set by
 # recording.launches_for. Tests set the variable to run the compiled kernels on a CPU (tools/ptx).
 pretended_arch: int | None = int(os.environ.get("MMFUSED_PTX_ARCH", 0)) or None
+
+
+def cdiv(a: int, b: int) -> int:
+    """Return a / b, rounded up, without the wrapper around triton.cdiv."""
+    return -(-a // b)
 
 
 def dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
@@ -45,6 +53,15 @@ def arch_of(tensor: torch.Tensor) -> int:
         return 90
     major, minor = torch.cuda.get_device_capability(tensor.device)
     return 10 * major + minor
+
+
+def multiprocessors(tensor: torch.Tensor) -> int:
+    """Return the number of multiprocessors, for kernels whose programs walk over many tiles."""
+    if INTERPRETED and pretended_arch is None:
+        return 4  # several tiles for each program, so that tests see the walk
+    if pretended_arch is not None:
+        return MULTIPROCESSORS[pretended_arch]
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count
 
 
 def upcasts(dtype: torch.dtype) -> bool:

@@ -191,9 +191,8 @@ def attention() -> None:
     norms = [half(64) for _ in range(4)]
     nothing = [torch.zeros(0, dtype=torch.bool) for _ in range(2)]
     weights = [half(64, 64) for _ in range(4)] + [half(64, 128)] + [half(64) for _ in range(5)]
-    flags = [torch.zeros(0), torch.zeros(0)]
-    lists = (tokens, norms, nothing, nothing, 2 * weights, flags)
-    gated_cross_attention.forward(*lists, 4, "channel", "attend", True, 1e-5, 0.0, None)
+    lists = (tokens, norms, nothing, nothing, nothing, 2 * weights)
+    gated_cross_attention.forward(*lists, 4, "channel", "none", "attend", True, 1e-5, 0.0, None)
 
 
 OPS = [pooling, info_nce, routing, experts, attention]

@@ -17,7 +17,6 @@ SETTINGS = (
     "TRITON_INTERPRET",
     "MMFUSED_BACKEND",
     "MMFUSED_ROUTER",
-    "MMFUSED_CROSS_ATTENTION",
     "MMFUSED_CHECK",
 )
 ENV = {k: v for k, v in os.environ.items() if k not in SETTINGS}

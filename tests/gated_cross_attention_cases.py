@@ -22,6 +22,12 @@ SHAPES = {
     "four heads of 48": (3, 7, 6, 192, 4, 192),
     "head dim 96": (3, 7, 6, 192, 2, 192),
     "wide": (3, 7, 6, 264, 2, 264),
+    # Rows are aligned and heads are common, so that 16-bit dtypes get their large tiles.
+    "2 heads of 32": (3, 70, 66, 64, 2, 96),
+    "short": (3, 9, 40, 64, 2, 64),
+    "8 heads of 32": (3, 9, 40, 256, 8, 192),
+    "many rows": (3, 70, 9, 256, 8, 256),
+    "2 heads of 64": (2, 70, 9, 128, 2, 256),
 }
 
 

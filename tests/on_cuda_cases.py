@@ -5,7 +5,6 @@ Sizes are realistic on a GPU and tiny in Triton's interpreter.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 
 import mmfused
 from mmfused import library
-from mmfused.kernels.gated_cross_attention.plans import form
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -84,7 +82,6 @@ class Case:
     ``fused``: whether the case has a kernel.
     ``composed``: whether the composed backend is tested.
     ``waits``: whether the composed backend synchronizes with the GPU by design.
-    ``around``: returns the context manager of each call.
     ``dtypes``: whether the accuracy is tested in every dtype.
     ``module``: whether the case tests a public module.
     """
@@ -93,7 +90,6 @@ class Case:
     fused: bool = True
     composed: bool = True
     waits: bool = False
-    around: Callable = contextlib.nullcontext
     dtypes: bool = False
     module: bool = False
 
@@ -373,10 +369,6 @@ def info_nce(dim=256, masks=False, module=False, **options):
     return make
 
 
-def with_block():
-    return form("block")
-
-
 CASES = {
     "query_pooling": Case(pooling(), dtypes=True),
     "query_pooling, norm and mask": Case(pooling(norm=True, padding="mask", queries=2)),
@@ -390,7 +382,6 @@ CASES = {
     "QTransform": Case(pooling_module(transform=True), module=True),
     "both directions": Case(attention(), dtypes=True, module=True),
     "both directions, dropout": Case(attention(dropout=0.1)),
-    "both directions, block": Case(attention(), composed=False, around=with_block),
     "one direction": Case(
         attention(both=False, context=768, gate="token", missing="zero"), module=True
     ),

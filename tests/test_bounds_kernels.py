@@ -100,8 +100,13 @@ WRITES = {
     },
     "experts, rows_kernel": {"hidden_ptr", "out_ptr"},
     "experts, combine_kernel": {"out_ptr"},
-    "attention, project_kernel": {"moments_ptr", "out_ptr+packed_ptr"},
-    "attention, attend_kernel": {"attended0_ptr", "attended1_ptr", "lse0_ptr", "lse1_ptr"},
+    "attention, project_kernel": {"first.out_ptr", "second.out_ptr"},
+    "attention, attend_kernel": {
+        "first.attended_ptr",
+        "first.lse_ptr",
+        "second.attended_ptr",
+        "second.lse_ptr",
+    },
 }
 PARTLY = {("experts, rows_kernel", "tiles_ptr")}  # most tiles are not used
 

@@ -4,7 +4,7 @@ import pytest
 from compiling import inspect, oldest_triton, run_python  # noqa: F401 (a fixture)
 
 # Cases of `mmfused inspect` that together use every kernel of the op.
-CASES = ("cross 768", "block")
+CASES = ("cross 768", "uniecs")
 
 
 def test_gated_cross_attention_is_one_graph_for_three_lengths():

@@ -29,8 +29,9 @@ def check_budget(module, inputs, extra):
         fused, exact, plain = (
             {k: v for k, v in part.items() if k != name} for part in (fused, exact, plain)
         )
-    # The kernels take delta = rowsum(dO * O) from the rounded output, so the gradients of a row's
-    # logits do not sum to 0 exactly, as they almost do in plain float32.
+    # Where no tile has all keys, the kernels take delta = rowsum(dO * O) from the rounded output.
+    # Then the gradients of a row's logits do not sum to 0 exactly, as they almost do in plain
+    # float32.
     factor = 3.0 if dtype == torch.float32 else 2.0
     assert not over_budget(fused, exact, plain, factor=factor)
 
@@ -92,6 +93,7 @@ PLAN_CASES = {
 }
 
 
+@pytest.mark.not_on_ptx("16-bit plans become very long code in float32")
 @pytest.mark.parametrize("case", PLAN_CASES)
 def test_16_bit_plans_keep_the_budget_in_float32(monkeypatch, case):
     """Run 16-bit plans in float32, because 16-bit rounding could hide errors."""
@@ -204,13 +206,13 @@ def test_attention_computes_only_tiles_with_valid_keys(monkeypatch, missing):
     """Tiles are computed only for present samples, and only up to the last valid key."""
     if CUDA:
         pytest.skip("tiles are counted only in the interpreter")
-    from mmfused.kernels.gated_cross_attention import attend, attend_backward
+    from mmfused.kernels.gated_cross_attention import attend, attend_backward, d_key, d_query
 
     module, inputs, _ = make(
         "many keys", both=False, missing=missing, dtype=torch.float32, masks="none"
     )
     computed = []
-    for owner in (attend, attend_backward):
+    for owner in (attend, attend_backward, d_key, d_query):
         real = owner.dot
         monkeypatch.setattr(
             owner, "dot", lambda *args, real=real: (computed.append(1), real(*args))[1]
@@ -294,12 +296,13 @@ def test_operators_pass_opcheck(monkeypatch, options):
         torch.library.opcheck(op, args, test_utils=utils)
 
 
-def test_forward_makes_four_launches_or_five_if_wide():
-    for shape, count in (("narrow", 4), ("wide", 5)):
-        module, inputs, extra = make(shape, dtype=torch.float16)
-        with torch.no_grad(), mmfused.backend("fused"), launches_made() as launches:
-            module(*inputs, **extra)
-        assert len(launches) == count, [launch.name for launch in launches]
+@pytest.mark.parametrize("shape", ["narrow", "wide"])
+@pytest.mark.parametrize("masks, count", [("none", 5), ("present", 6), ("mixed", 7)])
+def test_forward_makes_five_launches_or_seven_with_masks(shape, masks, count):
+    module, inputs, extra = make(shape, masks=masks, dtype=torch.float16)
+    with torch.no_grad(), mmfused.backend("fused"), launches_made() as launches:
+        module(*inputs, **extra)
+    assert len(launches) == count, [launch.name for launch in launches]
 
 
 @pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120])

@@ -35,7 +35,7 @@ NEWEST_CASES = (
     "moe fluid",
     "moe fine 64",
     "cross 512",
-    "block",
+    "uniecs",
 )
 
 

@@ -87,10 +87,9 @@ def attention_rows() -> list[Row]:
     def sdpa(at_least, **options):
         return faster_than("SDPA", at_least=at_least, form="both", **options)
 
-    block_kernel = sdpa(1.8, ours="fused, one block kernel")
     return [
         # The extra kernel concatenates the outputs of both sides.
-        row("uniecs", sdpa(1.5), block_kernel, launches("forward", 5, extra=1)),
+        row("uniecs", sdpa(1.5), launches("forward", 5, extra=1)),
         row("uniecs-missing", sdpa(3)),
         row("wide", sdpa(1.25)),
     ]

@@ -74,15 +74,6 @@ def loss_plan(**changes: Any) -> MakeContext:
     return changed_plan("masked_info_nce", lambda plan, *_: replace(plan, **changes))
 
 
-def cross_attention_form(form: str) -> MakeContext:
-    def context():
-        from mmfused.kernels.gated_cross_attention import plans
-
-        return plans.form(form)
-
-    return context
-
-
 def cases_named(op: str, *names: str) -> Callable[[], list]:
     return lambda: [case for case in run.load_op(op).cases("cuda", False) if case.name in names]
 
@@ -130,16 +121,12 @@ def loss_choices() -> list[Choice]:
 def choices() -> list[Choice]:
     """Return the choices that are measured if no tiles are requested."""
     unchanged = contextlib.nullcontext
-    forms = {form: ("fused", cross_attention_form(form)) for form in ("epilogue", "block")}
-    attention = "gated_cross_attention"
-    layers = cases_named(attention, "uniecs", "uniecs-missing", "uniecs-n50", "uniecs-n512")
     routers: Variants = {"triton": ("fused", unchanged), "C++": ("fused C++", unchanged)}
     logits = ("logits-16384", "logits-16384-s3", "logits-8192-e128")
     routed = cases_named("topk_routing", *logits, "fluid-512", "x-32768-e128")
     return [
         *pooling_choices(),
         *loss_choices(),
-        Choice(attention, "form", layers, forms),
         Choice("topk_routing", "router", routed, routers),
     ]
 

@@ -6,91 +6,202 @@ by 1 - p, or 1 without dropout.
     dP = E * (dO V^T)     delta = rowsum(dO * O)     dS = P * (dP - delta)
     dQ = scale dS K       dK = scale dS^T Q          dV = (E * P)^T dO
 
-There are no atomics: one launch computes dQ, BM queries of a head per program, and another launch
-computes dK and dV, BN keys of a head per program.
+There are no atomics. d_attend_kernel computes P and dP once: it keeps all keys or all queries of a
+sample, and loops over tiles of the others. For longer samples, one launch computes dQ
+(d_query.py), and another launch computes dK and dV (d_key.py).
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from ..tiles import LOG2E, dot, philox_keep, rounded_product
-from .attend import load_head, place, store_head
-from .tokens import key_span, pick, valid_keys, valid_span
+from ..tiles import LOG2E, dot, rounded_product
+from .attend import by_head, keep_probabilities, load_head, mask_rows, store_head
+from .tokens import key_rows, sample_rows
+
+
+class AttentionGradients(NamedTuple):
+    """One side of the backward of the attention; None where a side has no queries."""
+
+    projected_ptr: Tensor  # (R, W): queries and/or keys and values
+    attended_ptr: Tensor | None  # (R, D)
+    d_attended_ptr: Tensor | None  # (R, D)
+    lse_ptr: Tensor | None  # (H, capacity) float32
+    delta_ptr: Tensor | None  # (1 or 2, H, capacity) float32; None for d_attend_kernel
+    d_projected_ptr: Tensor  # (R, W)
 
 
 @triton.jit
-def _tile(
-    q,
-    do,
-    k_ptr,
-    seed_ptr,
-    lse,
-    lse_at,
-    direction,
+def loop_over_queries(
+    side,
+    rows,
+    other,
+    keys,
     b,
-    M,
     head,
-    start,
-    hi,
+    seed_ptr,
     scale,
     p,
-    masks,
     H: tl.constexpr,
     DH: tl.constexpr,
+    WQ: tl.constexpr,
     WK: tl.constexpr,
     FIRST_KEY: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BH: tl.constexpr,
-    IGNORE: tl.constexpr,
+    DIRECTION: tl.constexpr,
     DROPOUT: tl.constexpr,
+    HOLES: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Return P and dP of these queries and BN keys from ``start`` on, and the keys.
+    """Compute dQ, dK and dV of one head. All keys of a sample fit BN.
 
-    ``lse`` is stored divided by the scale (see attend.py).
+    delta is sum(P * dP) / sum(P), so ``attended`` is not read.
     """
-    j = start + tl.arange(0, BN)
-    k = load_head(k_ptr, b * M + j, j < hi, FIRST_KEY + head * DH, WK, DH, BH)
-    v = load_head(k_ptr, b * M + j, j < hi, FIRST_KEY + (H + head) * DH, WK, DH, BH)
-    keep = valid_keys(1 - direction, b * M + j, j < hi, masks, IGNORE)
-    s = dot(q, tl.trans(k), tl.zeros([BM, BN], tl.float32), UPCAST)
-    weight = tl.where(keep[None, :], tl.exp2((s - lse[:, None]) * (scale * LOG2E)), 0.0)
-    d_weight = dot(do, tl.trans(v), tl.zeros([BM, BN], tl.float32), UPCAST)
-    if DROPOUT:
-        d_weight = tl.where(
-            philox_keep(tl.load(seed_ptr), lse_at, start, p, 2 * direction, BN),
-            d_weight / (1.0 - p),
-            0.0,
+    first, end = sample_rows(rows, b)
+    key, key_end = key_rows(keys, b)
+    j = tl.arange(0, BN)
+    there = j < key_end - key
+    k = load_head(other.projected_ptr, key, j, there, FIRST_KEY + head * DH, WK, DH, BH)
+    v = load_head(other.projected_ptr, key, j, there, FIRST_KEY + (H + head) * DH, WK, DH, BH)
+    dk = tl.zeros([BN, BH], tl.float32)
+    dv = tl.zeros([BN, BH], tl.float32)
+    n = tl.arange(0, BM)
+    attending = tl.where(key < key_end, end, first)
+    for row in tl.range(first, end, BM):
+        # Rows that are not ok have q = dO = 0, so they add 0 whatever lse is.
+        ok = n < attending - row
+        q = load_head(side.projected_ptr, row, n, ok, head * DH, WQ, DH, BH)
+        do = load_head(side.d_attended_ptr, row, n, ok, head * DH, H * DH, DH, BH)
+        lse = tl.load(side.lse_ptr + by_head(rows, head, row) + n, mask=ok, other=0.0)
+        s = dot(q, tl.trans(k), tl.zeros([BM, BN], tl.float32), UPCAST)
+        # lse is stored divided by the scale (see attend.py).
+        weight = tl.exp2((s - lse[:, None]) * (scale * LOG2E))
+        weight = tl.where(there[None, :], weight, 0.0)
+        dropped = weight
+        total = tl.sum(weight, 1)
+        d_weight = dot(do, tl.trans(v), tl.zeros([BM, BN], tl.float32), UPCAST)
+        if DROPOUT:
+            kept = keep_probabilities(
+                tl.load(seed_ptr),
+                mask_rows(rows, b, head, row + n, ok, H),
+                keys,
+                b,
+                key + j,
+                there,
+                0,
+                p,
+                DIRECTION,
+                BN,
+                HOLES,
+            )
+            dropped = tl.where(kept, weight / (1.0 - p), 0.0)
+            d_weight = tl.where(kept, d_weight / (1.0 - p), 0.0)
+        delta = tl.sum(rounded_product(weight, d_weight), 1) / tl.where(total == 0, 1.0, total)
+        dv = dot(tl.trans(dropped.to(k.dtype)), do, dv, UPCAST)
+        ds = (weight * (d_weight - delta[:, None])).to(k.dtype)
+        dk = dot(tl.trans(ds), q, dk, UPCAST)
+        dq = dot(ds, k, tl.zeros([BM, BH], tl.float32), UPCAST)
+        store_head(side.d_projected_ptr, dq * scale, row, n, row + n < end, head * DH, WQ, DH, BH)
+    there = j < sample_rows(keys, b)[1] - key
+    store_head(other.d_projected_ptr, dk * scale, key, j, there, FIRST_KEY + head * DH, WK, DH, BH)
+    store_head(other.d_projected_ptr, dv, key, j, there, FIRST_KEY + (H + head) * DH, WK, DH, BH)
+
+
+@triton.jit
+def loop_over_keys(
+    side,
+    rows,
+    other,
+    keys,
+    b,
+    head,
+    seed_ptr,
+    scale,
+    p,
+    H: tl.constexpr,
+    DH: tl.constexpr,
+    WQ: tl.constexpr,
+    WK: tl.constexpr,
+    FIRST_KEY: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BH: tl.constexpr,
+    DIRECTION: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    HOLES: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Compute dQ, dK and dV of one head. All queries of a sample fit BM.
+
+    delta is rowsum(dO * O), because no tile has all keys.
+    """
+    first, end = sample_rows(rows, b)
+    key, key_end = key_rows(keys, b)
+    end_of_sample = sample_rows(keys, b)[1]
+    n = tl.arange(0, BM)
+    # Rows that are not ok have q = dO = 0, so they add 0 whatever lse is.
+    ok = n < tl.where(key < key_end, end, first) - first
+    q = load_head(side.projected_ptr, first, n, ok, head * DH, WQ, DH, BH)
+    do = load_head(side.d_attended_ptr, first, n, ok, head * DH, H * DH, DH, BH)
+    o = load_head(side.attended_ptr, first, n, ok, head * DH, H * DH, DH, BH)
+    lse = tl.load(side.lse_ptr + by_head(rows, head, first) + n, mask=ok, other=0.0)
+    delta = tl.sum(rounded_product(do.to(tl.float32), o.to(tl.float32)), 1)
+    dq = tl.zeros([BM, BH], tl.float32)
+    j = tl.arange(0, BN)
+    for row in tl.range(key, end_of_sample, BN):
+        there = j < key_end - row
+        k = load_head(other.projected_ptr, row, j, there, FIRST_KEY + head * DH, WK, DH, BH)
+        v = load_head(other.projected_ptr, row, j, there, FIRST_KEY + (H + head) * DH, WK, DH, BH)
+        s = dot(q, tl.trans(k), tl.zeros([BM, BN], tl.float32), UPCAST)
+        weight = tl.exp2((s - lse[:, None]) * (scale * LOG2E))
+        weight = tl.where((row + j < key_end)[None, :], weight, 0.0)
+        dropped = weight
+        if DROPOUT:
+            kept = keep_probabilities(
+                tl.load(seed_ptr),
+                mask_rows(rows, b, head, first + n, ok, H),
+                keys,
+                b,
+                row + j,
+                there,
+                row - key,
+                p,
+                DIRECTION,
+                BN,
+                HOLES,
+            )
+            dropped = tl.where(kept, weight / (1.0 - p), 0.0)
+        dv = dot(tl.trans(dropped.to(k.dtype)), do, tl.zeros([BN, BH], tl.float32), UPCAST)
+        # Not ``there``: a mask that the loads of a later tile share stays in registers until then.
+        ours = row + j < end_of_sample
+        store_head(other.d_projected_ptr, dv, row, j, ours, FIRST_KEY + (H + head) * DH, WK, DH, BH)
+        d_weight = dot(do, tl.trans(v), tl.zeros([BM, BN], tl.float32), UPCAST)
+        if DROPOUT:
+            d_weight = tl.where(kept, d_weight / (1.0 - p), 0.0)
+        ds = (weight * (d_weight - delta[:, None])).to(k.dtype)
+        dk = dot(tl.trans(ds), q, tl.zeros([BN, BH], tl.float32), UPCAST)
+        dq = dot(ds, k, dq, UPCAST)
+        store_head(
+            other.d_projected_ptr, dk * scale, row, j, ours, FIRST_KEY + head * DH, WK, DH, BH
         )
-    return weight, d_weight, k
+    store_head(side.d_projected_ptr, dq * scale, first, n, n < end - first, head * DH, WQ, DH, BH)
 
 
 @triton.jit
-def d_query_kernel(
-    projected0_ptr,
-    projected1_ptr,
-    attended0_ptr,
-    attended1_ptr,
-    d_attended0_ptr,
-    d_attended1_ptr,
-    lse0_ptr,
-    lse1_ptr,
-    delta0_ptr,
-    delta1_ptr,
-    d_projected0_ptr,
-    d_projected1_ptr,
-    ignore0_ptr,
-    ignore1_ptr,
-    absent0_ptr,
-    absent1_ptr,
+def d_attend_head(
+    side,
+    rows,
+    other,
+    keys,
+    b,
+    head,
     seed_ptr,
-    B,
-    N0,
-    N1,
-    tiles,
     scale,
     p,
     H: tl.constexpr,
@@ -98,194 +209,73 @@ def d_query_kernel(
     WQ: tl.constexpr,
     WK: tl.constexpr,
     FIRST_KEY: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
+    STAY: tl.constexpr,
+    STEP: tl.constexpr,
     BH: tl.constexpr,
-    IGNORE: tl.constexpr,
-    ABSENT: tl.constexpr,
-    MISSING: tl.constexpr,
-    COLLAPSE: tl.constexpr,
+    LOOP: tl.constexpr,
+    DIRECTION: tl.constexpr,
     DROPOUT: tl.constexpr,
-    EXACT: tl.constexpr,
+    HOLES: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Compute dQ and delta of BM queries; grid (directions * B * H * tiles,).
-
-    dQ is 0 for fully masked rows. With EXACT (float32), delta is sum(P * dP) / sum(P), and P is
-    divided by sum(P), so that dS sums to 0 up to the last digit. delta then has a second plane,
-    which holds 1 / sum(P) for d_key_kernel. Without EXACT, delta is rowsum(dO * O) or, for a single
-    tile of keys, sum(P * dP) / sum(P).
-    """
-    direction, b, head, tile = place(tiles, H, B)
-    masks = (ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr)
-    reverse = direction == 1
-    N = pick(reverse, N0, N1)
-    M = pick(reverse, N1, N0)
-    tile_start = tile * BM
-    n = tile_start + tl.arange(0, BM)
-    if tile_start < N:
-        lo, hi = key_span(direction, b, M, masks, IGNORE, ABSENT, MISSING, COLLAPSE)
-        if IGNORE != 0:
-            valid_lo, valid_hi = valid_span(direction, b, N, masks, IGNORE)
-            hi = tl.where((tile_start < valid_hi) & (tile_start + BM > valid_lo), hi, lo)
-        acc = tl.zeros([BM, BH], tl.float32)
-        if lo < hi:
-            k_ptr = pick(reverse, projected1_ptr, projected0_ptr)
-            delta_ptr = pick(reverse, delta0_ptr, delta1_ptr)
-            rows = b * N + n
-            lse_at = (b * H + head) * N + n
-            q = load_head(
-                pick(reverse, projected0_ptr, projected1_ptr), rows, n < N, head * DH, WQ, DH, BH
-            )
-            do = load_head(
-                pick(reverse, d_attended0_ptr, d_attended1_ptr),
-                rows,
-                n < N,
-                head * DH,
-                H * DH,
-                DH,
-                BH,
-            )
-            lse = tl.load(
-                pick(reverse, lse0_ptr, lse1_ptr) + lse_at, mask=n < N, other=float("inf")
-            )
-            # sum(P) is 0 in rows whose lse is inf, but ``total`` is a divisor.
-            total = tl.where(lse == float("inf"), 1.0, 0.0)
-            if EXACT:
-                delta = tl.zeros([BM], tl.float32)
-                for start in range(lo // BN * BN, hi, BN):
-                    weight, d_weight = _tile(
-                        q,
-                        do,
-                        k_ptr,
-                        seed_ptr,
-                        lse,
-                        lse_at,
-                        direction,
-                        b,
-                        M,
-                        head,
-                        start,
-                        hi,
-                        scale,
-                        p,
-                        masks,
-                        H,
-                        DH,
-                        WK,
-                        FIRST_KEY,
-                        BM,
-                        BN,
-                        BH,
-                        IGNORE,
-                        DROPOUT,
-                        UPCAST,
-                    )[:2]
-                    total += tl.sum(weight, 1)
-                    delta += tl.sum(rounded_product(weight, d_weight), 1)
-                delta = delta / total
-                tl.store(delta_ptr + (B * N).to(tl.int64) * H + lse_at, 1.0 / total, mask=n < N)
-            else:
-                o = load_head(
-                    pick(reverse, attended0_ptr, attended1_ptr),
-                    rows,
-                    n < N,
-                    head * DH,
-                    H * DH,
-                    DH,
-                    BH,
-                )
-                delta = tl.sum(rounded_product(do.to(tl.float32), o.to(tl.float32)), 1)
-                start = lo // BN * BN
-                if hi - start <= BN:
-                    weight, d_weight = _tile(
-                        q,
-                        do,
-                        k_ptr,
-                        seed_ptr,
-                        lse,
-                        lse_at,
-                        direction,
-                        b,
-                        M,
-                        head,
-                        start,
-                        hi,
-                        scale,
-                        p,
-                        masks,
-                        H,
-                        DH,
-                        WK,
-                        FIRST_KEY,
-                        BM,
-                        BN,
-                        BH,
-                        IGNORE,
-                        DROPOUT,
-                        UPCAST,
-                    )[:2]
-                    delta = tl.sum(rounded_product(weight, d_weight), 1) / (
-                        total + tl.sum(weight, 1)
-                    )
-            tl.store(delta_ptr + lse_at, delta, mask=n < N)
-            for start in range(lo // BN * BN, hi, BN):
-                weight, d_weight, k = _tile(
-                    q,
-                    do,
-                    k_ptr,
-                    seed_ptr,
-                    lse,
-                    lse_at,
-                    direction,
-                    b,
-                    M,
-                    head,
-                    start,
-                    hi,
-                    scale,
-                    p,
-                    masks,
-                    H,
-                    DH,
-                    WK,
-                    FIRST_KEY,
-                    BM,
-                    BN,
-                    BH,
-                    IGNORE,
-                    DROPOUT,
-                    UPCAST,
-                )
-                ds = weight * (d_weight - delta[:, None])
-                if EXACT:
-                    ds = ds / total[:, None]
-                acc = dot(ds.to(k.dtype), k, acc, UPCAST)
-        d_q_ptr = pick(reverse, d_projected0_ptr, d_projected1_ptr)
-        store_head(d_q_ptr, acc * scale, b * N + n, n < N, head * DH, WQ, DH, BH)
+    """Compute dQ, dK and dV of one head of a sample; they are 0 without queries or keys."""
+    if LOOP == "queries":
+        loop_over_queries(
+            side,
+            rows,
+            other,
+            keys,
+            b,
+            head,
+            seed_ptr,
+            scale,
+            p,
+            H,
+            DH,
+            WQ,
+            WK,
+            FIRST_KEY,
+            STEP,
+            STAY,
+            BH,
+            DIRECTION,
+            DROPOUT,
+            HOLES,
+            UPCAST,
+        )
+    else:
+        loop_over_keys(
+            side,
+            rows,
+            other,
+            keys,
+            b,
+            head,
+            seed_ptr,
+            scale,
+            p,
+            H,
+            DH,
+            WQ,
+            WK,
+            FIRST_KEY,
+            STAY,
+            STEP,
+            BH,
+            DIRECTION,
+            DROPOUT,
+            HOLES,
+            UPCAST,
+        )
 
 
 @triton.jit
-def d_key_kernel(
-    projected0_ptr,
-    projected1_ptr,
-    d_attended0_ptr,
-    d_attended1_ptr,
-    lse0_ptr,
-    lse1_ptr,
-    delta0_ptr,
-    delta1_ptr,
-    d_projected0_ptr,
-    d_projected1_ptr,
-    ignore0_ptr,
-    ignore1_ptr,
-    absent0_ptr,
-    absent1_ptr,
+def d_attend_kernel(
+    first,  # AttentionGradients of side 0
+    first_rows,
+    second,
+    second_rows,
     seed_ptr,
-    B,
-    N0,
-    N1,
-    tiles,
     scale,
     p,
     H: tl.constexpr,
@@ -293,74 +283,70 @@ def d_key_kernel(
     WQ: tl.constexpr,
     WK: tl.constexpr,
     FIRST_KEY: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
+    STAY: tl.constexpr,
+    STEP: tl.constexpr,
+    LOOP0: tl.constexpr,
+    LOOP1: tl.constexpr,
     BH: tl.constexpr,
-    IGNORE: tl.constexpr,
-    ABSENT: tl.constexpr,
-    MISSING: tl.constexpr,
-    COLLAPSE: tl.constexpr,
     DROPOUT: tl.constexpr,
-    EXACT: tl.constexpr,
+    HOLES: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Compute dK and dV of BN keys, 0 for masked keys; grid (directions * B * H * tiles,).
+    """Compute the backward of one head of a sample and direction; grid (directions * B * H,).
 
-    Tiles of P and dS are transposed: their rows are keys.
+    LOOPi is "queries" if STAY holds all keys of direction i, and "keys" if STAY holds all its
+    queries. The loop takes STEP of them at a time.
     """
-    direction, b, head, tile = place(tiles, H, B)
-    masks = (ignore0_ptr, ignore1_ptr, absent0_ptr, absent1_ptr)
-    reverse = direction == 1
-    N = pick(reverse, N0, N1)
-    M = pick(reverse, N1, N0)
-    tile_start = tile * BN
-    j = tile_start + tl.arange(0, BN)
-    if tile_start < M:
-        lo, hi = key_span(direction, b, M, masks, IGNORE, ABSENT, MISSING, COLLAPSE)
-        dk = tl.zeros([BN, BH], tl.float32)
-        dv = tl.zeros([BN, BH], tl.float32)
-        if (tile_start < hi) & (tile_start + BN > lo):
-            valid_lo, valid_hi = valid_span(direction, b, N, masks, IGNORE)
-            q_ptr = pick(reverse, projected0_ptr, projected1_ptr)
-            k_ptr = pick(reverse, projected1_ptr, projected0_ptr)
-            do_ptr = pick(reverse, d_attended0_ptr, d_attended1_ptr)
-            lse_ptr = pick(reverse, lse0_ptr, lse1_ptr)
-            delta_ptr = pick(reverse, delta0_ptr, delta1_ptr)
-            k = load_head(k_ptr, b * M + j, j < hi, FIRST_KEY + head * DH, WK, DH, BH)
-            v = load_head(k_ptr, b * M + j, j < hi, FIRST_KEY + (H + head) * DH, WK, DH, BH)
-            keep = valid_keys(1 - direction, b * M + j, j < hi, masks, IGNORE)
-            if DROPOUT:
-                seed = tl.load(seed_ptr)
-            for start in range(valid_lo // BM * BM, valid_hi, BM):
-                n = start + tl.arange(0, BM)
-                ok = (n >= valid_lo) & (n < valid_hi)
-                lse_at = (b * H + head) * N + n
-                q = load_head(q_ptr, b * N + n, ok, head * DH, WQ, DH, BH)
-                do = load_head(do_ptr, b * N + n, ok, head * DH, H * DH, DH, BH)
-                lse = tl.load(lse_ptr + lse_at, mask=ok, other=float("inf"))
-                delta = tl.load(delta_ptr + lse_at, mask=ok, other=0.0)
-                s = dot(k, tl.trans(q), tl.zeros([BN, BM], tl.float32), UPCAST)
-                # lse is stored divided by the scale.
-                weight = tl.where(keep[:, None], tl.exp2((s - lse[None, :]) * (scale * LOG2E)), 0.0)
-                if EXACT:
-                    # The second plane of delta holds 1 / sum(P).
-                    weight *= tl.load(
-                        delta_ptr + (B * N).to(tl.int64) * H + lse_at, mask=ok, other=0.0
-                    )[None, :]
-                d_weight = dot(v, tl.trans(do), tl.zeros([BN, BM], tl.float32), UPCAST)
-                ds = weight
-                if DROPOUT:
-                    kept = (
-                        tl.trans(
-                            philox_keep(seed, lse_at, tile_start, p, 2 * direction, BN).to(tl.int8)
-                        )
-                        != 0
-                    )
-                    d_weight = tl.where(kept, d_weight / (1.0 - p), 0.0)
-                    weight = tl.where(kept, weight / (1.0 - p), 0.0)
-                ds = ds * (d_weight - delta[None, :])
-                dv = dot(weight.to(do.dtype), do, dv, UPCAST)
-                dk = dot(ds.to(q.dtype), q, dk, UPCAST)
-        d_k_ptr = pick(reverse, d_projected1_ptr, d_projected0_ptr)
-        store_head(d_k_ptr, dk * scale, b * M + j, j < M, FIRST_KEY + head * DH, WK, DH, BH)
-        store_head(d_k_ptr, dv, b * M + j, j < M, FIRST_KEY + (H + head) * DH, WK, DH, BH)
+    pid = tl.program_id(0)
+    head = pid % H
+    b = pid // H % first_rows.batch
+    if pid < first_rows.batch * H:
+        d_attend_head(
+            first,
+            first_rows,
+            second,
+            second_rows,
+            b,
+            head,
+            seed_ptr,
+            scale,
+            p,
+            H,
+            DH,
+            WQ,
+            WK,
+            FIRST_KEY,
+            STAY,
+            STEP,
+            BH,
+            LOOP0,
+            0,
+            DROPOUT,
+            HOLES,
+            UPCAST,
+        )
+    elif second.lse_ptr is not None:
+        d_attend_head(
+            second,
+            second_rows,
+            first,
+            first_rows,
+            b,
+            head,
+            seed_ptr,
+            scale,
+            p,
+            H,
+            DH,
+            WQ,
+            WK,
+            FIRST_KEY,
+            STAY,
+            STEP,
+            BH,
+            LOOP1,
+            1,
+            DROPOUT,
+            HOLES,
+            UPCAST,
+        )

@@ -1,18 +1,28 @@
 """Launchers of the backward of gated cross-attention.
 
-For the equations see gradients.py and attend_backward.py.
+For the equations see gradients.py, attend_backward.py, d_tokens.py and weights.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
-import triton
 from torch import Tensor
 
-from . import attend_backward, gradients
-from .call import B_G, B_O, B_Q, FIELDS, W_G, W_K, W_O, W_Q, Call, bits, both, tile_options
-from .parameters import d_gate_weight, d_linear, d_norm
-from .plans import power
+from ..tiles import cdiv
+from .attend_backward import AttentionGradients, d_attend_kernel
+from .call import Call, given, padded, tile_options
+from .d_key import d_key_kernel
+from .d_query import d_query_kernel
+from .d_tokens import TokenSide, d_tokens_kernel, d_tokens_rows_kernel
+from .gradients import GateSide, RowSide, d_gate_kernel, d_rows_kernel
+from .products import ProductSide, d_attended_kernel, d_normed_kernel
+from .results import Gradients, Norm, Saved, Weights
+from .tokens import FACTORS, Rows
+from .weights_launch import Operands, Parameters, weight_gradients
+
+ROW_PROGRAMS = 1023  # not a multiple of 16, see call.unspecialised
 
 
 def backward(
@@ -20,12 +30,13 @@ def backward(
     tokens: list[Tensor],
     norms: list[Tensor],
     ignores: list[Tensor],
-    absents: list[Tensor],
+    lengths: list[Tensor],
+    presents: list[Tensor],
     weights: list[Tensor],
-    flags: list[Tensor],
-    saved: list[Tensor],
+    flat_saved: list[Tensor],
     num_heads: int,
     gate: str,
+    indicator: str,
     missing: str,
     pre_norm: bool,
     norm_eps: float,
@@ -34,323 +45,351 @@ def backward(
 ) -> list[Tensor]:
     """Return d_tokens of both sides, d_norms and d_weights in one list.
 
-    ``saved`` are the results of the forward without ``outs``. The other arguments are those of the
-    forward.
+    ``flat_saved`` are the results of the forward without its outputs. The other arguments are those
+    of the forward.
     """
     call = Call(
-        tokens,
-        norms,
-        ignores,
-        absents,
-        weights,
-        flags,
-        num_heads,
-        gate,
-        missing,
-        pre_norm,
-        norm_eps,
-        dropout_p,
-        dropout_seed,
+        tokens=tokens,
+        norms=[Norm(*norms[:2]), Norm(*norms[2:])],
+        ignores=ignores,
+        lengths=lengths,
+        presents=presents,
+        weights=Weights.of(weights),
+        heads=num_heads,
+        gate=gate,
+        indicator=indicator,
+        missing=missing,
+        pre_norm=pre_norm,
+        eps=norm_eps,
+        p=dropout_p,
+        seed=dropout_seed if dropout_p > 0 else None,
     )
-    n = call.directions
-    projected, moments, attended, lse, attn_out = (
-        saved[first:last]
-        for first, last in ((0, 2), (2, 4), (4, 4 + n), (4 + n, 4 + 2 * n), (4 + 2 * n, None))
-    )
-    d_tokens, d_norms, d_weights = (
-        [torch.empty_like(x, memory_format=torch.contiguous_format) for x in given]
-        for given in (tokens, norms, weights)
-    )
-    dz, dy = _d_blend(call, d_outs, attn_out, moments, lse, d_tokens, d_norms)
-    d_projected = _d_attend(call, projected, attended, lse, dy)
-    for side in (0, 1):
-        clean = _d_side(
-            call,
-            side,
-            d_projected[side],
-            moments[side],
-            d_tokens[side],
-            d_norms[2 * side : 2 * side + 2],
-            d_weights,
-        )
-        if side < n:
-            d_w = d_weights[FIELDS * side : FIELDS * (side + 1)]
-            rows = call.rows[side]
-            d_linear(
-                dy[side].view(rows, call.dim),
-                attended[side].view(rows, call.dim),
-                d_w[W_O],
-                d_w[B_O],
-            )
-            if gate != "none":
-                d_gate_weight(
-                    dz[side].flatten(0, 1),
-                    clean,
-                    attn_out[side].view(rows, call.dim),
-                    flags[side],
-                    call.batch,
-                    d_w[W_G],
-                    d_w[B_G],
-                )
-    return [*d_tokens, *d_norms, *d_weights]
+    saved = Saved.of(flat_saved, call.directions)
+    sides = [call.rows(saved, side) for side in (0, 1)]
+    d = _allocate(call, d_outs)
+    _d_rows(call, saved, sides, d)
+    if gate == "channel":
+        _d_gate(call, saved, sides, d)
+    d_projected = _d_attend(call, saved, sides, _d_attended(call, saved, sides, d))
+    normed = _d_tokens(call, saved, sides, d, d_projected)
+    _weights(call, saved, sides, d, d_projected, normed)
+    flat = (tensor for parts in (*d.norms, *d.weights) for tensor in parts)
+    return [*d.tokens, *flat]
 
 
-def _d_blend(
-    call: Call,
-    d_outs,
-    attn_out,
-    moments,
-    lse,
-    d_tokens,
-    d_norms,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Return dz and dy of each direction.
+def _allocate(call: Call, d_outs: list[Tensor]) -> Gradients:
+    gates = dict(channel=call.dim, token=1, none=0)[call.gate]
+    rows = call.capacities[: call.directions]
+    like = d_outs[0]
 
-    Write dx without the attention's part to d_tokens and, with post-norm, the gradients to d_norms.
+    def empty(tensors: Iterable[Tensor]) -> list[Tensor]:
+        return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors]
+
+    weighted = call.is_packed and call.gate != "none" and call.indicator != "none"
+    partials = [_row_programs(call, n) if not call.pre_norm else 0 for n in rows]
+    return Gradients(
+        d_outs,
+        tokens=empty(call.tokens),
+        norms=[Norm(*empty(norm)) for norm in call.norms],
+        weights=[Weights(*empty(weights)) for weights in call.weights],
+        logits=[like.new_empty(n, gates) for n in rows],
+        output=[like.new_empty(n, call.dim) for n in rows],
+        direct=[like.new_empty(n, call.dim) for n in rows],
+        norm_sums=[like.new_empty(2, n, call.dim, dtype=torch.float32) for n in partials],
+        factors=[like.new_empty(n if weighted else 0, FACTORS.value) for n in rows],
+    )
+
+
+def _row_programs(call: Call, rows: int) -> int:
+    """Return the programs that walk over the rows; their number is also that of partial sums.
+
+    It does not depend on the number of multiprocessors, so that GPUs of one architecture compute
+    the same sums.
     """
-    dy = [torch.empty_like(d) for d in d_outs]
-    dz = [
-        d.new_empty(
-            *d.shape[:2], call.dim if call.gate == "channel" else 1 if call.gate == "token" else 0
-        )
-        for d in d_outs
-    ]
-    dx = d_tokens[: call.directions]
-    biased = bits(call.weights[B_G::FIELDS])
-    if call.gate != "channel":
-        tile = call.plan.rows
-        partials = call.partials(max(call.rows[: call.directions]))
-        shape = (2, partials, call.dim) if not call.pre_norm else (0,)
-        sums = [dy[0].new_empty(shape, dtype=torch.float32) for _ in d_outs]
-        gradients.d_rows_kernel[(partials, call.directions)](
-            *both(d_outs),
-            *call.tokens,
-            *both(attn_out),
-            *call.of(W_G),
-            *call.of(B_G),
-            *both(call.flags),
-            *call.norm(0),
-            *moments,
-            *both(lse),
-            *both(dz),
-            *both(dy),
-            *both(dx),
-            *both(sums),
-            *call.mask_bytes,
-            call.seed,
-            call.batch,
-            *call.lengths,
-            *call.strides,
-            call.p,
-            H=call.heads,
-            D=call.dim,
-            BIAS_G=biased,
-            **call.masks,
-            GATE=call.gate,
-            INDICATOR=call.indicator,
-            POSTNORM=not call.pre_norm,
-            DROPOUT=call.p > 0,
-            **tile_options(gradients.d_rows_kernel, tile),
-        )
-        if not call.pre_norm:
-            for side, partial in enumerate(sums):
-                d_norm(partial, *d_norms[2 * side : 2 * side + 2])
-        return dz, dy
-    packed = [w[:, : 2 * call.dim].contiguous() for w in call.weights[W_G::FIELDS]]
-    tile = call.plan.product
-    grid = (call.row_blocks(tile.BM) * triton.cdiv(call.dim, tile.BN), call.directions)
-    gradients.d_gate_kernel[grid](
-        *both(d_outs),
-        *call.tokens,
-        *both(attn_out),
-        *both(packed),
-        *call.of(W_G),
-        *call.of(B_G),
-        *both(call.flags),
-        *both(dz),
-        *both(dy),
-        *both(dx),
-        *call.mask_bytes,
-        call.batch,
-        *call.lengths,
-        *call.strides,
-        D=call.dim,
-        BIAS_G=biased,
-        INDICATOR=call.indicator,
-        **call.given,
-        **tile_options(gradients.d_gate_kernel, tile),
-    )
-    tile = call.plan.product
-    grid = (call.row_blocks(tile.BM) * 2 * triton.cdiv(call.dim, tile.BN), call.directions)
-    gradients.through_gate_kernel[grid](
-        *both(dz),
-        *both(packed),
-        *both(dy),
-        *both(dx),
-        *both(lse),
-        *call.mask_bytes,
+    return min(ROW_PROGRAMS, call.row_programs(rows, call.plan.rows.BM))
+
+
+def _d_rows(call: Call, saved: Saved, sides: list[Rows], d: Gradients) -> None:
+    """Compute dz, or dy and the direct part of dx; write dx of tokens that are not rows."""
+    arguments = [_row_side(call, saved, d, side) for side in (0, 1)]
+    d_rows_kernel[(sum(side.programs for side in arguments),)](
+        arguments[0],
+        sides[0],
+        arguments[1],
+        sides[1],
         call.seed,
-        call.batch,
-        *call.lengths,
         call.p,
-        H=call.heads,
-        D=call.dim,
-        DROPOUT=call.p > 0,
-        **call.given,
-        **tile_options(gradients.through_gate_kernel, tile),
+        D0=call.inputs[0],
+        D1=call.inputs[1],
+        GATE=call.gate,
+        INDICATOR=call.indicator != "none",
+        **tile_options(d_rows_kernel, call.plan.rows),
     )
-    return dz, dy
+
+
+def _row_side(call: Call, saved: Saved, d: Gradients, side: int) -> RowSide:
+    place, programs = call.place(saved, side), _row_programs(call, call.capacities[side])
+    if side >= call.directions:
+        # Without masks, every token of a side of keys is a row.
+        return RowSide(
+            place_ptr=place, dx_ptr=d.tokens[side], programs=0 if place is None else programs
+        )
+    whole, w = call.gate != "channel", call.weights[side]
+    return RowSide(
+        d_out_ptr=d.outs[side],
+        stride_b=d.outs[side].stride(0),
+        stride_n=d.outs[side].stride(1),
+        x_ptr=call.packed_tokens(saved, side),
+        attn_out_ptr=saved.attn_out[side],
+        z_ptr=given(saved.logits[side]),
+        weight_ptr=given(w.w_g) if whole else None,
+        bias_ptr=given(w.b_g) if whole else None,
+        gamma_ptr=None if call.pre_norm else call.norms[side].gamma,
+        moments_ptr=given(saved.out_moments[side]),
+        lse_ptr=saved.lse[side],
+        place_ptr=place,
+        dz_ptr=d.logits[side] if call.gate != "none" else None,
+        dy_ptr=d.output[side] if whole else None,
+        dx_part_ptr=d.direct[side] if whole else None,
+        dx_ptr=d.tokens[side],
+        partial_ptr=None if call.pre_norm else d.norm_sums[side],
+        factors_ptr=given(d.factors[side]),
+        programs=programs,
+    )
+
+
+def _d_gate(call: Call, saved: Saved, sides: list[Rows], d: Gradients) -> None:
+    """Compute dy and the direct part of dx of a gate per channel."""
+    tile = call.plan.d_gate if call.seed is None else call.plan.d_gate_dropout
+    shares = call.shares(tile, [2 * cdiv(call.dim, tile.BN)] * call.directions, call.dim)
+    gates = [
+        GateSide(
+            dz_ptr=d.logits[i],
+            z_ptr=saved.logits[i],
+            d_out_ptr=d.outs[i],
+            stride_b=d.outs[i].stride(0),
+            stride_n=d.outs[i].stride(1),
+            weight_ptr=saved.gate[i],
+            lse_ptr=saved.lse[i],
+            dx_part_ptr=d.direct[i],
+            dy_ptr=d.output[i],
+            programs=share,
+        )
+        for i, share in enumerate(shares)
+    ]
+    gates = padded(gates, GateSide())
+    d_gate_kernel[(sum(shares),)](
+        gates[0],
+        sides[0],
+        gates[1],
+        sides[1],
+        call.seed,
+        call.p,
+        D=call.dim,
+        UPCAST=call.upcast,
+        **tile_options(d_gate_kernel, tile),
+    )
+
+
+def _d_attended(call: Call, saved: Saved, sides: list[Rows], d: Gradients) -> list[Tensor]:
+    """Return the gradient of the attention's result."""
+    tile = call.plan.d_attended
+    shares = call.shares(tile, [cdiv(call.dim, tile.BN)] * call.directions, call.dim)
+    d_attended = [torch.empty_like(x) for x in saved.attended]
+    products = [
+        ProductSide(d.output[i], w.w_o, d_attended[i], shares[i])
+        for i, w in enumerate(call.weights)
+    ]
+    products = padded(products, ProductSide())
+    d_attended_kernel[(sum(shares),)](
+        products[0],
+        sides[0],
+        products[1],
+        sides[1],
+        D=call.dim,
+        UPCAST=call.upcast,
+        **tile_options(d_attended_kernel, tile),
+    )
+    return d_attended
 
 
 def _d_attend(
     call: Call,
-    projected,
-    attended,
-    lse,
-    dy,
+    saved: Saved,
+    sides: list[Rows],
+    d_attended: list[Tensor],
 ) -> list[Tensor]:
-    """Return the gradients of the projections of both sides."""
-    d_attended, d_projected = (
-        [torch.empty_like(x) for x in like] for like in (attended, projected)
-    )
-    exact = projected[0].dtype == torch.float32
-    delta = [x.new_empty(2 if exact else 1, *x.shape) for x in lse]
-    tile = call.plan.product
-    grid = (call.row_blocks(tile.BM) * triton.cdiv(call.dim, tile.BN), call.directions)
-    gradients.d_attended_kernel[grid](
-        *both(dy),
-        *call.of(W_O),
-        *both(d_attended),
-        *call.mask_bytes,
-        call.batch,
-        *call.lengths,
-        D=call.dim,
-        **call.given,
-        **tile_options(gradients.d_attended_kernel, tile),
-    )
-    programs_per_tile = call.directions * call.batch * call.heads
-    options = dict(
-        H=call.heads,
-        DH=call.head_dim,
-        WQ=call.widths[0],
-        WK=call.widths[1],
-        FIRST_KEY=call.first_key,
-        BH=power(call.head_dim),
-        COLLAPSE=call.collapse,
-        DROPOUT=call.p > 0,
-        EXACT=exact,
-        **call.given,
-    )
-
-    def last_arguments(tiles):
-        return (
-            *call.mask_bytes,
-            call.seed,
-            call.batch,
-            *call.lengths,
-            tiles,
-            call.head_dim**-0.5,
-            call.p,
+    """Return the gradients of queries, keys and values."""
+    d_projected = [torch.empty_like(x) for x in saved.projected]
+    loops = [_loop(call, direction) for direction in range(call.directions)]
+    exact = call.tokens[0].dtype == torch.float32
+    gradients = [
+        AttentionGradients(
+            x,
+            saved.attended[side] if side < call.directions else None,
+            d_attended[side] if side < call.directions else None,
+            saved.lse[side] if side < call.directions else None,
+            None,
+            d_projected[side],
         )
-
-    common = (*both(lse), *both(delta), *d_projected)
-    tiles = triton.cdiv(max(call.lengths[: call.directions]), call.plan.d_query.BM)
-    attend_backward.d_query_kernel[(programs_per_tile * tiles,)](
-        *projected,
-        *both(attended),
-        *both(d_attended),
-        *common,
-        *last_arguments(tiles),
-        **options,
-        **tile_options(attend_backward.d_query_kernel, call.plan.d_query),
+        for side, x in enumerate(saved.projected)
+    ]
+    if not all(loops):
+        deltas = [x.new_empty(2 if exact else 1, *x.shape) for x in saved.lse]
+        gradients = [
+            x._replace(delta_ptr=delta)
+            for x, delta in zip(gradients, padded(deltas, None), strict=True)
+        ]
+    arguments = (
+        gradients[0],
+        sides[0],
+        gradients[1],
+        sides[1],
+        call.seed,
+        call.head_dim**-0.5,
+        call.p,
     )
-    tiles = triton.cdiv(max(call.lengths[-call.directions :]), call.plan.d_key.BN)
-    attend_backward.d_key_kernel[(programs_per_tile * tiles,)](
-        *projected,
-        *both(d_attended),
-        *common,
-        *last_arguments(tiles),
-        **options,
-        **tile_options(attend_backward.d_key_kernel, call.plan.d_key),
+    constants = call.attention_constants()
+    heads = call.batch * call.heads
+    tile = call.plan.d_attend
+    if tile is not None and all(loops):
+        d_attend_kernel[(call.directions * heads,)](
+            *arguments,
+            STAY=tile.BN,
+            STEP=tile.BM,
+            LOOP0=loops[0],
+            LOOP1=loops[-1],
+            **constants,
+            **tile_options(d_attend_kernel, tile),
+        )
+        return d_projected
+    tile = call.plan.d_query
+    tiles = sum(cdiv(n, tile.BM) for n in call.sizes[: call.directions])
+    d_query_kernel[(heads * tiles,)](
+        *arguments, EXACT=exact, **constants, **tile_options(d_query_kernel, tile)
+    )
+    tile = call.plan.d_key
+    tiles = sum(cdiv(n, tile.BN) for n in call.sizes[-call.directions :])
+    d_key_kernel[(heads * tiles,)](
+        *arguments, EXACT=exact, **constants, **tile_options(d_key_kernel, tile)
     )
     return d_projected
 
 
-def _d_side(
-    call: Call,
-    side: int,
-    d_projected,
-    moments,
-    dx,
-    d_norms,
-    d_weights,
-) -> Tensor | None:
-    """Compute the gradients of one side's tokens, norm and projections.
+def _loop(call: Call, direction: int) -> str:
+    """Return what d_attend_kernel loops over in a direction; "" if its tile is too small."""
+    stay = 0 if call.plan.d_attend is None else call.plan.d_attend.BN
+    queries, keys = call.sizes[direction], call.sizes[1 - direction]
+    if keys <= stay:
+        return "queries"
+    return "keys" if queries <= stay else ""
 
-    Return the tokens (rows, D) that the gate read, with 0 in other rows, or None if no gate read
-    tokens of this side.
-    """
-    x, rows = call.tokens[side], call.rows[side]
-    parts, width = call.parts(side), x.shape[-1]
-    is_query_side, is_key_side = side < call.directions, 1 - side < call.directions
-    weights = [call.parameter(*part) for part in parts]
-    d_normed = x.new_empty(rows, width)
-    sizes = dict(SIDE=side, IS_QUERY_SIDE=is_query_side, READ=is_key_side)
-    tile = call.plan.product
-    gradients.d_normed_kernel[(triton.cdiv(rows, tile.BM) * triton.cdiv(width, tile.BN),)](
-        d_projected,
-        *weights,
-        *weights[:1] * (3 - len(parts)),
-        d_normed,
-        *call.mask_bytes,
-        rows,
-        call.lengths[side],
-        **sizes,
-        PARTS=len(parts),
-        C=call.dim,
-        D=width,
-        **call.given,
-        **tile_options(gradients.d_normed_kernel, tile),
-    )
-    # Without masks every token is changed, so the gate read x itself.
-    plain = x.is_contiguous() and not (call.given["IGNORE"] or call.given["ABSENT"])
-    gated = is_query_side and call.gate != "none"
-    writes_clean = gated and not plain
-    normed, clean = x.new_empty(rows, width), x.new_empty((rows, width) if writes_clean else (0,))
-    partials = call.partials(rows)
-    sums = x.new_empty((2, partials, width) if call.pre_norm else (0,), dtype=torch.float32)
-    gradients.d_tokens_kernel[(partials,)](
-        d_normed,
-        x,
-        *call.norms[2 * side : 2 * side + 2],
-        moments,
-        dx,
-        normed,
-        clean,
-        sums,
-        *call.mask_bytes,
-        rows,
-        call.lengths[side],
-        x.stride(0),
-        x.stride(1),
-        **sizes,
-        CLEAN=writes_clean,
-        NORM=call.pre_norm,
-        COLLAPSE=call.collapse,
-        D=width,
-        **call.masks,
-        **tile_options(gradients.d_tokens_kernel, call.plan.rows),
-    )
-    if call.pre_norm:
-        d_norm(sums, *d_norms)
-    by_row = d_projected.view(rows, len(parts) * call.dim)
-    for i, (direction, field) in enumerate(parts):
-        d_weight, d_bias = (d_weights[FIELDS * direction + f] for f in (field, field - W_Q + B_Q))
-        d_linear(
-            by_row[:, i * call.dim : (i + 1) * call.dim],
-            normed,
-            d_weight,
-            d_bias,
-            bias_matters=field != W_K,
+
+def _d_tokens(
+    call: Call,
+    saved: Saved,
+    sides: list[Rows],
+    d: Gradients,
+    d_projected: list[Tensor],
+) -> list[Tensor]:
+    """Write the gradients of the tokens; return the tokens that were projected, normalised."""
+    normed = [
+        saved.projected[side].new_empty(call.capacities[side], call.inputs[side])
+        if call.pre_norm
+        else call.packed_tokens(saved, side)
+        for side in (0, 1)
+    ]
+    together = call.plan.together if max(call.inputs) <= 256 else None
+    options = dict(D0=call.inputs[0], D1=call.inputs[1])
+    widths = dict(W0=call.widths[0], W1=call.widths[1], UPCAST=call.upcast)
+    d_normed: list[Tensor | None] = [None, None]
+    if together is None:
+        tile = call.plan.product
+        blocks = [cdiv(width, tile.BN) for width in call.inputs]
+        shares = call.shares(tile, blocks, max(call.widths))
+        d_normed = [
+            x.new_empty(rows, width)
+            for x, rows, width in zip(d_projected, call.capacities, call.inputs, strict=True)
+        ]
+        products = [
+            ProductSide(d_projected[i], saved.folded[i], d_normed[i], shares[i]) for i in (0, 1)
+        ]
+        d_normed_kernel[(sum(shares),)](
+            products[0],
+            sides[0],
+            products[1],
+            sides[1],
+            **options,
+            **widths,
+            **tile_options(d_normed_kernel, tile),
         )
-    return clean if writes_clean else x.reshape(rows, width) if gated else None
+    tile = together or call.plan.rows
+    shares = [call.row_programs(rows, tile.BM) for rows in call.capacities]
+    arguments = [
+        TokenSide(
+            d_projected_ptr=d_projected[side],
+            weight_ptr=saved.folded[side],
+            dn_ptr=d_normed[side],
+            x_ptr=call.packed_tokens(saved, side),
+            moments_ptr=given(saved.moments[side]),
+            dx_part_ptr=d.direct[side] if side < call.directions else None,
+            dx_ptr=d.tokens[side],
+            normed_ptr=normed[side] if call.pre_norm else None,
+            programs=shares[side],
+        )
+        for side in (0, 1)
+    ]
+    kernel = d_tokens_kernel if together else d_tokens_rows_kernel
+    kernel[(sum(shares),)](
+        arguments[0],
+        sides[0],
+        arguments[1],
+        sides[1],
+        **options,
+        **(widths if together else {}),
+        **tile_options(kernel, tile),
+    )
+    return normed
+
+
+def _weights(
+    call: Call,
+    saved: Saved,
+    sides: list[Rows],
+    d: Gradients,
+    d_projected: list[Tensor],
+    normed: list[Tensor],
+) -> None:
+    """Write the gradients of weights, biases and norms."""
+    has_gate = call.gate != "none"
+    projections, outputs, gates, parameters = [], [], [], []
+    for side in (0, 1):
+        own, other = call.weights_of(side)
+        d_own, d_other = (d.weights[i] if i < call.directions else None for i in (side, 1 - side))
+        parameters.append(
+            Parameters(
+                norm=call.norms[side] if call.pre_norm else None,
+                d_norm=d.norms[side] if call.pre_norm or own else None,
+                own=own,
+                other=other,
+                d_own=d_own,
+                d_other=d_other,
+                norm_sums=None if call.pre_norm or not own else d.norm_sums[side],
+                factors=given(d.factors[side]) if own else None,
+            )
+        )
+        width = call.inputs[side]
+        projections.append(Operands(d_projected[side], normed[side].view(-1, width)))
+        x = call.packed_tokens(saved, side).view(-1, width)
+        outputs.append(Operands(d.output[side], saved.attended[side]) if own else None)
+        gates.append(
+            Operands(d.logits[side], x, saved.attn_out[side]) if own and has_gate else None
+        )
+    weight_gradients(
+        (sides[0], sides[1]),
+        projections,
+        outputs,
+        gates,
+        parameters,
+        call.indicator != "none" and has_gate,
+    )

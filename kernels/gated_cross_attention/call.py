@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from ..tiles import OPTIONS, arch_of, upcasts
-from .plans import Plan, Tile, plan
-
-FIELDS = 10  # w_q, w_k, w_v, w_o, w_g, b_q, b_k, b_v, b_o, b_g of each direction
-W_Q, W_K, W_V, W_O, W_G, B_Q, B_K, B_V, B_O, B_G = range(FIELDS)
-
-
-def both(tensors: list[Tensor]) -> list[Tensor]:
-    """Return a list of two tensors; a single tensor is repeated."""
-    return tensors if len(tensors) == 2 else tensors * 2
+from ..tiles import OPTIONS, arch_of, cdiv, multiprocessors, upcasts
+from .plans import Plan, Tile, plan, power
+from .results import Norm, Saved, Weights, index_sizes, is_packed, widths
+from .tokens import Rows
 
 
-def bits(tensors: list[Tensor]) -> int:
-    """Return a number whose bit i is set if tensor i has elements."""
-    return sum((tensor.numel() > 0) << i for i, tensor in enumerate(tensors))
+def given(tensor: Tensor) -> Tensor | None:
+    """Return the tensor, or None if it has no elements."""
+    return tensor if tensor.numel() else None
 
 
+@functools.cache
 def tile_options(kernel: Any, tile: Tile) -> dict[str, Any]:
     """Return the sizes of the tile that the kernel takes, and the options of its launch."""
     sizes = {name: size for name, size in asdict(tile).items() if name in kernel.arg_names}
@@ -35,16 +30,20 @@ def tile_options(kernel: Any, tile: Tile) -> dict[str, Any]:
 
 @dataclass
 class Call:
-    """The arguments of the operator, and values computed from the arguments."""
+    """The arguments of the operator, and values computed from the arguments.
+
+    Masks, biases and norms that are not given are tensors without elements.
+    """
 
     tokens: list[Tensor]  # of side 0 and side 1
-    norms: list[Tensor]  # weight and bias of side 0, then of side 1
-    ignores: list[Tensor]  # of side 0 and side 1; without elements if not given
-    absents: list[Tensor]  # of side 0 and side 1; without elements if not given
-    weights: list[Tensor]  # FIELDS weights and biases of each direction
-    flags: list[Tensor]  # the gate's indicator of each direction
+    norms: list[Norm]  # of side 0 and side 1
+    ignores: list[Tensor]  # (B, N) bool of side 0 and side 1
+    lengths: list[Tensor]  # (B,) int of side 0 and side 1
+    presents: list[Tensor]  # (B,) bool of side 0 and side 1
+    weights: list[Weights]  # of each direction
     heads: int
     gate: str
+    indicator: str  # "none", "sample" or "batch"
     missing: str
     pre_norm: bool
     eps: float
@@ -52,57 +51,122 @@ class Call:
     seed: Tensor | None
 
     def __post_init__(self) -> None:
-        self.directions: int = len(self.weights) // FIELDS
-        self.batch: int = self.tokens[0].shape[0]
-        self.dim: int = self.tokens[0].shape[2]
-        self.lengths: list[int] = [x.shape[1] for x in self.tokens]
-        self.rows: list[int] = [self.batch * n for n in self.lengths]
-        self.head_dim: int = self.dim // self.heads
-        self.widths: tuple[int, int] = (
-            (3 * self.dim, 3 * self.dim) if self.directions == 2 else (self.dim, 2 * self.dim)
-        )
-        self.first_key: int = self.dim if self.directions == 2 else 0
-        self.mask_bytes: list[Tensor] = [
-            x.view(torch.uint8) for x in (*self.ignores, *self.absents)
-        ]
-        self.strides: list[int] = [x.stride(i) for i in (0, 1) for x in self.tokens]
         x = self.tokens[0]
+        self.directions: int = len(self.weights)
+        self.batch: int = x.shape[0]
+        self.dim: int = x.shape[2]
+        self.sizes: list[int] = [x.shape[1] for x in self.tokens]  # tokens of a sample
+        self.capacities: list[int] = [self.batch * n for n in self.sizes]  # rows at most
+        self.inputs: list[int] = [x.shape[2] for x in self.tokens]  # width of each side
+        self.head_dim: int = self.dim // self.heads
+        self.widths: tuple[int, int] = widths(self.directions, self.dim)
+        self.masks: list[Tensor] = [*self.ignores, *self.lengths, *self.presents]
+        self.is_packed: bool = is_packed(self.tokens, self.masks)
+        self.has_holes: bool = any(x.numel() for x in self.ignores)
         self.plan: Plan = plan(
-            self.dim, self.tokens[1].shape[-1], self.head_dim, x.dtype, arch_of(x)
+            self.dim,
+            self.inputs[1],
+            self.head_dim,
+            x.dtype,
+            arch_of(x),
+            self.p > 0,
+            self.directions == 2,
         )
-        absent = bits(self.absents)
-        self.masks: dict[str, Any] = dict(
-            IGNORE=bits(self.ignores), ABSENT=absent, MISSING=self.missing
-        )
-        self.given: dict[str, Any] = dict(**self.masks, UPCAST=upcasts(x.dtype))
-        self.collapse: bool = self.missing == "constant" and self.p == 0 and absent != 0
-        self.indicator: bool = self.gate != "none" and self.weights[W_G].shape[1] > 2 * self.dim
+        self.multiprocessors: int = multiprocessors(x)
+        self.upcast: bool = upcasts(x.dtype)
 
-    def of(self, field: int) -> list[Tensor]:
-        """Return one weight or bias of both directions."""
-        return both(self.weights[field::FIELDS])
+    def weights_of(self, side: int) -> tuple[Weights | None, Weights | None]:
+        """Return the weights of the direction that has the side's queries, and of the other one.
 
-    def norm(self, part: int) -> list[Tensor]:
-        """Return the norms' weights (0) or biases (1) of both sides."""
-        return self.norms[part::2]
-
-    def parts(self, side: int) -> list[tuple[int, int]]:
-        """Return (direction, W_Q, W_K or W_V) of each projection of a side.
-
-        A side is projected to the queries of its own direction, then to keys and values of the
-        other direction.
+        A side is projected by its own w_q, and by w_k and w_v of the other direction.
         """
-        queries = [(side, W_Q)] if side < self.directions else []
-        return queries + ([(1 - side, W_K), (1 - side, W_V)] if 1 - side < self.directions else [])
+        own, other = (self.weights[i] if i < self.directions else None for i in (side, 1 - side))
+        return own, other
 
-    def parameter(self, direction: int, field: int) -> Tensor:
-        """Return one weight or bias of a direction."""
-        return self.weights[FIELDS * direction + field]
+    def rows(self, saved: Saved, side: int) -> Rows:
+        """Return the rows of one side."""
+        if not self.is_packed:
+            return Rows(self.batch, self.sizes[side], None, None, None, None)
+        start, keys, token, _ = self.index(saved, side)
+        return Rows(self.batch, self.sizes[side], start, token, keys, saved.present[side])
 
-    def partials(self, rows: int) -> int:
-        """Return the number of programs that share the rows, at least 1 even without rows."""
-        return max(1, min(self.plan.partials, triton.cdiv(rows, self.plan.rows.BM)))
+    def index(self, saved: Saved, side: int) -> list[Tensor]:
+        """Return the parts of an index: start, keys and token of Rows, and the row of each token.
 
-    def row_blocks(self, height: int) -> int:
-        """Return the number of blocks of ``height`` rows on the query side with the most rows."""
-        return triton.cdiv(max(self.rows[: self.directions]), height)
+        The row is -1 for tokens that are not rows.
+        """
+        sizes = index_sizes(self.batch, self.capacities[side])
+        return list(saved.index[side].split(sizes))
+
+    def place(self, saved: Saved, side: int) -> Tensor | None:
+        """Return the row of each token, or None if row r is token r."""
+        return self.index(saved, side)[3] if self.is_packed else None
+
+    def packed_tokens(self, saved: Saved, side: int) -> Tensor:
+        """Return the tokens of the rows."""
+        packed = saved.packed[side]
+        return packed if packed.numel() else self.tokens[side]
+
+    def attention_constants(self) -> dict[str, Any]:
+        """Return the constants of the kernels that compute attention."""
+        two_way = self.directions == 2
+        return dict(
+            H=self.heads,
+            DH=self.head_dim,
+            WQ=self.widths[0],
+            WK=self.widths[1],
+            FIRST_KEY=self.dim if two_way else 0,
+            BH=power(self.head_dim),
+            DROPOUT=self.seed is not None,
+            HOLES=self.has_holes,
+            UPCAST=self.upcast,
+        )
+
+    def all_keys(self, side: int) -> int:
+        """Return the size of a tile that holds all tokens of a sample; 0 if that is too large."""
+        size = power(self.sizes[side])
+        return size if size <= self.plan.most_keys else 0
+
+    def shares(self, tile: Tile, blocks: list[int], depth: int) -> list[int]:
+        """Return the number of programs of each side or direction, for products with weights.
+
+        ``blocks`` are the blocks of columns of the results, ``depth`` is the number of terms of
+        each sum. If the tile holds all terms, a program keeps its part of the weight and walks over
+        rows: then there are as many programs as fit on the GPU, else as many as tiles.
+        """
+        tiles = [
+            cdiv(rows, tile.BM) * n
+            for rows, n in zip(self.capacities, blocks, strict=False)  # one or two directions
+        ]
+        if tile.BK < depth:
+            return [unspecialised(n, count, 1) for n, count in zip(tiles, blocks, strict=True)]
+        programs, work = self.multiprocessors * tile.residents, sum(tiles)
+        shares = [
+            min(n, max(1, round(programs * n / (work * count))) * count) if n else 0
+            for n, count in zip(tiles, blocks, strict=True)
+        ]
+        return [unspecialised(n, count, -1) for n, count in zip(shares, blocks, strict=True)]
+
+    def row_programs(self, rows: int, BM: int) -> int:
+        """Return the number of programs that compute BM whole rows each."""
+        return unspecialised(cdiv(rows, BM), 1, 1)
+
+
+def unspecialised(programs: int, blocks: int, step: int) -> int:
+    """Return a near multiple of ``blocks`` that is not one of 16, for which Triton would recompile.
+
+    ``step`` is 1 if a program may find nothing to do, and -1 if there must not be more programs.
+    """
+    if programs > blocks and programs % 16 == 0 and blocks % 16:
+        programs += step * blocks
+    return programs
+
+
+def padded(values: list[Any], absent: Any) -> list[Any]:
+    """Return a list of two; a second direction that does not exist is ``absent``."""
+    return values if len(values) == 2 else [*values, absent]
+
+
+def bytes_of(mask: Tensor) -> Tensor | None:
+    """Return a bool mask as bytes, or None if it is not given."""
+    return mask.view(torch.uint8) if mask.numel() else None

@@ -1,35 +1,25 @@
 """Tile sizes of gated cross-attention, chosen by widths, dtype and architecture.
 
 There is no autotuning. ``make compile-matrix`` checks the tiles for register spills, on every
-supported Triton and architecture. The tiles were chosen by estimates; ``make gpu`` times each tile
-and its variants.
-
-After the projections, the forward pass has two forms, whose results agree up to rounding.
-"epilogue" computes the attention of each head in one launch, then output projection, gate and blend
-in one or two more launches. "block" computes everything in one launch, one block of queries per
-program. ``MMFUSED_CROSS_ATTENTION=epilogue|block`` chooses the form, and is read at every call. The
-backward pass does not depend on the form.
+supported Triton and architecture. The tiles were chosen by counts (benchmarks/NOTES.md); ``make
+gpu`` times each tile and its variants.
 """
 
 from __future__ import annotations
 
-import os
-from contextlib import contextmanager
-from contextvars import ContextVar
+import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-
-FORMS = ("epilogue", "block")
-FORM = "epilogue"  # the default if MMFUSED_CROSS_ATTENTION is not set
-_requested: ContextVar[str | None] = ContextVar("form", default=None)
 
 
 @dataclass(frozen=True)
 class Tile:
     """The tile of a matrix product, BM rows by BN columns, and the options of its launch.
 
-    A product sums BK terms at a time. In attention a tile is BM queries by BN keys.
+    A product sums BK terms at a time. If BK holds all terms, a program keeps its part of the weight
+    in shared memory and walks over rows. In attention a tile is BM queries by BN keys.
     """
 
     BM: int
@@ -38,28 +28,29 @@ class Tile:
     num_warps: int
     num_stages: int
     maxnreg: int = 255
+    residents: int = 1  # programs on a multiprocessor at a time, if they walk over rows
+    BR: int = 8  # d_tokens: rows at a time after the product
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The tiles of each kernel.
-
-    ``product``: matrix products with weights, except the projections. ``together``: output
-    projection and blend in one launch; None if they run in two launches.
-    """
+    """The tiles of each kernel."""
 
     project: Tile
     attend: Tile
-    d_query: Tile
+    most_keys: int  # attend: most keys of a sample that one tile holds
+    d_attend: Tile | None  # one program for each sample and head; BN tokens stay, BM at a time
+    d_query: Tile  # where d_attend is None, or its tile is too small
     d_key: Tile
-    product: Tile
+    output: Tile
+    output_dropout: Tile  # the same with dropout, whose random numbers take registers
+    gate: Tile
+    d_gate: Tile
+    d_gate_dropout: Tile
+    d_attended: Tile
+    together: Tile | None  # gradient of the tokens and LayerNorm; None: rows do not fit a tile
+    product: Tile  # the gradient of the normalised tokens, if not ``together``
     rows: Tile  # whole rows of BN columns
-    together: Tile | None
-    # BM queries with all heads: BN keys at a time, then BN columns of the output at a time.
-    block: Tile | None
-    # Maximum number of partial sums for the norms' gradients. It does not depend on the number of
-    # multiprocessors, so that GPUs of one architecture compute the same sums.
-    partials: int = 256
 
 
 def power(n: int) -> int:
@@ -67,95 +58,139 @@ def power(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
 
-@contextmanager
-def form(name: str):
-    """Use the form ``name`` inside ``with``, not that of MMFUSED_CROSS_ATTENTION."""
-    before = _requested.set(name)
-    try:
-        yield
-    finally:
-        _requested.reset(before)
+# Products on whose result so much is computed that a large tile does not fit the registers.
+EPILOGUES = ("output_dropout", "gate", "d_gate", "d_gate_dropout")
 
 
-def tile_of_block_form(chosen: Plan, dim: int, heads: int) -> Tile | None:
-    """Return the tile of the form "block", or None if the form "epilogue" is to run.
-
-    Raise ValueError if "block" was requested but does not support these sizes.
-    """
-    requested = _requested.get() or os.environ.get("MMFUSED_CROSS_ATTENTION")
-    if requested not in (None, *FORMS):
-        raise ValueError(
-            f"MMFUSED_CROSS_ATTENTION: got {requested!r}, expected one of {', '.join(FORMS)}"
-        )
-    if requested == "block" and chosen.block is None:
-        raise ValueError(
-            f"MMFUSED_CROSS_ATTENTION: got 'block' with dim {dim} and {heads} heads, expected "
-            "dim <= 256 and heads of at most 64 channels, 32 in float32"
-        )
-    return chosen.block if (requested or FORM) == "block" else None
-
-
-def block_supports(dim: int, head_dim: int, dtype: torch.dtype) -> bool:
-    """Return whether the form "block" supports these sizes.
-
-    At larger sizes the output projection of "block" would spill, because the weights of one head
-    pass through registers.
-    """
-    return dim <= 256 and head_dim <= (32 if dtype == torch.float32 else 64)
-
-
-def _block(
-    dim: int,
-    head_dim: int,
-    dtype: torch.dtype,
-    arch: int,
-) -> Tile | None:
-    if not block_supports(dim, head_dim, dtype):
-        return None
-    if dtype == torch.float32:
-        return Tile(16, 32, 32, 8, 1)
-    if dim % 8 or head_dim % 8:
-        return Tile(16, 32, 32, 8, 1)
-    if head_dim <= 32 and arch in (90, 100, 103):
-        return Tile(64, 64, 64, 8, 2)
-    return Tile(32, 32, 64, 8, 2)  # 64 keys at a time spill on sm_80 and sm_120 under Triton 3.6
-
-
+@functools.cache
 def plan(
     dim: int,
     context_dim: int,
     head_dim: int,
     dtype: torch.dtype,
     arch: int,
+    dropout: bool = False,
+    two_way: bool = True,
 ) -> Plan:
-    """Return the tiles for these widths, this dtype and this architecture."""
+    """Return the tiles for these widths, this dtype and this architecture.
+
+    ``two_way``: whether both sides have queries.
+    """
     widest = power(max(dim, context_dim))
+    attention = _attention(dim, head_dim, dtype, arch, dropout, two_way)
     rows = Tile(max(1, 2048 // widest), widest, 0, 4, 1)
-    block = _block(dim, head_dim, dtype, arch)
-    warps = 4 if head_dim <= 64 else 8
     if dtype == torch.float32:  # no matrix instructions, so products need more registers
         tile = Tile(32, 32, 16, 4, 2)
-        attend = Tile(32 if head_dim <= 64 else 16, 32, 0, warps, 1)
-        d_query = attend if head_dim <= 64 else Tile(16, 16, 0, warps, 1)
-        return Plan(tile, attend, d_query, attend, tile, rows, tile if dim <= 256 else None, block)
+        return Plan(
+            **attention,
+            **_same(tile),
+            together=Tile(16, widest, 16, 4, 2, BR=16) if dim <= 256 else None,
+            rows=rows,
+        )
+    # Unaligned rows are loaded one element at a time, which takes registers.
+    if dim % 8 or context_dim % 8:
+        return Plan(
+            **attention,
+            **_same(Tile(32, 64, 32, 4, 2)),
+            together=Tile(32, widest, 32, 8, 2, BR=16) if dim <= 256 else None,
+            rows=rows,
+        )
     # These architectures have 227 KB of shared memory, from which matrix instructions can read
     # operands. On other architectures the operands are in registers.
-    big_shared = arch in (90, 100, 103)
-    project = Tile(64, 64, widest if widest <= 256 and big_shared else 64, 4, 2)
-    wide = head_dim > (64 if big_shared else 32)
-    # Under Triton 3.8, wide heads spill 80 bytes in d_key with 32 queries at a time. On sm_120,
-    # wide heads spill 8 bytes in attend with four warps, and so does a product of 128 columns.
-    attend = Tile(64, 64, 0, 8 if wide and arch >= 120 else warps, 2)
-    # In d_query, 64 queries spill with four warps under Triton 3.8.
-    d_query = Tile(32, 64, 0, 4, 2) if wide else Tile(64, 64, 0, 8, 2)
-    d_key = Tile(16, 64, 0, 8, 2) if wide else Tile(32, 64, 0, 4, 2)
-    product, together = Tile(64, 64 if arch >= 120 else 128, 64, 8, 3), Tile(64, 64, 64, 8, 3)
-    # Unaligned rows and heads are loaded one element at a time, which takes registers.
-    if head_dim % 8:
-        attend = d_query = Tile(32, 32, 0, warps, 1)
-        d_key = Tile(32, 32, 0, 8, 1)  # four warps spill 24 bytes on sm_100 and sm_120
-    if dim % 8 or context_dim % 8:
-        project = product = together = Tile(32, 64, 32, 4, 2)
+    if arch not in (90, 100, 103):
+        tile, narrow = Tile(64, 128, 64, 4, 3), Tile(64, 64, 64, 4, 3)
+        products = _same(tile) | dict.fromkeys(EPILOGUES, narrow)
+        products |= dict(gate=Tile(64, 32, 64, 8, 3))
+        return Plan(
+            **attention,
+            **products,
+            together=Tile(64, widest, 32, 8, 3, BR=16) if dim <= 256 else None,
+            rows=rows,
+        )
+    tile, narrow = Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3)
+    low = Tile(64, 128, 64, 8, 3)
+    products = _same(tile) | dict(
+        project=narrow,
+        output=narrow,
+        output_dropout=low,
+        gate=narrow if widest > 256 else tile,
+        d_gate=low,
+        d_gate_dropout=low,
+    )
+    if widest <= 256:  # a program keeps its part of the weight in shared memory
+        # Two programs of four warps share a multiprocessor if one stage is enough: while one of
+        # them waits for rows, the other computes.
+        pair = Tile(64, 128, widest, 4, 1, residents=2)
+        products |= dict(
+            project=pair,
+            output=pair,
+            # More warps than for other products hide the time that the blend waits for x and A.
+            gate=Tile(128, 256, 64, 16, 3),
+            output_dropout=Tile(64, 64, widest, 4, 2, residents=2),
+            d_gate=pair,
+            d_gate_dropout=Tile(64, 128, widest, 8, 1),
+            d_attended=pair,
+        )
     return Plan(
-        project, attend, d_query, d_key, product, rows, together if dim <= 256 else None, block
+        **attention,
+        **products,
+        together=Tile(128, widest, 64, 8, 3, BR=64) if dim <= 256 else None,
+        rows=rows,
+    )
+
+
+def _same(tile: Tile) -> dict[str, Tile]:
+    """Return the same tile for all products with weights."""
+    names = ("project", "output", "output_dropout", "gate", "d_gate", "d_gate_dropout")
+    return dict.fromkeys((*names, "d_attended", "product"), tile)
+
+
+def _attention(
+    dim: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    arch: int,
+    dropout: bool,
+    two_way: bool,
+) -> dict[str, Any]:
+    """Return the tiles of the kernels that compute attention."""
+    warps = 4 if head_dim <= 64 else 8
+    tiled: dict[str, Any] = dict(most_keys=0, d_attend=None)
+    if dtype == torch.float32:
+        attend = Tile(32 if head_dim <= 64 else 16, 32, 0, warps, 1)
+        d_query = attend if head_dim <= 64 else Tile(16, 16, 0, warps, 1)
+        return tiled | dict(attend=attend, d_query=d_query, d_key=attend)
+    # Unaligned heads are loaded one element at a time, which takes registers.
+    if dim % 8 or head_dim % 8:
+        attend = Tile(32, 32, 0, warps, 1)
+        return tiled | dict(attend=attend, d_query=Tile(64, 32, 0, 4, 1), d_key=attend)
+    # Random numbers of dropout take registers: smaller tiles, or fewer programs at a time.
+    big_shared = arch in (90, 100, 103)
+    if head_dim <= 32:
+        stages, registers = (3, 255 if dropout else 168) if big_shared else (2, 255)
+        # With dropout and holes in the masks it spills on sm_90 in one direction (Triton 3.8, 3.9),
+        # and on sm_120 (3.6).
+        spills = dropout and not (big_shared and (two_way or arch != 90))
+        return dict(
+            attend=Tile(64, 32, 0, 4, 2) if dropout else Tile(64, 64, 0, 4, stages),
+            most_keys=64,  # 256 take so many registers that half as many programs fit
+            d_attend=None if spills else Tile(64, 64, 0, 4, stages, registers),
+            d_query=Tile(32 if dropout and not big_shared else 64, 64, 0, 4, 2),
+            d_key=Tile(64 if big_shared else 32, 64, 0, 4, 2),
+        )
+    if head_dim <= 64 and big_shared:
+        low = arch == 90 and not dropout
+        return tiled | dict(
+            attend=Tile(128, 32 if dropout else 64, 0, 8, 3, 128 if low else 255),
+            d_query=Tile(64, 64, 0, 4, 2),
+            d_key=Tile(32 if dropout else 64, 64, 0, 4, 2),
+        )
+    # With wgmma, 8 warps need 128 rows; with mma.sync, d_key needs 32 columns for 4 warps.
+    attend = Tile(64, 32 if dropout else 64, 0, 4, 2)
+    # On sm_120, a second stage spills with dropout (Triton 3.6).
+    deep = Tile(128 if arch == 90 else 64, 64, 0, 8, 1 if dropout and not big_shared else 2)
+    return tiled | dict(
+        attend=attend if head_dim <= 64 else deep,
+        d_query=Tile(32, 64, 0, 4, 2),
+        d_key=Tile(32, 32, 0, 4, 2),
     )

@@ -1,140 +1,79 @@
-"""Device functions that the kernels of gated cross-attention share: masks, spans and products.
+"""Device functions that the kernels of gated cross-attention share: packed rows, and products.
 
-In direction i, 0 or 1, side i attends to the other side. ``masks`` has four pointers to bytes: the
-ignore masks of sides 0 and 1, (B, N_i) each, and the absent flags of sides 0 and 1, (B,) each. In
-IGNORE and ABSENT, bit i is set if the mask or flags of side i are given. Rows are the tokens of all
-samples, r = b N + n. A token is *valid* if its mask does not ignore it. A sample *attends* if the
-mode MISSING allows it for the sample's absent flags. A token is *changed* unless the operator
-returns it as it is.
+The kernels work on *rows*. A row is a token that is computed: a token that no mask ignores, in a
+sample that attends. prepare.py numbers the rows of a side by sample and token, without gaps. All
+tensors between the kernels hold rows in this order, so only the first and the last kernels know
+masks. Without masks, row r is token r = b N + n.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from ..tiles import dot
+from ..tiles import LOG2E, dot, philox_keep
+
+# Columns of the factors by which sums over rows become a product: 1, the gate's indicator, zeros.
+# Matrix instructions take at least 8, which Triton 3.6 multiplies slowly.
+FACTORS = tl.constexpr(16)
 
 
-@triton.jit
-def pick(second, a, b):
-    """Return b if ``second``, else a; a and b are numbers or pointers."""
-    return tl.where(second, b, a)
+class Rows(NamedTuple):
+    """The rows of one side; without masks, the pointers are None."""
 
-
-@triton.jit
-def valid_keys(
-    side,
-    at,
-    ok,
-    masks,
-    IGNORE: tl.constexpr,
-):
-    """Return ``ok``, set to False for the tokens (rows ``at``) that the side's mask ignores."""
-    if IGNORE != 0:
-        given = (ok.to(tl.int32) & (IGNORE >> side)) == 1
-        ok = ok & (tl.load(pick(side == 1, masks[0], masks[1]) + at, mask=given, other=0) == 0)
-    return ok
+    batch: int
+    length: int  # tokens of a sample, N
+    start_ptr: Tensor | None  # (B + 1,) int32: the first row of each sample; the number of rows
+    token_ptr: Tensor | None  # (B N,) int32: the token b N + n of each row
+    keys_ptr: Tensor | None  # (B,) int32: the other side attends to the first rows of a sample
+    present_ptr: Tensor | None  # (B,) float32: the gate's indicator, for the other side
 
 
 @triton.jit
-def present(
-    side,
-    b,
-    ok,
-    masks,
-    ABSENT: tl.constexpr,
-):
-    """Return ``ok``, set to False for samples in which this side is absent."""
-    if ABSENT != 0:
-        given = (ok.to(tl.int32) & (ABSENT >> side)) == 1
-        ok = ok & (tl.load(pick(side == 1, masks[2], masks[3]) + b, mask=given, other=0) == 0)
-    return ok
+def count_rows(rows):
+    """Return the number of rows."""
+    if rows.start_ptr is not None:
+        count = tl.load(rows.start_ptr + rows.batch)
+    else:
+        count = rows.batch * rows.length
+    return count
 
 
 @triton.jit
-def attends(
-    direction,
-    b,
-    ok,
-    masks,
-    ABSENT: tl.constexpr,
-    MISSING: tl.constexpr,
-):
-    """Return ``ok``, set to False for samples that do not attend in this direction."""
-    if MISSING == "skip" or MISSING == "zero":
-        ok = present(1 - direction, b, ok, masks, ABSENT)
-    if MISSING == "skip":
-        ok = present(direction, b, ok, masks, ABSENT)
-    return ok
+def sample_rows(rows, b):
+    """Return the first row of sample b, and the end of its rows."""
+    if rows.start_ptr is not None:
+        first = tl.load(rows.start_ptr + b)
+        end = tl.load(rows.start_ptr + b + 1)
+    else:
+        first = b * rows.length
+        end = first + rows.length
+    return first, end
 
 
 @triton.jit
-def changed(
-    direction,
-    r,
-    N,
-    ok,
-    masks,
-    IGNORE: tl.constexpr,
-    ABSENT: tl.constexpr,
-    MISSING: tl.constexpr,
-):
-    """Return ``ok``, set to False for queries that the operator returns as they are."""
-    ok = valid_keys(direction, r, ok, masks, IGNORE)
-    if MISSING == "skip":
-        ok = attends(direction, r // N, ok, masks, ABSENT, MISSING)
-    return ok
+def key_rows(rows, b):
+    """Return the first row of sample b, and the end of the rows that the other side attends to."""
+    if rows.start_ptr is not None:
+        first = tl.load(rows.start_ptr + b)
+        end = first + tl.load(rows.keys_ptr + b)
+    else:
+        first = b * rows.length
+        end = first + rows.length
+    return first, end
 
 
 @triton.jit
-def valid_span(
-    side,
-    b,
-    N,
-    masks,
-    IGNORE: tl.constexpr,
-):
-    """Return lo and hi: all valid tokens of sample b are in [lo, hi). Without any, lo = hi."""
-    lo = 0
-    hi = N
-    if IGNORE != 0:
-        first = N
-        last = 0
-        for start in range(0, N, 512):
-            n = start + tl.arange(0, 512)
-            keep = valid_keys(side, b * N + n, n < N, masks, IGNORE)
-            first = tl.minimum(first, tl.min(tl.where(keep, n, N), 0))
-            last = tl.maximum(last, tl.max(tl.where(keep, n + 1, 0), 0))
-        lo = tl.minimum(first, last)
-        hi = last
-    return lo, hi
-
-
-@triton.jit
-def key_span(
-    direction,
-    b,
-    M,
-    masks,
-    IGNORE: tl.constexpr,
-    ABSENT: tl.constexpr,
-    MISSING: tl.constexpr,
-    COLLAPSE: tl.constexpr,
-):
-    """Return lo and hi: in this direction, sample b attends to tokens in [lo, hi).
-
-    COLLAPSE: if the other side is absent, [lo, hi) has only the other side's first valid token.
-    """
-    there = attends(direction, b, M > 0, masks, ABSENT, MISSING)
-    lo = 0
-    hi = 0
-    if there:
-        lo, hi = valid_span(1 - direction, b, M, masks, IGNORE)
-    if COLLAPSE:
-        if not present(1 - direction, b, there, masks, ABSENT):
-            hi = tl.minimum(hi, lo + 1)
-    return lo, hi
+def tokens_of(rows, r, ok):
+    """Return the tokens b N + n of the rows r; rows that are not ok may get any token."""
+    if rows.token_ptr is not None:
+        token = tl.load(rows.token_ptr + r, mask=ok, other=0)
+    else:
+        token = r
+    return token
 
 
 @triton.jit
@@ -144,12 +83,151 @@ def tile_at(r, cols, width):
 
 
 @triton.jit
+def load_tile(
+    ptr,
+    r,
+    ok,
+    cols,
+    WIDTH: tl.constexpr,
+):
+    """Load (rows, columns) of a contiguous matrix with WIDTH columns; 0 where not ok."""
+    return tl.load(
+        ptr + tile_at(r, cols, WIDTH), mask=ok[:, None] & (cols[None, :] < WIDTH), other=0.0
+    )
+
+
+@triton.jit
+def load_vector(
+    ptr,
+    at,
+    ok,
+):
+    """Load a vector as float32; zeros if it is not given."""
+    value = tl.zeros(at.shape, tl.float32)
+    if ptr is not None:
+        value += tl.load(ptr + at, mask=ok, other=0.0).to(tl.float32)
+    return value
+
+
+@triton.jit
+def gate_of(z):
+    """Return g = sigmoid(z) and 1 - g, both with the relative error of float32."""
+    e = tl.exp2(-tl.abs(z * LOG2E))
+    big = 1.0 / (1.0 + e)
+    small = e * big
+    return tl.where(z > 0, big, small), tl.where(z > 0, small, big)
+
+
+@triton.jit
+def dropout(
+    value,
+    seed,
+    token,
+    start,
+    p,
+    STREAM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Apply the output's dropout, or its gradient, to BN columns from ``start`` on."""
+    return tl.where(philox_keep(seed, token, start, p, STREAM, BN), value, 0.0) / (1.0 - p)
+
+
+@triton.jit
+def load_indicator(
+    context,
+    b,
+    ok,
+):
+    """Return the gate's indicator in the samples b: 1 if the context is present, else 0."""
+    return tl.load(context.present_ptr + b, mask=ok, other=0.0)
+
+
+@triton.jit
+def gate_of_tokens(
+    side,
+    context,
+    x,
+    a,
+    w_x,
+    w_a,
+    b,
+    ok,
+    D: tl.constexpr,
+    INDICATOR: tl.constexpr,
+):
+    """Return g and 1 - g of a gate per token; w_x and w_a are the columns for x and A."""
+    z = tl.sum(x * w_x + a * w_a, 1)
+    if side.bias_ptr is not None:
+        z += tl.load(side.bias_ptr).to(tl.float32)
+    if INDICATOR:
+        w_e = tl.load(side.weight_ptr + 2 * D).to(tl.float32)
+        if context.present_ptr is not None:
+            w_e = load_indicator(context, b, ok) * w_e
+        z += w_e
+    return gate_of(z)
+
+
+@triton.jit
+def load_given(
+    ptr,
+    stride_b,
+    stride_n,
+    length,
+    token,
+    ok,
+    cols,
+    D: tl.constexpr,
+):
+    """Load tokens of a tensor (B, N, D) that need not be contiguous, except along D."""
+    at = (token // length).to(tl.int64) * stride_b + (token % length).to(tl.int64) * stride_n
+    return tl.load(
+        ptr + at[:, None] + cols[None, :], mask=ok[:, None] & (cols[None, :] < D), other=0.0
+    )
+
+
+@triton.jit
+def store_tile(
+    ptr,
+    value,
+    r,
+    ok,
+    cols,
+    WIDTH: tl.constexpr,
+):
+    """Store (rows, columns) into a contiguous matrix with WIDTH columns, in its dtype."""
+    # Converted before the store, so that the exchange between threads takes half the shared memory.
+    tl.store(
+        ptr + tile_at(r, cols, WIDTH),
+        value.to(ptr.dtype.element_ty),
+        mask=ok[:, None] & (cols[None, :] < WIDTH),
+    )
+
+
+@triton.jit
+def load_weight(
+    ptr,
+    k,
+    cols,
+    K: tl.constexpr,
+    COLS: tl.constexpr,
+    SK: tl.constexpr,
+    SC: tl.constexpr,
+):
+    """Load (k, columns) of a weight w (K, COLS), where w[k, c] is at k SK + c SC."""
+    return tl.load(
+        ptr + k[:, None] * SK + cols[None, :] * SC,
+        mask=(k[:, None] < K) & (cols[None, :] < COLS),
+        other=0.0,
+    )
+
+
+@triton.jit
 def add_product(
     acc,
     a_ptr,
-    a_at,
-    a_ok,
-    limit,
+    r,
+    ok,
+    WIDTH: tl.constexpr,
     w_ptr,
     cols,
     COLS: tl.constexpr,
@@ -159,26 +237,12 @@ def add_product(
     BK: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Return acc + a w, summed over K, for the columns ``cols`` of w (K, COLS).
+    """Return acc + a w for the rows r of ``a`` and columns of w (K, COLS), BK terms at a time.
 
-    The rows of ``a`` begin at the offsets ``a_at`` and are read if ``a_ok``. w[k, c] is at
-    k SK + c SC. ``limit`` is K, or 0 if the product is not needed.
+    ``a`` has WIDTH columns, of which the first K, from ``a_ptr`` on, are read.
     """
-    for start in range(0, limit, BK):
+    for start in range(0, K, BK):
         k = start + tl.arange(0, BK)
-        a = tl.load(
-            a_ptr + a_at[:, None] + k[None, :], mask=a_ok[:, None] & (k[None, :] < K), other=0.0
-        )
-        w = tl.load(
-            w_ptr + k[:, None] * SK + cols[None, :] * SC,
-            mask=(k[:, None] < K) & (cols[None, :] < COLS),
-            other=0.0,
-        )
-        acc = dot(a, w, acc, UPCAST)
+        a = tl.load(a_ptr + tile_at(r, k, WIDTH), mask=ok[:, None] & (k[None, :] < K), other=0.0)
+        acc = dot(a, load_weight(w_ptr, k, cols, K, COLS, SK, SC), acc, UPCAST)
     return acc
-
-
-@triton.jit
-def any_of(ok):
-    """Return whether any element is true."""
-    return tl.max(ok.to(tl.int32), 0) > 0

@@ -46,45 +46,6 @@ KNOWN: dict[tuple[str, str], tuple[str, dict[str, str]]] = {
             "sm_80, sm_86, sm_89, sm_120": "nce smooth",
         },
     ),
-    ("gated_cross_attention", "d_query"): (
-        "issue 21",
-        {
-            "sm_80, sm_86, sm_89, sm_120": "uniecs, uniecs eval, cross 64, unica, one way odd",
-            "sm_90": (
-                "uniecs, uniecs eval, uniecs zeroed, cross 64, cross 768, cross 1024, unica, "
-                "one way odd"
-            ),
-            "sm_100": "one way odd",
-        },
-    ),
-    ("gated_cross_attention", "attend"): (
-        "issue 21",
-        {
-            "sm_90": "cross 512, cross 768 token, one way",
-            "sm_120": "uniecs zeroed, cross 768, cross 1024",
-        },
-    ),
-    ("gated_cross_attention", "d_key"): (
-        "issue 21",
-        {
-            "sm_80, sm_86, sm_89, sm_120": (
-                "uniecs zeroed, cross 512, cross 768, cross 768 token, cross 1024, one way, one"
-                " way odd"
-            ),
-            "sm_90": "cross 512, cross 768 token, one way, one way odd",
-            "sm_100": "one way odd",
-        },
-    ),
-    ("gated_cross_attention", "block"): (
-        "issue 21",
-        {
-            "sm_80, sm_86, sm_89, sm_90, sm_120": (
-                "block, block eval, block zeroed, block 64, block token, block unica, block "
-                "even, block odd"
-            ),
-            "sm_100": "block zeroed, block token, block even, block odd",
-        },
-    ),
     ("topk_routing", "route_x"): (
         "no issue yet",
         {

@@ -9,13 +9,14 @@ from torch import Tensor
 
 from ...children import Called
 from ...library import distinct, launching, once_differentiable, operator
-from .reference import CrossAttentionOptions, CrossAttentionWeights, Side, indicator_of
+from .reference import CrossAttentionOptions, CrossAttentionWeights, SideInput
 
 FIELDS = len(CrossAttentionWeights._fields)
+MASKS = 6  # of both sides: padding masks, lengths, presence
 
 
 def kernel_arguments(
-    sides: list[Side],
+    sides: list[SideInput],
     directions: list[CrossAttentionWeights],
     options: CrossAttentionOptions,
 ) -> tuple[Any, ...]:
@@ -27,19 +28,25 @@ def kernel_arguments(
     for side in sides:
         assert not isinstance(side.norm, Called)
         norms += [part.contiguous() for part in side.norm or (empty, empty)]
-    ignores = [no_mask if side.ignore is None else side.ignore.contiguous() for side in sides]
-    absents = [no_mask if side.absent is None else side.absent for side in sides]
-    weights = [empty if p is None else p.contiguous() for w in directions for p in w]  # type: ignore[union-attr]
-    flags = _flags(sides, len(directions), options)
+    masks = [
+        *(_or_empty(side.key_padding_mask, no_mask) for side in sides),
+        *(_or_empty(side.lengths, no_mask) for side in sides),
+        *(_or_empty(side.present, no_mask) for side in sides),
+    ]
+    weights = [_or_empty(p, empty) for w in directions for p in w]  # type: ignore[arg-type]
+    indicator = "none"
+    if options.indicator:
+        indicator = "batch" if options.indicator == "batch" else "sample"
     constants = (
         options.num_heads,
         options.gate,
+        indicator,
         options.missing,
         options.pre_norm,
         options.norm_eps,
         options.dropout_p,
     )
-    flat = (*tokens, *norms, *ignores, *absents, *weights, *flags, options.dropout_seed)
+    flat = (*tokens, *norms, *masks, *weights, options.dropout_seed)
     if torch.compiler.is_compiling():  # `empty` is repeated, and directions may share weights
         flat = distinct(*flat)
     return constants, len(directions), *flat
@@ -49,22 +56,15 @@ def _rows_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _flags(sides: list[Side], directions: int, options: CrossAttentionOptions) -> list[Tensor]:
-    """Return the indicator (B,) of each direction's context; without indicator, empty tensors."""
-    like = sides[0].tokens.new_empty(0, dtype=torch.float32)
-    if not options.indicator:
-        return [like] * directions
-    batch = sides[0].tokens.shape[0]
-    contexts = (sides[1], sides[0])[:directions]
-    return [indicator_of(context, batch, options.indicator, like) for context in contexts]
+def _or_empty(x: Tensor | None, empty: Tensor) -> Tensor:
+    return empty if x is None else x.contiguous()
 
 
 class CrossAttention(torch.autograd.Function):
     """Compute the outputs of one or two directions with the kernels.
 
-    Saves the inputs, the projections, mean and 1 / standard deviation for the LayerNorms (moments),
-    the logsumexp of each row of logits divided by the scale (lse), and the attention output before
-    W_o (attended) and after W_o (attn_out). Backward recomputes the probabilities and the gates.
+    Saves the inputs and what :class:`mmfused.kernels.gated_cross_attention.results.Saved` lists.
+    Backward recomputes the probabilities of the attention.
     """
 
     @staticmethod
@@ -92,18 +92,18 @@ class CrossAttention(torch.autograd.Function):
         flat, saved = tensors[: ctx.inputs], tensors[ctx.inputs :]
         lists, seed = _split(flat, ctx.directions), flat[-1]
         gradients = gated_cross_attention_bwd(
-            [d.contiguous() for d in d_outs], *lists, list(saved), *ctx.options, seed
+            [_rows_contiguous(d) for d in d_outs], *lists, list(saved), *ctx.options, seed
         )
         tokens, rest = gradients[:2], gradients[2:]
         norms, weights = rest[:4], rest[4:]
-        full = [*tokens, *norms, *[None] * 4, *weights, *[None] * ctx.directions, None]
+        full = [*tokens, *norms, *[None] * MASKS, *weights, None]
         needed = zip(full, ctx.needs_input_grad[2:], strict=True)
         return None, None, *(g if need else None for g, need in needed)
 
 
 def _split(flat, directions):
-    """Split ``flat`` into tokens (2), norms (4), ignores (2), absents (2), weights and flags."""
-    ends = [2, 6, 8, 10, 10 + FIELDS * directions, 10 + (FIELDS + 1) * directions]
+    """Split ``flat`` into tokens (2), norms (4), masks (2 of each kind) and weights."""
+    ends = [2, 6, 8, 10, 12, 12 + FIELDS * directions]
     return [list(flat[first:end]) for first, end in zip([0, *ends], ends, strict=False)]
 
 
@@ -112,54 +112,34 @@ def _split(flat, directions):
 # In these lists an empty tensor stands for None. Direction i has the queries of side i. `weights`
 # holds FIELDS tensors per direction.
 _LISTS = (
-    "Tensor[] tokens, Tensor[] norms, Tensor[] ignores, Tensor[] absents, Tensor[] weights,"
-    " Tensor[] flags"
+    "Tensor[] tokens, Tensor[] norms, Tensor[] ignores, Tensor[] lengths, Tensor[] presents,"
+    " Tensor[] weights"
 )
 _OPTIONS = (
-    "int num_heads, str gate, str missing, bool pre_norm, float norm_eps, float dropout_p,"
-    " Tensor? dropout_seed"
+    "int num_heads, str gate, str indicator, str missing, bool pre_norm, float norm_eps,"
+    " float dropout_p, Tensor? dropout_seed"
 )
-
-
-def _widths(directions: int, dim: int) -> tuple[int, int]:
-    """Return the width of the projections of each side.
-
-    With one direction, side 0 has queries, and side 1 has keys and values. With two directions,
-    each side has queries, keys and values.
-    """
-    return (3 * dim, 3 * dim) if directions == 2 else (dim, 2 * dim)
 
 
 def _fake_forward(
     tokens,
     norms,
     ignores,
-    absents,
+    lengths,
+    presents,
     weights,
-    flags,
     num_heads,
     gate,
+    indicator,
     missing,
     pre_norm,
-    norm_eps,
-    dropout_p,
-    seed,
+    *rest,
 ):
-    directions = len(weights) // FIELDS
-    dim = tokens[0].shape[-1]
-    queries_from = tokens[:directions]
-    outs = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in queries_from]
-    projected = [
-        x.new_empty(*x.shape[:2], width)
-        for x, width in zip(tokens, _widths(directions, dim), strict=True)
-    ]
-    moments = [x.new_empty(2, *x.shape[:2], dtype=torch.float32) for x in tokens]
-    attended = [x.new_empty(x.shape) for x in queries_from]
-    lse = [
-        x.new_empty(x.shape[0], num_heads, x.shape[1], dtype=torch.float32) for x in queries_from
-    ]
-    attn_out = [x.new_empty(x.shape) for x in queries_from]
-    return [*outs, *projected, *moments, *attended, *lse, *attn_out]
+    from ...kernels.gated_cross_attention.results import empty_results
+
+    masks, directions = [*ignores, *lengths, *presents], len(weights) // FIELDS
+    outs, saved = empty_results(tokens, masks, directions, num_heads, gate, pre_norm)
+    return [*outs, *saved.flat()]
 
 
 def _fake_backward(
@@ -167,11 +147,10 @@ def _fake_backward(
     tokens,
     norms,
     ignores,
-    absents,
+    lengths,
+    presents,
     weights,
-    flags,
-    saved,
-    *options,
+    *rest,
 ):
     inputs = (*tokens, *norms, *weights)
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
@@ -181,7 +160,7 @@ def _products(tokens, weights, gate) -> tuple[int, int, int, int]:
     """Return the forward FLOPs of input projections, attention, output projections and gates."""
     directions, (batch, _, dim) = len(weights) // FIELDS, tokens[0]
     rows = batch * sum(x[1] for x in tokens[:directions])
-    widths = _widths(directions, dim)
+    widths = (3 * dim, 3 * dim) if directions == 2 else (dim, 2 * dim)
     project = sum(2 * batch * x[1] * x[2] * width for x, width in zip(tokens, widths, strict=True))
     attend = 4 * directions * batch * tokens[0][1] * tokens[1][1] * dim
     gates = 0 if gate == "none" else weights[CrossAttentionWeights._fields.index("w_g")][0]
@@ -192,9 +171,9 @@ def _forward_flops(
     tokens,
     norms,
     ignores,
-    absents,
+    lengths,
+    presents,
     weights,
-    flags,
     num_heads,
     gate,
     *rest,
@@ -208,18 +187,18 @@ def _backward_flops(
     tokens,
     norms,
     ignores,
-    absents,
+    lengths,
+    presents,
     weights,
-    flags,
     saved,
     num_heads,
     gate,
     *rest,
     out_shape,
 ):
-    """Count each product twice, and a third time if it is recomputed (attention logits, gates)."""
+    """Count each product twice, and what is recomputed again: attention logits, a token's gate."""
     project, attend, output, gates = _products(tokens, weights, gate)
-    return 2 * project + attend // 2 * 5 + 2 * output + 3 * gates
+    return 2 * project + attend // 2 * 5 + 2 * output + (3 if gate == "token" else 2) * gates
 
 
 @operator(f"({_LISTS}, {_OPTIONS}) -> Tensor[]", _fake_forward, _forward_flops)

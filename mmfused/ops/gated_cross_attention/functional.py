@@ -212,7 +212,7 @@ def bidirectional_gated_cross_attention(
 class _Problem(NamedTuple):
     """The two sides, the weights of each direction (one or two), and the options."""
 
-    sides: list[Side]
+    sides: list[SideInput]
     directions: list[CrossAttentionWeights]
     options: CrossAttentionOptions
 
@@ -240,7 +240,7 @@ def _checked(
     directions = [_autocast_parts(w) for w in directions]
     check(op, names, given, directions, options)
     device, dtype = given[0].tokens.device, given[0].tokens.dtype
-    sides = [side_of(side) for side in given]
+    sides = [_norm_in_dtype(side) for side in given]
     if options.dropout_p and options.dropout_seed is None:
         options = replace(options, dropout_seed=draw_seed(device))
     problem = _Problem(sides, [_in_dtype(w, dtype) for w in directions], options)
@@ -270,7 +270,8 @@ def _attend_in_pytorch(call: _Call) -> list[Tensor]:
 
     If a module must be called, no samples are skipped.
     """
-    sides, directions, options = call.problem
+    inputs, directions, options = call.problem
+    sides = [side_of(side) for side in inputs]
     if options.pre_norm:
         sides = _call_norms(sides, call.uncast, len(directions), options)
     if call.backend == "reference":
@@ -323,6 +324,13 @@ def _call_norms(
             side = side._replace(normed=side.norm(tokens).to(side.tokens.dtype))
         out.append(side)
     return out
+
+
+def _norm_in_dtype(side: SideInput) -> SideInput:
+    """Cast the norm to the tokens' dtype."""
+    if side.norm is None or isinstance(side.norm, Called):
+        return side
+    return side._replace(norm=[part.to(side.tokens.dtype) for part in side.norm])
 
 
 def _in_dtype(w: CrossAttentionWeights, dtype: Any) -> CrossAttentionWeights:

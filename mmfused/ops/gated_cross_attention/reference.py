@@ -12,16 +12,15 @@ g and x' is not normalised. Dropout also acts on the attention probabilities. Un
 context: x' = LN_x(x + A).
 
 In the bidirectional form, a attends to b, and b attends to a, not to the output for a. The kernels
-compute both directions in the same launches. The projection kernels normalise the tokens that they
-load. One launch computes all queries, keys and values of a modality. The last kernel computes
-output projection, dropout, gate and blend. No kernel concatenates x, A and e. Instead, with W_gx,
-W_ga and w_e the columns of W_g for x, A and e,
+compute both directions in the same launches. LayerNorm is folded into the projections. One launch
+computes all queries, keys and values; later launches compute the attention, A, and gate and x'. No
+kernel concatenates x, A and e. Instead, with W_gx, W_ga and w_e the columns of W_g for x, A and e,
 
     [x ; A ; e] W_g^T = x W_gx^T + A W_ga^T + e w_e^T
 
 FLOPs per sample for both directions, with N_a and N_b tokens of width D and a gate per channel:
 12 (N_a + N_b) D^2 + 8 N_a N_b D forward. Backward needs twice as many FLOPs, plus the FLOPs to
-recompute the logits of attention and gate.
+recompute the attention's logits.
 """
 
 from __future__ import annotations
