@@ -99,8 +99,8 @@ def _pack(call: Call, saved: Saved) -> None:
         MISSING=call.missing,
         COLLAPSE=call.missing == "constant" and call.p == 0,
         ANY_PRESENT=call.indicator == "batch",
-        BB=1024,
-        BN=512,
+        BB=512,
+        BN=256,
         **options,
     )
 

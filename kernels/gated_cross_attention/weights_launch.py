@@ -77,8 +77,9 @@ def product_tile(
     # With tcgen05, 256 columns spill.
     BN = 256 if arch == 90 and (width - 1) % 256 >= 128 else 128
     even = all(c % 192 == 0 for c in all_columns) and all(k % BN == 0 for k in widths)
-    if arch == 90 and even and TRITON < (3, 9):
-        # A larger tile reads less from the L2 cache. It spills if columns need masks, and with 3.9.
+    if arch == 90 and even and TRITON == (3, 8):
+        # A larger tile reads less from the L2 cache. It spills if columns need masks, and
+        # with other versions of Triton.
         return ProductTile(128, 64, BN, 32, 8, 4)
     return ProductTile(128, 0, BN, 64, 8, 3)
 
