@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import mmfused
-from mmfused.tools.sanitize_launches import DEVICE, FLOAT, HALF, backward, choose, randn, seed
+from mmfused.tools.sanitize_launches import DEVICE, HALF, backward, choose, randn, seed
 
 
 def launches() -> Iterator[Callable[[], None]]:
@@ -19,8 +19,6 @@ def launches() -> Iterator[Callable[[], None]]:
         24, 3, context=40, gate="none", pre_norm=False, missing="constant", indicator="batch"
     )
     yield lambda: attend(264, 2, lengths=(9, 12), gate="token", missing="attend", dropout=0.2)
-    yield lambda: attend(264, 2, lengths=(9, 12), missing="constant")
-    yield lambda: attend(24, 3, dropout=0.2, dtype=FLOAT)
     yield lambda: attend(24, 3, masked=False)
 
 
