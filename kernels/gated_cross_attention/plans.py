@@ -125,8 +125,8 @@ def plan(
             project=pair,
             output=pair,
             # More warps than for other products hide the time that the blend waits for x and A.
-            # tcgen05 has no form for 16 warps.
-            gate=Tile(128, 256, 64, 16, 3) if arch == 90 else narrow,
+            # tcgen05 has no form for 16 warps, and narrow gates would compute products twice.
+            gate=Tile(128, 256, 64, 16, 3) if arch == 90 and widest == 256 else narrow,
             output_dropout=Tile(64, 64, widest, 4, 2, residents=2),
             d_gate=pair,
             d_gate_dropout=Tile(64, 128, widest, 8, 1),
