@@ -3,7 +3,6 @@
 Without a GPU, kernels run under Triton's interpreter, or with --ptx in the machine of tools/ptx.
 """
 
-import functools
 import os
 import sys
 
@@ -48,9 +47,10 @@ def pytest_configure(config):
     elif not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
     if not config.option.ptx and os.environ.get("TRITON_INTERPRET") == "1":
+        import fast_interpreter
         import triton.runtime.interpreter
 
-        _speed_up(triton.runtime.interpreter)
+        fast_interpreter.speed_up(triton.runtime.interpreter)
         _multiply_in_float64(triton.runtime.interpreter)
     _fill_caches()
 
@@ -63,31 +63,6 @@ def _fill_caches():
     with torch.device("meta"):
         torch.empty(0)
     torch.compile(lambda x: x + 1, backend="eager")(torch.zeros(1))
-
-
-def _speed_up(interpreter):
-    """Cache two steps that the interpreter repeats in every call."""
-    patch, done = interpreter._patch_lang, set()
-
-    def patch_lang(function):
-        if function.__module__ in done:  # this launch has patched the module already
-            return None
-        scope = patch(function)
-        if not done:  # the outermost call of a launch undoes all patches
-            restore = scope.restore
-            scope.restore = lambda: (done.clear(), restore())
-        done.add(function.__module__)
-        return scope
-
-    pointer, find = interpreter.tl.pointer_type, interpreter._get_np_dtype
-    find_scalar = functools.cache(find)
-
-    def get_np_dtype(dtype):
-        scalar = dtype.scalar
-        # Pointer types are not hashable.
-        return find(scalar) if isinstance(scalar, pointer) else find_scalar(scalar)
-
-    interpreter._patch_lang, interpreter._get_np_dtype = patch_lang, get_np_dtype
 
 
 def _multiply_in_float64(interpreter):
