@@ -1,10 +1,17 @@
 """Tests of torch.compile, and of compiling kernels for GPUs that this machine does not have.
 
-Each test starts a Python process.
+Tests that compile start a Python process.
 """
 
 import pytest
+import torch
 from compiling import inspect, oldest_triton, run_python  # noqa: F401 (a fixture)
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import mmfused
+import mmfused.cli.inspect as inspect_command
+import mmfused.ops.query_pooling.functional as functional
+from mmfused import cli
 
 # Cases of `mmfused inspect` that together use every kernel of query pooling and masked InfoNCE.
 CASES = ("fluid text", "siglip", "widest", "nce keys ids", "nce narrow all")
@@ -114,30 +121,20 @@ print("done")
     assert done.stdout.strip() == "done", done.stderr[-3000:]
 
 
-def test_fused_query_pooling_runs_on_fake_tensors():
+def test_fused_query_pooling_runs_on_fake_tensors(monkeypatch):
     """The fused op and its backward give outputs and gradients of the right shapes."""
-    code = """
-import torch, mmfused
-from torch._subclasses.fake_tensor import FakeTensorMode
-
-import mmfused.ops.query_pooling.functional as function
-
-function.choose = lambda *args: "fused"
-with FakeTensorMode():
-    x = torch.empty(3, 17, 64, device="meta", requires_grad=True)
-    q, w = (
-        torch.empty(4, 64, device="meta", requires_grad=True),
-        torch.empty(64, 64, device="meta", requires_grad=True),
-    )
-    out = mmfused.query_pooling(
-        x, q, w, w, form="absorbed", lengths=torch.empty(3, dtype=torch.int64, device="meta")
-    )
-    grads = torch.autograd.grad(out, [x, q, w], torch.empty_like(out))
-    assert out.shape == (3, 4, 64) and [g.shape for g in grads] == [x.shape, q.shape, w.shape]
-print("done")
-"""
-    done = run_python("-c", code)
-    assert done.stdout.strip() == "done", done.stderr[-3000:]
+    monkeypatch.setattr(functional, "choose", lambda *args: "fused")
+    with FakeTensorMode():
+        x = torch.empty(3, 17, 64, device="meta", requires_grad=True)
+        q, w = (
+            torch.empty(4, 64, device="meta", requires_grad=True),
+            torch.empty(64, 64, device="meta", requires_grad=True),
+        )
+        out = mmfused.query_pooling(
+            x, q, w, w, form="absorbed", lengths=torch.empty(3, dtype=torch.int64, device="meta")
+        )
+        grads = torch.autograd.grad(out, [x, q, w], torch.empty_like(out))
+        assert out.shape == (3, 4, 64) and [g.shape for g in grads] == [x.shape, q.shape, w.shape]
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])  # `make compile-matrix` tests all
@@ -196,11 +193,12 @@ sys.exit(cli.main(["inspect", "--arch", "sm_90", "--case", "bottleneck", "--jobs
         (["--case", "none"], "expected some of fluid"),
     ],
 )
-def test_inspect_rejects_bad_arguments(args, message):
-    done = run_python("-m", "mmfused", "inspect", *args)
-    assert done.returncode == 2 and message in done.stderr
+def test_inspect_rejects_bad_arguments(args, message, monkeypatch, capsys):
+    monkeypatch.setattr(inspect_command, "INTERPRETED", False)
+    assert cli.main(["inspect", *args]) == 2 and message in capsys.readouterr().err
 
 
-def test_inspect_is_rejected_in_the_interpreter():
-    done = run_python("-m", "mmfused", "inspect", "--arch", "sm_90", TRITON_INTERPRET="1")
-    assert done.returncode == 2 and "TRITON_INTERPRET: got '1', expected it unset" in done.stderr
+def test_inspect_is_rejected_in_the_interpreter(monkeypatch, capsys):
+    monkeypatch.setattr(inspect_command, "INTERPRETED", True)
+    assert cli.main(["inspect", "--arch", "sm_90"]) == 2
+    assert "TRITON_INTERPRET: got '1', expected it unset" in capsys.readouterr().err

@@ -1,7 +1,14 @@
 """Tests of the mixture of experts under torch.compile, and of compiling its kernels."""
 
 import pytest
+import torch
 from compiling import inspect, oldest_triton, run_python  # noqa: F401 (a fixture)
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import mmfused
+import mmfused.ops.grouped_mlp.functional as experts
+import mmfused.ops.topk_routing.functional as router
 
 # Cases of `mmfused inspect` that together use every kernel of the router and the experts.
 CASES = ("logits 5", "route exact", "moe fluid 512")
@@ -56,57 +63,47 @@ print("done")
     assert done.stdout.strip() == "done", done.stderr[-3000:]
 
 
-def test_fused_moe_calls_five_ops_on_fake_tensors():
+class Watch(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.called = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.called.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_fused_moe_calls_five_ops_on_fake_tensors(monkeypatch):
     """The router and the experts each have one op for the forward and one for the backward.
 
     The fifth op computes the gradients of the router's input and weight.
     """
-    code = """
-import torch, mmfused
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-
-import mmfused.ops.grouped_mlp.functional as experts
-import mmfused.ops.topk_routing.functional as router
-
-router.choose = experts.choose = lambda *args: "fused"
-called = []
-
-
-class Watch(TorchDispatchMode):
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        called.append(str(function))
-        return function(*args, **(kwargs or {}))
-
-
-with FakeTensorMode(), Watch():
-    with torch.device("meta"):
-        moe = mmfused.TopKMoE(32, 48, 5, 2, activation="swiglu")
-    called.clear()
-    x = torch.empty(3, 17, 32, device="meta", requires_grad=True)
-    out, routing = moe(x)
-    total = out.sum() + routing.balance_loss + routing.z_loss
-    grads = torch.autograd.grad(total, [x, *moe.parameters()])
-    assert out.shape == x.shape and [g.shape for g in grads] == [
-        x.shape,
-        *(p.shape for p in moe.parameters()),
+    for function in (experts, router):
+        monkeypatch.setattr(function, "choose", lambda *args: "fused")
+    with FakeTensorMode(), Watch() as watch:
+        with torch.device("meta"):
+            moe = mmfused.TopKMoE(32, 48, 5, 2, activation="swiglu")
+        watch.called.clear()
+        x = torch.empty(3, 17, 32, device="meta", requires_grad=True)
+        out, routing = moe(x)
+        total = out.sum() + routing.balance_loss + routing.z_loss
+        grads = torch.autograd.grad(total, [x, *moe.parameters()])
+        assert out.shape == x.shape
+        assert [g.shape for g in grads] == [x.shape, *(p.shape for p in moe.parameters())]
+        assert [getattr(routing, n).shape for n in ("indices", "counts", "order", "offsets")] == [
+            (51, 2),
+            (1, 5),
+            (102,),
+            (6,),
+        ]
+    names = sorted(name.split(".")[1] for name in watch.called if name.startswith("mmfused"))
+    assert names == [
+        "grouped_mlp_bwd",
+        "grouped_mlp_fwd",
+        "topk_routing_bwd",
+        "topk_routing_fwd",
+        "topk_routing_input_bwd",
     ]
-    assert [getattr(routing, n).shape for n in ("indices", "counts", "order", "offsets")] == [
-        (51, 2),
-        (1, 5),
-        (102,),
-        (6,),
-    ]
-names = sorted(name.split(".")[1] for name in called if name.startswith("mmfused"))
-experts, route = (
-    ["grouped_mlp_bwd", "grouped_mlp_fwd"],
-    ["topk_routing_bwd", "topk_routing_fwd", "topk_routing_input_bwd"],
-)
-assert names == experts + route, names
-print("done")
-"""
-    done = run_python("-c", code)
-    assert done.stdout.strip() == "done", done.stderr[-3000:]
 
 
 @pytest.mark.parametrize("arch", ["sm_90", "sm_100"])  # `make compile-matrix` tests all

@@ -1,5 +1,7 @@
 """Tests of the backend switch under torch.compile, without Triton's interpreter."""
 
+import json
+
 import pytest
 from compiling import run_python
 
@@ -248,11 +250,35 @@ for name, function in functions.items():
 """
 
 
-@pytest.mark.parametrize(
-    "code",
-    [TRACED, AROUND, BREAKS, BACKWARD, OPS],
-    ids=["with in the function", "around the call", "graph breaks", "backward", "ops"],
-)
-def test_compiled_code_follows_the_backend_switch(code):
-    done = run_python("-W", "ignore", "-c", f'{COMMON}{code}\nprint("done")')
-    assert done.stdout.strip() == "done", done.stderr[-3000:]
+PARTS = {
+    "with in the function": TRACED,
+    "around the call": AROUND,
+    "graph breaks": BREAKS,
+    "backward": BACKWARD,
+    "ops": OPS,
+}
+
+
+@pytest.fixture(scope="module")
+def errors():
+    """Run all parts in one process, because imports take most of the time; return their errors."""
+    code = f"""
+import json, traceback
+
+errors = {{}}
+for name, part in {PARTS!r}.items():
+    try:
+        exec(compile({COMMON!r} + part, name, "exec"), {{"__name__": "__main__"}})
+        errors[name] = None
+    except BaseException:
+        errors[name] = traceback.format_exc()
+print(json.dumps(errors))
+"""
+    done = run_python("-W", "ignore", "-c", code)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_compiled_code_follows_the_backend_switch(name, errors):
+    assert errors[name] is None, errors[name][-3000:]
