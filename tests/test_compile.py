@@ -18,20 +18,23 @@ CASES = ("fluid text", "siglip", "widest", "nce keys ids", "nce narrow all")
 
 
 def test_query_pooling_is_one_graph_for_three_lengths():
-    """Compare results and gradients on each available backend, with and without padding."""
+    """Compare results and gradients on each available backend, with and without padding.
+
+    With dropout, calls without a seed draw new seeds.
+    """
     code = """
 import torch, mmfused
 from torch._dynamo.utils import counters
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
+every = (("mask", 0.3), ("lengths", 0.0), (None, 0.0))
 for name in ["reference", "composed"] + (["fused"] if device == "cuda" else []):
-    for padding in ("mask",) if name == "reference" else ("mask", "lengths", None):
+    for padding, dropout in (("mask", 0.0),) if name == "reference" else every:
         torch._dynamo.reset()
         torch.manual_seed(0)
         mmfused.set_backend(name)
-        model = mmfused.QueryPooling(
-            64, 4, 2, q_proj=True, out_proj=True, bias=True, norm_kv=True
-        ).to(device)
+        options = dict(q_proj=True, out_proj=True, bias=True, norm_kv=True, dropout=dropout)
+        model = mmfused.QueryPooling(64, 4, 2, **options).to(device)
         counters.clear()
         # "aot_eager" also traces the gradients, which takes long.
         backend = "eager" if name == "reference" or padding is None else "aot_eager"
@@ -43,6 +46,8 @@ for name in ["reference", "composed"] + (["fused"] if device == "cuda" else []):
                 "mask": dict(key_padding_mask=ignore),
                 "lengths": dict(lengths=(~ignore).sum(1)),
             }.get(padding, {})
+            if dropout:
+                kwargs["dropout_seed"] = torch.tensor(length, device=device)
             want, got = model(x, **kwargs), compiled(x, **kwargs)
             upstream = torch.randn_like(want)
             wants, gots = (
@@ -51,6 +56,8 @@ for name in ["reference", "composed"] + (["fused"] if device == "cuda" else []):
             for a, b in zip([want, *wants], [got, *gots], strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
         assert counters["stats"]["unique_graphs"] == 1, (name, padding, counters["stats"])
+        if dropout:
+            assert not torch.equal(compiled(x), compiled(x))
         assert not counters["graph_break"], (name, padding, counters["graph_break"])
 print("done")
 """
