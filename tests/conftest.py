@@ -10,6 +10,33 @@ import numpy as np
 import pytest
 import torch
 
+# The files that take longest, longest first. They start first: one worker runs a whole file, and
+# the others would wait for it at the end.
+LONG_FILES = (
+    "test_examples.py",
+    "test_compile.py",
+    "test_packaging.py",
+    "test_csrc.py",
+    "test_cli.py",
+    "test_compile_gated.py",
+    "test_kills.py",
+    "test_fuse.py",
+    "test_masked_info_nce.py",
+    "test_topk_routing_values.py",
+    "test_gated_cross_attention_fused.py",
+    "test_children.py",
+    "test_compile_moe.py",
+    "test_export.py",
+    "test_sanitize.py",
+    "test_types.py",
+    "test_on_cuda.py",
+    "test_moon2.py",
+    "test_grouped_mlp_fused.py",
+    "test_query_pooling_values.py",
+    "test_uniecs.py",
+    "test_topk_routing_fused.py",
+)
+
 
 def pytest_addoption(parser):
     group = parser.getgroup("mmfused")
@@ -35,6 +62,8 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     """Choose what runs the kernels, before any test module imports triton."""
+    if not config.option.ptx:  # else xdist starts the files with the most tests first
+        config.option.loadscopereorder = False
     if config.option.ptx:
         import ptx_plugin
 
@@ -53,6 +82,12 @@ def pytest_configure(config):
         fast_interpreter.speed_up(triton.runtime.interpreter)
         _multiply_in_float64(triton.runtime.interpreter)
     _fill_caches()
+
+
+def pytest_collection_modifyitems(items):
+    """Put LONG_FILES first; the order is otherwise unchanged."""
+    place = {name: number for number, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
 
 def _fill_caches():
