@@ -25,16 +25,21 @@ LONG_FILES = (
     "test_topk_routing_values.py",
     "test_gated_cross_attention_fused.py",
     "test_children.py",
-    "test_compile_moe.py",
+    "test_distributed.py",
     "test_export.py",
+    "test_compile_moe.py",
     "test_sanitize.py",
     "test_types.py",
+    "test_inspect.py",
+    "test_distributed_refusals.py",
     "test_on_cuda.py",
     "test_moon2.py",
     "test_grouped_mlp_fused.py",
     "test_query_pooling_values.py",
     "test_uniecs.py",
     "test_topk_routing_fused.py",
+    "test_encoders.py",
+    "test_folders.py",
 )
 
 
