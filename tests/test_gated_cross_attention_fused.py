@@ -87,6 +87,7 @@ PLAN_CASES = {
     "several tiles": BOTH_DIRECTIONS[0],
     "many keys": BOTH_DIRECTIONS[3],
     "head dim 96": BOTH_DIRECTIONS[0],
+    "long": BOTH_DIRECTIONS[1],
     "wide": BOTH_DIRECTIONS[0],
     "wide token": BOTH_DIRECTIONS[1],
     "wide none": BOTH_DIRECTIONS[4],
@@ -318,8 +319,8 @@ def test_tile_sizes_are_powers_of_two(arch):
     ):
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             tiles = plan(dim, context, dim // heads, dtype, arch)
-            for name in ("project", "attend", "d_query", "d_key", "product", "rows"):
-                tile = getattr(tiles, name)
+            names = ("project", "attend", "d_query", "d_key", "product", "rows")
+            for tile in [getattr(tiles, name) for name in names] + [*tiles.d_attend_long.values()]:
                 assert all(size & (size - 1) == 0 for size in (tile.BM, tile.BN, tile.BK))
             assert tiles.rows.BN >= max(dim, context)
             assert (tiles.together is not None) == (dim <= 256)

@@ -7,8 +7,9 @@ by 1 - p, or 1 without dropout.
     dQ = scale dS K       dK = scale dS^T Q          dV = (E * P)^T dO
 
 There are no atomics. d_attend_kernel computes P and dP once: it keeps all keys or all queries of a
-sample, and loops over tiles of the others. For longer samples, one launch computes dQ
-(d_query.py), and another launch computes dK and dV (d_key.py).
+sample, and loops over tiles of the others. d_attend_long.py does so for wider heads, and for more
+tokens that stay. For longer samples, one launch computes dQ (d_query.py), and another launch
+computes dK and dV (d_key.py).
 """
 
 from __future__ import annotations

@@ -11,10 +11,8 @@ import torch
 from torch import Tensor
 
 from ..tiles import cdiv
-from .attend_backward import AttentionGradients, d_attend_kernel
 from .call import Call, given, padded, tile_options
-from .d_key import d_key_kernel
-from .d_query import d_query_kernel
+from .d_attend_launch import attention_gradients
 from .d_tokens import TokenSide, d_tokens_kernel, d_tokens_rows_kernel
 from .gradients import GateSide, RowSide, d_gate_kernel, d_rows_kernel
 from .products import ProductSide, d_attended_kernel, d_normed_kernel
@@ -70,7 +68,7 @@ def backward(
     _d_rows(call, saved, sides, d)
     if gate == "channel":
         _d_gate(call, saved, sides, d)
-    d_projected = _d_attend(call, saved, sides, _d_attended(call, saved, sides, d))
+    d_projected = attention_gradients(call, saved, sides, _d_attended(call, saved, sides, d))
     normed = _d_tokens(call, saved, sides, d, d_projected)
     _weights(call, saved, sides, d, d_projected, normed)
     flat = (tensor for parts in (*d.norms, *d.weights) for tensor in parts)
@@ -211,78 +209,6 @@ def _d_attended(call: Call, saved: Saved, sides: list[Rows], d: Gradients) -> li
         **tile_options(d_attended_kernel, tile),
     )
     return d_attended
-
-
-def _d_attend(
-    call: Call,
-    saved: Saved,
-    sides: list[Rows],
-    d_attended: list[Tensor],
-) -> list[Tensor]:
-    """Return the gradients of queries, keys and values."""
-    d_projected = [torch.empty_like(x) for x in saved.projected]
-    loops = [_loop(call, direction) for direction in range(call.directions)]
-    exact = call.tokens[0].dtype == torch.float32
-    gradients = [
-        AttentionGradients(
-            x,
-            saved.attended[side] if side < call.directions else None,
-            d_attended[side] if side < call.directions else None,
-            saved.lse[side] if side < call.directions else None,
-            None,
-            d_projected[side],
-        )
-        for side, x in enumerate(saved.projected)
-    ]
-    if not all(loops):
-        deltas = [x.new_empty(2 if exact else 1, *x.shape) for x in saved.lse]
-        gradients = [
-            x._replace(delta_ptr=delta)
-            for x, delta in zip(gradients, padded(deltas, None), strict=True)
-        ]
-    arguments = (
-        gradients[0],
-        sides[0],
-        gradients[1],
-        sides[1],
-        call.seed,
-        call.head_dim**-0.5,
-        call.p,
-    )
-    constants = call.attention_constants()
-    heads = call.batch * call.heads
-    tile = call.plan.d_attend
-    if tile is not None and all(loops):
-        d_attend_kernel[(call.directions * heads,)](
-            *arguments,
-            STAY=tile.BN,
-            STEP=tile.BM,
-            LOOP0=loops[0],
-            LOOP1=loops[-1],
-            **constants,
-            **tile_options(d_attend_kernel, tile),
-        )
-        return d_projected
-    tile = call.plan.d_query
-    tiles = sum(cdiv(n, tile.BM) for n in call.sizes[: call.directions])
-    d_query_kernel[(heads * tiles,)](
-        *arguments, EXACT=exact, **constants, **tile_options(d_query_kernel, tile)
-    )
-    tile = call.plan.d_key
-    tiles = sum(cdiv(n, tile.BN) for n in call.sizes[-call.directions :])
-    d_key_kernel[(heads * tiles,)](
-        *arguments, EXACT=exact, **constants, **tile_options(d_key_kernel, tile)
-    )
-    return d_projected
-
-
-def _loop(call: Call, direction: int) -> str:
-    """Return what d_attend_kernel loops over in a direction; "" if its tile is too small."""
-    stay = 0 if call.plan.d_attend is None else call.plan.d_attend.BN
-    queries, keys = call.sizes[direction], call.sizes[1 - direction]
-    if keys <= stay:
-        return "queries"
-    return "keys" if queries <= stay else ""
 
 
 def _d_tokens(

@@ -24,6 +24,7 @@ class Case:
     masks: Literal["mask", "lengths", "present"] | None = "mask"
     pre_norm: bool = True
     dropout: float = 0.0
+    sizes: tuple[int, int] = (197, 64)  # tokens of a sample of each side
 
 
 CASES = {
@@ -38,6 +39,8 @@ CASES = {
     "cross 512": Case(dim=512, heads=4, dropout=0.1),
     "cross 768": Case(dim=768, heads=12, dropout=0.1),
     "cross 768 token": Case(dim=768, heads=8, gate="token", missing="zero", dropout=0.1),
+    "cross 768 long": Case(dim=768, heads=12, sizes=(197, 128)),
+    "cross 768 dense": Case(dim=768, heads=12, masks=None, sizes=(128, 100)),
     "cross 1024": Case(dim=1024, heads=16, dtype="float16", missing="attend"),
     "unica": Case(dim=256, heads=8, context_dim=768, gate="none", pre_norm=False, dropout=0.1),
     "one way": Case(dim=192, heads=2, context_dim=1024, gate="token", missing="constant"),
@@ -64,7 +67,7 @@ def launch(case: Case) -> None:
     def empty(*shape, dtype=compute):
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    batch, sizes, directions = 64, (197, 64), 2 if case.context_dim is None else 1
+    batch, sizes, directions = 64, case.sizes, 2 if case.context_dim is None else 1
     widths = (case.dim, case.context_dim or case.dim)
     tokens = [empty(batch, length, width) for length, width in zip(sizes, widths, strict=True)]
     norms = [empty(width) for width in widths for _ in range(2)]

@@ -40,7 +40,8 @@ class Plan:
     attend: Tile
     most_keys: int  # attend: most keys of a sample that one tile holds
     d_attend: Tile | None  # one program for each sample and head; BN tokens stay, BM at a time
-    d_query: Tile  # where d_attend is None, or its tile is too small
+    d_attend_long: dict[str, Tile]  # the same without dropout, from few tokens that stay to many
+    d_query: Tile  # where no tile of these is large enough
     d_key: Tile
     output: Tile
     output_dropout: Tile  # the same with dropout, whose random numbers take registers
@@ -156,7 +157,7 @@ def _attention(
 ) -> dict[str, Any]:
     """Return the tiles of the kernels that compute attention."""
     warps = 4 if head_dim <= 64 else 8
-    tiled: dict[str, Any] = dict(most_keys=0, d_attend=None)
+    tiled: dict[str, Any] = dict(most_keys=0, d_attend=None, d_attend_long={})
     if dtype == torch.float32:
         attend = Tile(32 if head_dim <= 64 else 16, 32, 0, warps, 1)
         d_query = attend if head_dim <= 64 else Tile(16, 16, 0, warps, 1)
@@ -176,6 +177,7 @@ def _attention(
             attend=Tile(64, 32, 0, 4, 2) if dropout else Tile(64, 64, 0, 4, stages),
             most_keys=64,  # 256 take so many registers that half as many programs fit
             d_attend=None if spills else Tile(64, 64, 0, 4, stages, registers),
+            d_attend_long={},
             d_query=Tile(32 if dropout and not big_shared else 64, 64, 0, 4, 2),
             d_key=Tile(64 if big_shared else 32, 64, 0, 4, 2),
         )
@@ -183,6 +185,11 @@ def _attention(
         low = arch == 90 and not dropout
         return tiled | dict(
             attend=Tile(128, 32 if dropout else 64, 0, 8, 3, 128 if low else 255),
+            # Three programs of four warps share a multiprocessor of sm_90, or two of eight warps.
+            d_attend_long={
+                "64": Tile(32, 64, 0, 4, 3, 168),
+                "128": Tile(32, 128, 0, 8, 3, 128 if arch == 90 else 255),
+            },
             d_query=Tile(64, 64, 0, 4, 2),
             d_key=Tile(32 if dropout else 64, 64, 0, 4, 2),
         )
