@@ -13,14 +13,15 @@ from torch import Tensor
 from ..tiles import cdiv
 from .call import Call, given, padded, tile_options
 from .d_attend_launch import attention_gradients
+from .d_gate import GateSide, d_gate_kernel
 from .d_tokens import TokenSide, d_tokens_kernel, d_tokens_rows_kernel
-from .gradients import GateSide, RowSide, d_gate_kernel, d_rows_kernel
+from .gradients import RowSide, d_rows_kernel
 from .products import ProductSide, d_attended_kernel, d_normed_kernel
 from .results import Gradients, Norm, Saved, Weights
 from .tokens import FACTORS, Rows
 from .weights_launch import Operands, Parameters, weight_gradients
 
-ROW_PROGRAMS = 1023  # not a multiple of 16, see call.unspecialised
+ROW_PROGRAMS = 1023  # not a multiple of 16, see Call.row_programs
 
 
 def backward(
@@ -139,11 +140,11 @@ def _row_side(call: Call, saved: Saved, d: Gradients, side: int) -> RowSide:
         stride_n=d.outs[side].stride(1),
         x_ptr=call.packed_tokens(saved, side),
         attn_out_ptr=saved.attn_out[side],
-        z_ptr=given(saved.logits[side]),
+        z_ptr=None if whole else saved.logits[side],
         weight_ptr=given(w.w_g) if whole else None,
         bias_ptr=given(w.b_g) if whole else None,
         gamma_ptr=None if call.pre_norm else call.norms[side].gamma,
-        moments_ptr=given(saved.out_moments[side]),
+        moments_ptr=None if call.pre_norm else saved.out_moments[side],
         lse_ptr=saved.lse[side],
         place_ptr=place,
         dz_ptr=d.logits[side] if call.gate != "none" else None,
@@ -159,7 +160,7 @@ def _row_side(call: Call, saved: Saved, d: Gradients, side: int) -> RowSide:
 def _d_gate(call: Call, saved: Saved, sides: list[Rows], d: Gradients) -> None:
     """Compute dy and the direct part of dx of a gate per channel."""
     tile = call.plan.d_gate if call.seed is None else call.plan.d_gate_dropout
-    shares = call.shares(tile, [2 * cdiv(call.dim, tile.BN)] * call.directions, call.dim)
+    programs = call.programs(tile, [2 * cdiv(call.dim, tile.BN)] * call.directions, call.dim)
     gates = [
         GateSide(
             dz_ptr=d.logits[i],
@@ -171,12 +172,11 @@ def _d_gate(call: Call, saved: Saved, sides: list[Rows], d: Gradients) -> None:
             lse_ptr=saved.lse[i],
             dx_part_ptr=d.direct[i],
             dy_ptr=d.output[i],
-            programs=share,
         )
-        for i, share in enumerate(shares)
+        for i in range(call.directions)
     ]
     gates = padded(gates, GateSide())
-    d_gate_kernel[(sum(shares),)](
+    d_gate_kernel[(programs,)](
         gates[0],
         sides[0],
         gates[1],
@@ -192,14 +192,11 @@ def _d_gate(call: Call, saved: Saved, sides: list[Rows], d: Gradients) -> None:
 def _d_attended(call: Call, saved: Saved, sides: list[Rows], d: Gradients) -> list[Tensor]:
     """Return the gradient of the attention's result."""
     tile = call.plan.d_attended
-    shares = call.shares(tile, [cdiv(call.dim, tile.BN)] * call.directions, call.dim)
+    programs = call.programs(tile, [cdiv(call.dim, tile.BN)] * call.directions, call.dim)
     d_attended = [torch.empty_like(x) for x in saved.attended]
-    products = [
-        ProductSide(d.output[i], w.w_o, d_attended[i], shares[i])
-        for i, w in enumerate(call.weights)
-    ]
+    products = [ProductSide(d.output[i], w.w_o, d_attended[i]) for i, w in enumerate(call.weights)]
     products = padded(products, ProductSide())
-    d_attended_kernel[(sum(shares),)](
+    d_attended_kernel[(programs,)](
         products[0],
         sides[0],
         products[1],
@@ -232,15 +229,13 @@ def _d_tokens(
     if together is None:
         tile = call.plan.product
         blocks = [cdiv(width, tile.BN) for width in call.inputs]
-        shares = call.shares(tile, blocks, max(call.widths))
+        programs = call.programs(tile, blocks, max(call.widths))
         d_normed = [
             x.new_empty(rows, width)
             for x, rows, width in zip(d_projected, call.capacities, call.inputs, strict=True)
         ]
-        products = [
-            ProductSide(d_projected[i], saved.folded[i], d_normed[i], shares[i]) for i in (0, 1)
-        ]
-        d_normed_kernel[(sum(shares),)](
+        products = [ProductSide(d_projected[i], saved.folded[i], d_normed[i]) for i in (0, 1)]
+        d_normed_kernel[(programs,)](
             products[0],
             sides[0],
             products[1],
@@ -250,23 +245,23 @@ def _d_tokens(
             **tile_options(d_normed_kernel, tile),
         )
     tile = together or call.plan.rows
-    shares = [call.row_programs(rows, tile.BM) for rows in call.capacities]
     arguments = [
         TokenSide(
             d_projected_ptr=d_projected[side],
             weight_ptr=saved.folded[side],
             dn_ptr=d_normed[side],
             x_ptr=call.packed_tokens(saved, side),
-            moments_ptr=given(saved.moments[side]),
+            moments_ptr=saved.moments[side] if call.pre_norm else None,
             dx_part_ptr=d.direct[side] if side < call.directions else None,
             dx_ptr=d.tokens[side],
             normed_ptr=normed[side] if call.pre_norm else None,
-            programs=shares[side],
         )
         for side in (0, 1)
     ]
     kernel = d_tokens_kernel if together else d_tokens_rows_kernel
-    kernel[(sum(shares),)](
+    blocks = sum(cdiv(rows, tile.BM) for rows in call.capacities)
+    programs = call.programs(tile, [1, 1], max(call.widths)) if together else blocks
+    kernel[(programs,)](
         arguments[0],
         sides[0],
         arguments[1],

@@ -21,12 +21,14 @@ from .tokens import (
     dropout,
     gate_of,
     gate_of_tokens,
+    halves,
     load_indicator,
     load_tile,
     load_vector,
     load_weight,
     store_tile,
     tokens_of,
+    turns,
 )
 
 
@@ -38,7 +40,6 @@ class Output(NamedTuple):
     weight_ptr: Tensor | None = None  # (D, D)
     bias_ptr: Tensor | None = None  # (D,)
     attn_out_ptr: Tensor | None = None  # (R, D): A
-    programs: int = 0  # a multiple of the column blocks
 
 
 class Gate(NamedTuple):
@@ -50,7 +51,6 @@ class Gate(NamedTuple):
     vectors_ptr: Tensor | None = None  # (2, D) float32: bias, with w_e if the rows are dense; w_e
     z_ptr: Tensor | None = None  # (R, D): logits, for the backward
     out_ptr: Tensor | None = None  # (B N, D), in the order of tokens
-    programs: int = 0  # column blocks x row blocks of the capacity: no program computes two tiles
 
 
 class Whole(NamedTuple):
@@ -85,10 +85,49 @@ def _load_lse(
 
 
 @triton.jit
+def _store_out(
+    side,
+    acc,
+    lse,
+    bias,
+    r,
+    ok,
+    token,
+    start,
+    seed_ptr,
+    p,
+    STREAM: tl.constexpr,
+    D: tl.constexpr,
+    BN: tl.constexpr,
+    PART: tl.constexpr,
+):
+    """Store BN columns of A from ``start`` on; PART at a time if their bias is not loaded yet."""
+    if bias is None and BN > PART:
+        left, right = halves(acc)
+        _store_out(
+            side, left, lse, bias, r, ok, token, start, seed_ptr, p, STREAM, D, BN // 2, PART
+        )
+        start += BN // 2
+        _store_out(
+            side, right, lse, bias, r, ok, token, start, seed_ptr, p, STREAM, D, BN // 2, PART
+        )
+    else:
+        cols = start + tl.arange(0, BN)
+        if bias is None:
+            # After the product, because so large a tile leaves no registers for it.
+            bias = load_vector(side.bias_ptr, cols, cols < D)
+        a = acc + bias[None, :]
+        if seed_ptr is not None:
+            a = dropout(a, tl.load(seed_ptr), token, start, p, STREAM, BN)
+        a = tl.where((lse < float("inf"))[:, None], a, 0.0)
+        store_tile(side.attn_out_ptr, a, r, ok, cols, D)
+
+
+@triton.jit
 def _out(
     side,
     rows,
-    pid,
+    done,
     seed_ptr,
     p,
     STREAM: tl.constexpr,
@@ -96,44 +135,43 @@ def _out(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
-    DROPOUT: tl.constexpr,
+    PART: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Compute BN columns of A in one direction; program ``pid`` of this direction."""
+    """Compute A in one direction; return the number of its tiles."""
+    KEEP: tl.constexpr = BK >= D
     BLOCKS: tl.constexpr = (D + BN - 1) // BN
-    start = pid % BLOCKS * BN
-    cols = start + tl.arange(0, BN)
     k = tl.arange(0, BK)
-    if BK >= D:
-        w = load_weight(side.weight_ptr, k, cols, D, D, 1, D)
+    bias = None
+    if KEEP:
+        start = tl.program_id(0) % BLOCKS * BN
+        w = load_weight(side.weight_ptr, 0, start, D, D, 1, D, BK, BN)
+        cols = start + tl.arange(0, BN)
         bias = load_vector(side.bias_ptr, cols, cols < D)
-    if DROPOUT:
-        seed = tl.load(seed_ptr)
     count = count_rows(rows)
-    step = side.programs // BLOCKS
-    # Of the next block of rows, because a product is too short to hide the latency.
-    next_lse = _load_lse(side, rows, pid // BLOCKS, count, BM)
-    for block in tl.range(pid // BLOCKS, tl.cdiv(count, BM), step):
-        r = block * BM + tl.arange(0, BM)
+    first, tiles, step = turns(rows, done, BM, BLOCKS, KEEP)
+    if KEEP:
+        # Of the next block of rows, because a product is too short to hide the latency.
+        next_lse = _load_lse(side, rows, first // BLOCKS, count, BM)
+    for tile in tl.range(first, tiles, step, flatten=not KEEP):
+        start = tile % BLOCKS * BN
+        r = tile // BLOCKS * BM + tl.arange(0, BM)
         ok = r < count
         token = tokens_of(rows, r, ok)
-        lse = next_lse
-        next_lse = _load_lse(side, rows, block + step, count, BM)
+        if KEEP:
+            lse = next_lse
+            next_lse = _load_lse(side, rows, (tile + step) // BLOCKS, count, BM)
+        else:  # in a flattened loop, Triton mixes up values that pass from one tile to the next
+            lse = _load_lse(side, rows, tile // BLOCKS, count, BM)
         acc = tl.zeros([BM, BN], tl.float32)
-        if BK >= D:
+        if KEEP:
             acc = dot(load_tile(side.attended_ptr, r, ok, k, D), w, acc, UPCAST)
         else:
             acc = add_product(
-                acc, side.attended_ptr, r, ok, D, side.weight_ptr, cols, D, 1, D, D, BK, UPCAST
+                acc, side.attended_ptr, r, ok, D, side.weight_ptr, start, D, 1, D, D, BK, UPCAST
             )
-            # After the product, because so large a tile leaves no registers for it.
-            bias = load_vector(side.bias_ptr, cols, cols < D)
-        acc += bias[None, :]
-        if rows.token_ptr is not None:
-            acc = tl.where((lse < float("inf"))[:, None], acc, 0.0)
-        if DROPOUT:
-            acc = dropout(acc, seed, token, start, p, STREAM, BN)
-        store_tile(side.attn_out_ptr, acc, r, ok, cols, D)
+        _store_out(side, acc, lse, bias, r, ok, token, start, seed_ptr, p, STREAM, D, BN, PART)
+    return tiles
 
 
 @triton.jit
@@ -148,21 +186,16 @@ def out_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
-    DROPOUT: tl.constexpr,
+    PART: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Compute A = dropout(attended W_o^T + b_o) of both directions; grid (programs of both,).
+    """Compute A = dropout(attended W_o^T + b_o) of both directions; grid (programs,).
 
     A is 0 in rows without keys.
     """
-    pid = tl.program_id(0)
-    if pid < first.programs:
-        _out(first, first_rows, pid, seed_ptr, p, 1, D, BM, BN, BK, DROPOUT, UPCAST)
+    done = _out(first, first_rows, 0, seed_ptr, p, 1, D, BM, BN, BK, PART, UPCAST)
     if second.attended_ptr is not None:
-        # Not "else", in which Triton does not reuse the shared memory of the first direction.
-        if pid >= first.programs:
-            pid -= first.programs
-            _out(second, second_rows, pid, seed_ptr, p, 3, D, BM, BN, BK, DROPOUT, UPCAST)
+        _out(second, second_rows, done, seed_ptr, p, 3, D, BM, BN, BK, PART, UPCAST)
 
 
 @triton.jit
@@ -175,17 +208,17 @@ def _store_blend(
     token,
     start,
     D: tl.constexpr,
-    BM: tl.constexpr,
     BN: tl.constexpr,
+    PART: tl.constexpr,
 ):
     """Blend BN columns from ``start`` on, and store the gate logits z and the output.
 
-    32 columns at a time, so that x and A take few registers beside the product.
+    PART columns at a time, so that x and A take few registers beside the product.
     """
-    if BN > 32:
-        left, right = tl.split(tl.permute(tl.reshape(product, [BM, 2, BN // 2]), [0, 2, 1]))
-        _store_blend(side, left, e, r, ok, token, start, D, BM, BN // 2)
-        _store_blend(side, right, e, r, ok, token, start + BN // 2, D, BM, BN // 2)
+    if BN > PART:
+        left, right = halves(product)
+        _store_blend(side, left, e, r, ok, token, start, D, BN // 2, PART)
+        _store_blend(side, right, e, r, ok, token, start + BN // 2, D, BN // 2, PART)
     else:
         cols = start + tl.arange(0, BN)
         x = load_tile(side.x_ptr, r, ok, cols, D)
@@ -206,33 +239,40 @@ def _gate(
     side,
     rows,
     other,
-    pid,
+    done,
     D: tl.constexpr,
     INDICATOR: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    PART: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Blend BN columns of BM rows in one direction; program ``pid`` of this direction."""
+    """Blend the rows of one direction; return the number of its tiles."""
     BLOCKS: tl.constexpr = (D + BN - 1) // BN
-    start = pid % BLOCKS * BN
+    TERMS: tl.constexpr = (D + BK - 1) // BK * BK
     count = count_rows(rows)
-    if pid // BLOCKS * BM < count:
-        r = pid // BLOCKS * BM + tl.arange(0, BM)
+    first, tiles, step = turns(rows, done, BM, BLOCKS, False)
+    for tile in tl.range(first, tiles, step, flatten=True):
+        start = tile % BLOCKS * BN
+        r = tile // BLOCKS * BM + tl.arange(0, BM)
         ok = r < count
-        token = tokens_of(rows, r, ok)
-        cols = start + tl.arange(0, BN)
         z = tl.zeros([BM, BN], tl.float32)
-        z = add_product(z, side.x_ptr, r, ok, D, side.weight_ptr, cols, D, 1, 2 * D, D, BK, UPCAST)
-        z = add_product(
-            z, side.attn_out_ptr, r, ok, D, side.weight_ptr + D, cols, D, 1, 2 * D, D, BK, UPCAST
-        )
+        # One loop over the terms of x and then of A, because Triton flattens only one.
+        for at in range(0, 2 * TERMS, BK):
+            half = at // TERMS
+            k = at - half * TERMS
+            a_ptr = tl.where(half == 0, side.x_ptr, side.attn_out_ptr)
+            a = load_tile(a_ptr, r, ok, k + tl.arange(0, BK), D)
+            w = load_weight(side.weight_ptr + half * D, k, start, D, D, 1, 2 * D, BK, BN)
+            z = dot(a, w, z, UPCAST)
+        token = tokens_of(rows, r, ok)
         e = None
         if INDICATOR:
             if other.present_ptr is not None:
                 e = load_indicator(other, token // rows.length, ok)
-        _store_blend(side, z, e, r, ok, token, start, D, BM, BN)
+        _store_blend(side, z, e, r, ok, token, start, D, BN, PART)
+    return tiles
 
 
 @triton.jit
@@ -246,19 +286,13 @@ def gate_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    PART: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Compute the output with a gate per channel, in both directions; grid (programs of both,).
-
-    A program computes one tile, so a direction has as many programs as tiles.
-    """
-    pid = tl.program_id(0)
-    if pid < first.programs:
-        _gate(first, first_rows, second_rows, pid, D, INDICATOR, BM, BN, BK, UPCAST)
+    """Compute the output with a gate per channel, in both directions; grid (programs,)."""
+    done = _gate(first, first_rows, second_rows, 0, D, INDICATOR, BM, BN, BK, PART, UPCAST)
     if second.x_ptr is not None:
-        if pid >= first.programs:
-            pid -= first.programs
-            _gate(second, second_rows, first_rows, pid, D, INDICATOR, BM, BN, BK, UPCAST)
+        _gate(second, second_rows, first_rows, done, D, INDICATOR, BM, BN, BK, PART, UPCAST)
 
 
 @triton.jit

@@ -24,7 +24,9 @@ def given(tensor: Tensor) -> Tensor | None:
 def tile_options(kernel: Any, tile: Tile) -> dict[str, Any]:
     """Return the sizes of the tile that the kernel takes, and the options of its launch."""
     sizes = {name: size for name, size in asdict(tile).items() if name in kernel.arg_names}
-    options = dict(num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.maxnreg)
+    # A multiprocessor has 65536 registers.
+    registers = min(tile.maxnreg, 65536 // (32 * tile.num_warps))
+    options = dict(num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=registers)
     return sizes | options | OPTIONS
 
 
@@ -127,39 +129,26 @@ class Call:
         size = power(self.sizes[side])
         return size if size <= self.plan.most_keys else 0
 
-    def shares(self, tile: Tile, blocks: list[int], depth: int) -> list[int]:
-        """Return the number of programs of each side or direction, for products with weights.
+    def programs(self, tile: Tile, blocks: list[int], depth: int) -> int:
+        """Return the number of programs of a product, which walk over the tiles of both sides.
 
-        ``blocks`` are the blocks of columns of the results, ``depth`` is the number of terms of
-        each sum. If the tile holds all terms, a program keeps its part of the weight and walks over
-        rows: then there are as many programs as fit on the GPU, else as many as tiles.
+        ``blocks`` are the blocks of columns of each side or direction, ``depth`` is the number of
+        terms of each sum. If the tile holds all terms, a program keeps its part of the weight.
         """
-        tiles = [
+        tiles = sum(
             cdiv(rows, tile.BM) * n
             for rows, n in zip(self.capacities, blocks, strict=False)  # one or two directions
-        ]
-        if tile.BK < depth:
-            return [unspecialised(n, count, 1) for n, count in zip(tiles, blocks, strict=True)]
-        programs, work = self.multiprocessors * tile.residents, sum(tiles)
-        shares = [
-            min(n, max(1, round(programs * n / (work * count))) * count) if n else 0
-            for n, count in zip(tiles, blocks, strict=True)
-        ]
-        return [unspecialised(n, count, -1) for n, count in zip(shares, blocks, strict=True)]
+        )
+        programs = min(tiles, self.multiprocessors * tile.residents)
+        return programs if tile.BK < depth else max(programs, *blocks)
 
     def row_programs(self, rows: int, BM: int) -> int:
-        """Return the number of programs that compute BM whole rows each."""
-        return unspecialised(cdiv(rows, BM), 1, 1)
+        """Return the number of programs that compute BM whole rows each.
 
-
-def unspecialised(programs: int, blocks: int, step: int) -> int:
-    """Return a near multiple of ``blocks`` that is not one of 16, for which Triton would recompile.
-
-    ``step`` is 1 if a program may find nothing to do, and -1 if there must not be more programs.
-    """
-    if programs > blocks and programs % 16 == 0 and blocks % 16:
-        programs += step * blocks
-    return programs
+        It is not a multiple of 16, for which Triton would recompile: one program more does nothing.
+        """
+        programs = cdiv(rows, BM)
+        return programs + 1 if programs % 16 == 0 else programs
 
 
 def padded(values: list[Any], absent: Any) -> list[Any]:

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..tiles import rounded_product
-from .tokens import add_product, count_rows, load_tile, store_tile, tokens_of
+from .tokens import add_product, count_rows, halves, load_tile, store_tile, tokens_of, turns
 
 
 class TokenSide(NamedTuple):
@@ -33,7 +33,6 @@ class TokenSide(NamedTuple):
     dx_part_ptr: Tensor | None  # (capacity, D); None for a side without queries
     dx_ptr: Tensor | None  # (B, N, D), by token
     normed_ptr: Tensor | None  # (capacity, D): xhat, for the weights' gradients; with pre-norm
-    programs: int
 
 
 @triton.jit
@@ -53,65 +52,107 @@ def norm_backward(
 
 
 @triton.jit
-def _finish(
+def _load_normed(
     side,
     rows,
-    dn_ptr,
-    at,
     r,
     ok,
-    token,
+    cols,
+    D: tl.constexpr,
+):
+    """Return columns of the normalised rows xhat, and 1 / standard deviation of these rows."""
+    mean = tl.load(side.moments_ptr + r, mask=ok, other=0.0)
+    rstd = tl.load(side.moments_ptr + rows.batch * rows.length + r, mask=ok, other=0.0)
+    x = load_tile(side.x_ptr, r, ok, cols, D).to(tl.float32)
+    return (x - mean[:, None]) * rstd[:, None], rstd
+
+
+@triton.jit
+def _norm_sums(
+    side,
+    rows,
+    dn,
+    r,
+    ok,
+    start,
     D: tl.constexpr,
     BN: tl.constexpr,
+    PART: tl.constexpr,
 ):
-    """Compute dx and xhat of whole rows from dn, the rows ``at`` of dn_ptr."""
-    cols = tl.arange(0, BN)
-    dx = load_tile(dn_ptr, at, ok, cols, D).to(tl.float32)
-    if side.dx_part_ptr is not None:
-        part = load_tile(side.dx_part_ptr, r, ok, cols, D).to(tl.float32)
-    if side.moments_ptr is not None:
-        mean = tl.load(side.moments_ptr + r, mask=ok, other=0.0)
-        rstd = tl.load(side.moments_ptr + rows.batch * rows.length + r, mask=ok, other=0.0)
-        x = load_tile(side.x_ptr, r, ok, cols, D).to(tl.float32)
-        normed = (x - mean[:, None]) * rstd[:, None]
-        store_tile(side.normed_ptr, normed, r, ok, cols, D)
-        dx = norm_backward(dx, normed, rstd, D)
-    if side.dx_part_ptr is not None:
-        dx += part
-    store_tile(side.dx_ptr, dx, token, ok, cols, D)
+    """Return the sums of dn and of dn xhat over BN columns from ``start`` on, for each row."""
+    if BN > PART:
+        left, right = halves(dn)
+        total, slope = _norm_sums(side, rows, left, r, ok, start, D, BN // 2, PART)
+        start += BN // 2
+        total2, slope2 = _norm_sums(side, rows, right, r, ok, start, D, BN // 2, PART)
+        return total + total2, slope + slope2
+    else:
+        normed, _ = _load_normed(side, rows, r, ok, start + tl.arange(0, BN), D)
+        return tl.sum(dn, 1), tl.sum(rounded_product(dn, normed), 1)
+
+
+@triton.jit
+def _store_parts(
+    side,
+    rows,
+    dn,
+    total,
+    slope,
+    r,
+    ok,
+    start,
+    D: tl.constexpr,
+    BN: tl.constexpr,
+    PART: tl.constexpr,
+):
+    """Store dx and xhat of BN columns from ``start`` on; PART columns at a time."""
+    if BN > PART:
+        left, right = halves(dn)
+        _store_parts(side, rows, left, total, slope, r, ok, start, D, BN // 2, PART)
+        start += BN // 2
+        _store_parts(side, rows, right, total, slope, r, ok, start, D, BN // 2, PART)
+    else:
+        cols = start + tl.arange(0, BN)
+        dx = dn
+        if side.moments_ptr is not None:
+            normed, rstd = _load_normed(side, rows, r, ok, cols, D)
+            store_tile(side.normed_ptr, normed, r, ok, cols, D)
+            dx -= (total / D)[:, None] + normed * (slope / D)[:, None]
+            dx *= rstd[:, None]
+        if side.dx_part_ptr is not None:
+            dx += load_tile(side.dx_part_ptr, r, ok, cols, D).to(tl.float32)
+        store_tile(side.dx_ptr, dx, tokens_of(rows, r, ok), ok, cols, D)
 
 
 @triton.jit
 def _d_tokens(
     side,
     rows,
-    program,
+    done,
     W: tl.constexpr,
     D: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
-    BR: tl.constexpr,
+    PART: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Compute one side; see d_tokens_kernel."""
-    cols = tl.arange(0, BN)
+    """Compute one side; return the number of its tiles. See d_tokens_kernel."""
     R = count_rows(rows)
-    for block in range(program, tl.cdiv(R, BM), side.programs):
-        r = block * BM + tl.arange(0, BM)
+    begin, tiles, step = turns(rows, done, BM, 1, False)
+    for tile in tl.range(begin, tiles, step, flatten=True):
+        r = tile * BM + tl.arange(0, BM)
         ok = r < R
         dn = tl.zeros([BM, BN], tl.float32)
         dn = add_product(
-            dn, side.d_projected_ptr, r, ok, W, side.weight_ptr, cols, D, D, 1, W, BK, UPCAST
+            dn, side.d_projected_ptr, r, ok, W, side.weight_ptr, 0, D, D, 1, W, BK, UPCAST
         )
-        # Row sums of dn would take more registers than there are. So dn goes through dx, which
-        # stays in L2, to a loop over fewer rows. No other program reads or writes these rows.
-        store_tile(side.dx_ptr, dn, tokens_of(rows, r, ok), ok, cols, D)
-        tl.debug_barrier()
-        for first in range(block * BM, tl.minimum(block * BM + BM, R), BR):
-            part = first + tl.arange(0, BR)
-            token = tokens_of(rows, part, part < R)
-            _finish(side, rows, side.dx_ptr, token, part, part < R, token, D, BN)
+        total = None
+        slope = None
+        if side.moments_ptr is not None:
+            total, slope = _norm_sums(side, rows, dn, r, ok, 0, D, BN, PART)
+        _store_parts(side, rows, dn, total, slope, r, ok, 0, D, BN, PART)
+    return tiles
 
 
 @triton.jit
@@ -127,36 +168,43 @@ def d_tokens_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
-    BR: tl.constexpr,
+    PART: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """Compute dx and xhat from d_projected, BM whole rows at a time; BN is at least D0 and D1.
 
-    Grid (programs of both sides,). Side i has Wi columns of projections and tokens of Di channels.
-    The norm's part is computed for BR rows at a time; BR divides BM.
+    Grid (programs,). Side i has Wi columns of projections and tokens of Di channels. The norm's
+    part is computed for PART columns at a time.
     """
-    program = tl.program_id(0)
-    if program < first.programs:
-        _d_tokens(first, first_rows, program, W0, D0, BM, BN, BK, BR, UPCAST)
-    else:
-        program -= first.programs
-        _d_tokens(second, second_rows, program, W1, D1, BM, BN, BK, BR, UPCAST)
+    done = _d_tokens(first, first_rows, 0, W0, D0, BM, BN, BK, PART, UPCAST)
+    _d_tokens(second, second_rows, done, W1, D1, BM, BN, BK, PART, UPCAST)
 
 
 @triton.jit
 def _d_tokens_rows(
     side,
     rows,
-    program,
+    block,
     D: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Compute one side; see d_tokens_rows_kernel."""
+    """Compute one block of rows of one side; see d_tokens_rows_kernel."""
     R = count_rows(rows)
-    for block in range(program, tl.cdiv(R, BM), side.programs):
+    if block * BM < R:
+        cols = tl.arange(0, BN)
         r = block * BM + tl.arange(0, BM)
-        _finish(side, rows, side.dn_ptr, r, r, r < R, tokens_of(rows, r, r < R), D, BN)
+        ok = r < R
+        dx = load_tile(side.dn_ptr, r, ok, cols, D).to(tl.float32)
+        if side.dx_part_ptr is not None:
+            part = load_tile(side.dx_part_ptr, r, ok, cols, D).to(tl.float32)
+        if side.moments_ptr is not None:
+            normed, rstd = _load_normed(side, rows, r, ok, cols, D)
+            store_tile(side.normed_ptr, normed, r, ok, cols, D)
+            dx = norm_backward(dx, normed, rstd, D)
+        if side.dx_part_ptr is not None:
+            dx += part
+        store_tile(side.dx_ptr, dx, tokens_of(rows, r, ok), ok, cols, D)
 
 
 @triton.jit
@@ -172,11 +220,11 @@ def d_tokens_rows_kernel(
 ):
     """Compute dx and xhat from dn, BM whole rows at a time; BN is at least D0 and D1.
 
-    Grid (programs of both sides,). Side i has tokens of Di channels.
+    Grid (blocks of BM tokens of side 0, then of side 1). Side i has tokens of Di channels.
     """
-    program = tl.program_id(0)
-    if program < first.programs:
-        _d_tokens_rows(first, first_rows, program, D0, BM, BN)
+    block = tl.program_id(0)
+    blocks = tl.cdiv(first_rows.batch * first_rows.length, BM)
+    if block < blocks:
+        _d_tokens_rows(first, first_rows, block, D0, BM, BN)
     else:
-        program -= first.programs
-        _d_tokens_rows(second, second_rows, program, D1, BM, BN)
+        _d_tokens_rows(second, second_rows, block - blocks, D1, BM, BN)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..tiles import OPTIONS, cdiv
 from .attend import Attention, attend_kernel
 from .blend import Gate, Output, Whole, gate_kernel, out_kernel, rows_kernel
-from .call import Call, bytes_of, given, padded, tile_options, unspecialised
+from .call import Call, bytes_of, given, padded, tile_options
 from .prepare import (
     WEIGHTS,
     Masks,
@@ -125,7 +125,7 @@ def _prepare(
                 place_ptr=call.place(saved, side),
                 rows_ptr=given(saved.packed[side]),
                 out_ptr=outs[side] if side < call.directions else None,
-                moments_ptr=given(saved.moments[side]),
+                moments_ptr=saved.moments[side] if call.pre_norm else None,
             )
         )
         folds += _folds(call, side, saved.folded[side], vectors[side])
@@ -198,19 +198,18 @@ def _project(call: Call, saved: Saved, sides: list[Rows], vectors: list[Tensor])
     """Compute queries, keys and values of both sides."""
     tile = call.plan.project
     blocks = [cdiv(width, tile.BN) for width in call.widths]
-    shares = call.shares(tile, blocks, max(call.inputs))
+    programs = call.programs(tile, blocks, max(call.inputs))
     projections = [
         Projection(
             x_ptr=call.packed_tokens(saved, side),
-            moments_ptr=given(saved.moments[side]),
+            moments_ptr=saved.moments[side] if call.pre_norm else None,
             weight_ptr=saved.folded[side],
             vectors_ptr=vectors[side],
             out_ptr=saved.projected[side],
-            programs=shares[side],
         )
         for side in (0, 1)
     ]
-    project_kernel[(sum(shares),)](
+    project_kernel[(programs,)](
         projections[0],
         sides[0],
         projections[1],
@@ -256,7 +255,7 @@ def _attend(call: Call, saved: Saved, sides: list[Rows]) -> None:
 def _output(call: Call, saved: Saved, sides: list[Rows]) -> None:
     """Compute A: output projection and dropout."""
     tile = call.plan.output if call.seed is None else call.plan.output_dropout
-    shares = call.shares(tile, [cdiv(call.dim, tile.BN)] * call.directions, call.dim)
+    programs = call.programs(tile, [cdiv(call.dim, tile.BN)] * call.directions, call.dim)
     outputs = [
         Output(
             attended_ptr=saved.attended[i],
@@ -264,12 +263,11 @@ def _output(call: Call, saved: Saved, sides: list[Rows]) -> None:
             weight_ptr=w.w_o,
             bias_ptr=given(w.b_o),
             attn_out_ptr=saved.attn_out[i],
-            programs=shares[i],
         )
         for i, w in enumerate(call.weights)
     ]
     outputs = padded(outputs, Output())
-    out_kernel[(sum(shares),)](
+    out_kernel[(programs,)](
         outputs[0],
         sides[0],
         outputs[1],
@@ -277,7 +275,6 @@ def _output(call: Call, saved: Saved, sides: list[Rows]) -> None:
         call.seed,
         call.p,
         D=call.dim,
-        DROPOUT=call.seed is not None,
         UPCAST=call.upcast,
         **tile_options(out_kernel, tile),
     )
@@ -292,11 +289,8 @@ def _gate(
 ) -> None:
     """Blend the tokens and A by a gate per channel."""
     tile = call.plan.gate
-    blocks = cdiv(call.dim, tile.BN)
-    shares = [
-        unspecialised(blocks * cdiv(rows, tile.BM), blocks, 1)
-        for rows in call.capacities[: call.directions]
-    ]
+    blocks = [cdiv(call.dim, tile.BN)] * call.directions
+    programs = call.programs(tile, blocks, 2 * call.dim)
     gates = [
         Gate(
             x_ptr=call.packed_tokens(saved, i),
@@ -305,12 +299,11 @@ def _gate(
             vectors_ptr=vectors[i],
             z_ptr=saved.logits[i],
             out_ptr=out,
-            programs=shares[i],
         )
         for i, out in enumerate(outs)
     ]
     gates = padded(gates, Gate())
-    gate_kernel[(sum(shares),)](
+    gate_kernel[(programs,)](
         gates[0],
         sides[0],
         gates[1],
@@ -333,7 +326,7 @@ def _whole_rows(call: Call, saved: Saved, sides: list[Rows], outs: list[Tensor])
             bias_ptr=given(w.b_g),
             gamma_ptr=None if call.pre_norm else call.norms[i].gamma,
             beta_ptr=None if call.pre_norm else call.norms[i].beta,
-            moments_ptr=given(saved.out_moments[i]),
+            moments_ptr=None if call.pre_norm else saved.out_moments[i],
             out_ptr=outs[i],
             programs=call.row_programs(call.capacities[i], tile.BM),
         )

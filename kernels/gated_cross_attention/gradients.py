@@ -20,12 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tiles import dot, rounded_product
+from ..tiles import rounded_product
 from .d_tokens import norm_backward
 from .tokens import (
     FACTORS,
-    add_product,
-    count_rows,
     dropout,
     gate_of,
     gate_of_tokens,
@@ -33,9 +31,7 @@ from .tokens import (
     load_indicator,
     load_tile,
     load_vector,
-    load_weight,
     store_tile,
-    tokens_of,
 )
 
 
@@ -64,21 +60,6 @@ class RowSide(NamedTuple):
     dx_ptr: Tensor | None = None  # (B, N, D); only tokens without a row are written
     partial_ptr: Tensor | None = None  # (2, programs, D) float32 with post-norm
     factors_ptr: Tensor | None = None  # (R, FACTORS), written: 1 and the indicator of the context
-    programs: int = 0
-
-
-class GateSide(NamedTuple):
-    """One direction of d_gate_kernel."""
-
-    dz_ptr: Tensor | None = None
-    z_ptr: Tensor | None = None
-    d_out_ptr: Tensor | None = None  # (B, N, D)
-    stride_b: int | None = None  # of d_out
-    stride_n: int | None = None
-    weight_ptr: Tensor | None = None  # (D, 2 D): W_g without the indicator's column
-    lse_ptr: Tensor | None = None  # (H, capacity)
-    dx_part_ptr: Tensor | None = None
-    dy_ptr: Tensor | None = None
     programs: int = 0
 
 
@@ -255,143 +236,3 @@ def d_rows_kernel(
         _d_rows(
             second, second_rows, first_rows, program, seed_ptr, p, 1, D1, BM, BN, GATE, INDICATOR
         )
-
-
-@triton.jit
-def _load_gated(
-    side,
-    rows,
-    r,
-    ok,
-    cols,
-    D: tl.constexpr,
-):
-    """Return the tokens of the rows r, and their z and d_out for the channels ``cols``."""
-    token = tokens_of(rows, r, ok)
-    z = load_tile(side.z_ptr, r, ok, cols, D)
-    return (
-        token,
-        z,
-        load_given(side.d_out_ptr, side.stride_b, side.stride_n, rows.length, token, ok, cols, D),
-    )
-
-
-@triton.jit
-def _gated(
-    z,
-    d_out,
-    half,
-):
-    """Return (1 - g) d_out (half 0) or g d_out (half 1)."""
-    g, rest = gate_of(z.to(tl.float32))
-    value = d_out.to(tl.float32) * tl.where(half == 0, rest, g)
-    # Rounded, so that its exchange between threads, to the layout of a product, takes half as many
-    # registers and half the shared memory.
-    return value.to(d_out.dtype).to(tl.float32)
-
-
-@triton.jit
-def _store_d_gate(
-    side,
-    rows,
-    acc,
-    r,
-    token,
-    ok,
-    half,
-    first,
-    seed_ptr,
-    p,
-    DIRECTION: tl.constexpr,
-    D: tl.constexpr,
-    BN: tl.constexpr,
-):
-    """Store BN columns of dx_part (half 0) or dy (half 1) from ``acc``, the product with dz."""
-    cols = first + tl.arange(0, BN)
-    if half == 0:
-        store_tile(side.dx_part_ptr, acc, r, ok, cols, D)
-    else:
-        acc = d_output(acc, side, rows, r, token, ok, first, seed_ptr, p, DIRECTION, BN)
-        store_tile(side.dy_ptr, acc, r, ok, cols, D)
-
-
-@triton.jit
-def _d_gate(
-    side,
-    rows,
-    program,
-    seed_ptr,
-    p,
-    DIRECTION: tl.constexpr,
-    D: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """Compute one direction; see d_gate_kernel."""
-    BLOCKS: tl.constexpr = (D + BN - 1) // BN
-    half = program % (2 * BLOCKS) // BLOCKS
-    first = program % BLOCKS * BN
-    cols = first + tl.arange(0, BN)
-    w_ptr = side.weight_ptr + half * D
-    R = count_rows(rows)
-    begin = program // (2 * BLOCKS)
-    step = side.programs // (2 * BLOCKS)
-    if BK >= D:
-        k = tl.arange(0, BK)
-        w = load_weight(w_ptr, k, cols, D, D, 2 * D, 1)
-        r = begin * BM + tl.arange(0, BM)
-        token, z, d_out = _load_gated(side, rows, r, r < R, cols, D)
-        for block in range(begin, tl.cdiv(R, BM), step):
-            r = block * BM + tl.arange(0, BM)
-            ok = r < R
-            dz = load_tile(side.dz_ptr, r, ok, k, D)
-            acc = dot(dz, w, _gated(z, d_out, half), UPCAST)
-            # What is added to the next product is loaded now, because nothing else hides the time
-            # that it takes: the compiler prefetches only factors of products. With dropout it is
-            # loaded later, because random numbers take the registers.
-            next_r = r + step * BM
-            if seed_ptr is None:
-                next_token, z, d_out = _load_gated(side, rows, next_r, next_r < R, cols, D)
-            _store_d_gate(side, rows, acc, r, token, ok, half, first, seed_ptr, p, DIRECTION, D, BN)
-            if seed_ptr is not None:
-                next_token, z, d_out = _load_gated(side, rows, next_r, next_r < R, cols, D)
-            token = next_token
-    else:
-        for block in range(begin, tl.cdiv(R, BM), step):
-            r = block * BM + tl.arange(0, BM)
-            ok = r < R
-            token, z, d_out = _load_gated(side, rows, r, ok, cols, D)
-            acc = _gated(z, d_out, half)
-            acc = add_product(acc, side.dz_ptr, r, ok, D, w_ptr, cols, D, 2 * D, 1, D, BK, UPCAST)
-            _store_d_gate(side, rows, acc, r, token, ok, half, first, seed_ptr, p, DIRECTION, D, BN)
-
-
-@triton.jit
-def d_gate_kernel(
-    first,
-    first_rows,
-    second,
-    second_rows,
-    seed_ptr,
-    p,
-    D: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """Compute dx_part and dy of a gate per channel from dz, in tiles of BM rows by BN columns.
-
-    Grid (programs of both directions,), see GateSide. The programs of a direction are a multiple of
-    its 2 D / BN blocks of columns: the first half computes dx_part, the second half dy. With
-    BK >= D, a program keeps its columns of W_g for all its rows.
-    """
-    program = tl.program_id(0)
-    if program < first.programs:
-        _d_gate(first, first_rows, program, seed_ptr, p, 0, D, BM, BN, BK, UPCAST)
-    else:
-        if second.dz_ptr is not None:
-            program -= first.programs
-            _d_gate(second, second_rows, program, seed_ptr, p, 1, D, BM, BN, BK, UPCAST)

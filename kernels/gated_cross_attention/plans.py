@@ -8,10 +8,14 @@ gpu`` times each tile and its variants.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import triton
+
+# Triton's version, where it needs other tiles.
+TRITON = tuple(int(number) for number in triton.__version__.split(".")[:2])
 
 
 @dataclass(frozen=True)
@@ -19,7 +23,7 @@ class Tile:
     """The tile of a matrix product, BM rows by BN columns, and the options of its launch.
 
     A product sums BK terms at a time. If BK holds all terms, a program keeps its part of the weight
-    in shared memory and walks over rows. In attention a tile is BM queries by BN keys.
+    in shared memory. In attention a tile is BM queries by BN keys.
     """
 
     BM: int
@@ -28,8 +32,8 @@ class Tile:
     num_warps: int
     num_stages: int
     maxnreg: int = 255
-    residents: int = 1  # programs on a multiprocessor at a time, if they walk over rows
-    BR: int = 8  # d_tokens: rows at a time after the product
+    residents: int = 1  # programs on a multiprocessor at a time, which walk over tiles
+    PART: int = 64  # columns at a time after the product
 
 
 @dataclass(frozen=True)
@@ -59,10 +63,6 @@ def power(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
 
-# Products on whose result so much is computed that a large tile does not fit the registers.
-EPILOGUES = ("output_dropout", "gate", "d_gate", "d_gate_dropout")
-
-
 @functools.cache
 def plan(
     dim: int,
@@ -78,66 +78,68 @@ def plan(
     ``two_way``: whether both sides have queries.
     """
     widest = power(max(dim, context_dim))
-    attention = _attention(dim, head_dim, dtype, arch, dropout, two_way)
     rows = Tile(max(1, 2048 // widest), widest, 0, 4, 1)
     if dtype == torch.float32:  # no matrix instructions, so products need more registers
-        tile = Tile(32, 32, 16, 4, 2)
-        return Plan(
-            **attention,
-            **_same(tile),
-            together=Tile(16, widest, 16, 4, 2, BR=16) if dim <= 256 else None,
-            rows=rows,
-        )
+        tile = Tile(32, 32, 16, 4, 2, residents=4)
+        together = Tile(16, widest, 16, 4, 2, residents=4, PART=widest)
     # Unaligned rows are loaded one element at a time, which takes registers.
-    if dim % 8 or context_dim % 8:
-        return Plan(
-            **attention,
-            **_same(Tile(32, 64, 32, 4, 2)),
-            together=Tile(32, widest, 32, 8, 2, BR=16) if dim <= 256 else None,
-            rows=rows,
-        )
+    elif dim % 8 or context_dim % 8:
+        tile = Tile(32, 64, 32, 4, 2, residents=4)
+        together = Tile(32, widest, 32, 8, 2, residents=2)
     # These architectures have 227 KB of shared memory, from which matrix instructions can read
     # operands. On other architectures the operands are in registers.
-    if arch not in (90, 100, 103):
-        tile, narrow = Tile(64, 128, 64, 4, 3), Tile(64, 64, 64, 4, 3)
-        products = _same(tile) | dict.fromkeys(EPILOGUES, narrow)
-        products |= dict(gate=Tile(64, 32, 64, 8, 3))
-        return Plan(
-            **attention,
-            **products,
-            together=Tile(64, widest, 32, 8, 3, BR=16) if dim <= 256 else None,
-            rows=rows,
-        )
-    tile, narrow = Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3)
-    low = Tile(64, 128, 64, 8, 3)
-    products = _same(tile) | dict(
-        project=narrow,
-        output=narrow,
-        output_dropout=low,
-        gate=narrow if widest > 256 else tile,
-        d_gate=low,
-        d_gate_dropout=low,
-    )
-    if widest <= 256:  # a program keeps its part of the weight in shared memory
-        # Two programs of four warps share a multiprocessor if one stage is enough: while one of
-        # them waits for rows, the other computes.
-        pair = Tile(64, 128, widest, 4, 1, residents=2)
-        products |= dict(
-            project=pair,
-            output=pair,
-            # More warps than for other products hide the time that the blend waits for x and A.
-            # tcgen05 has no form for 16 warps, and narrow gates would compute products twice.
-            gate=Tile(128, 256, 64, 16, 3) if arch == 90 and widest == 256 else narrow,
-            output_dropout=Tile(64, 64, widest, 4, 2, residents=2),
-            d_gate=pair,
-            d_gate_dropout=Tile(64, 128, widest, 8, 1),
-            d_attended=pair,
-        )
+    elif arch in (90, 100, 103):
+        tile = Tile(128, 256, 64, 8, 3, PART=128 if arch == 90 else 64)
+        together = Tile(128 if arch == 90 else 64, widest, 64, 8, 3)
+        if arch == 90 and widest == 256:
+            together = replace(together, num_warps=16, PART=64 if TRITON == (3, 8) else 32)
+    else:
+        tile = Tile(64, 128, 64, 8, 3, 128, residents=2, PART=32)
+        together = replace(tile, BN=widest, num_stages=2, PART=16)
+        if TRITON == (3, 6):
+            together = replace(together, maxnreg=255)
     return Plan(
-        **attention,
-        **products,
-        together=Tile(128, widest, 64, 8, 3, BR=64) if dim <= 256 else None,
+        **_attention(dim, head_dim, dtype, arch, dropout, two_way),
+        **(_same(tile) | _epilogues(tile, widest, arch)),
+        together=together if dim <= 256 else None,
         rows=rows,
+    )
+
+
+def _epilogues(tile: Tile, widest: int, arch: int) -> dict[str, Tile]:
+    """Return the tiles of products that differ from the others, in 16 bits with aligned rows."""
+    if tile.BK < 64:
+        return {}
+    if arch not in (90, 100, 103):  # random numbers of dropout take registers
+        return dict.fromkeys(("output_dropout", "d_gate_dropout"), replace(tile, maxnreg=255))
+    # More warps than for other products hide the time that the blend waits for x and A.
+    # tcgen05 has no form for 16 warps, and narrow gates would compute products twice.
+    if arch == 90 and widest >= 256:
+        gate = replace(tile, num_warps=16, PART=32)
+    else:
+        gate = replace(tile, BN=128, PART=64)
+    tiles = dict(
+        output_dropout=replace(tile, PART=32),
+        gate=gate,
+        d_gate=replace(gate, PART=64),
+        d_gate_dropout=gate,
+    )
+    if widest > 256:
+        return tiles
+    # A program keeps its part of the weight in shared memory. Two programs of four warps share a
+    # multiprocessor if one stage is enough: while one of them waits for rows, the other computes.
+    pair = Tile(64, 128, widest, 4, 1, residents=2)
+    low = pair
+    if arch != 90:  # sums come from tensor memory in whole rows, which takes registers
+        pair = replace(pair, num_warps=8)
+        low = replace(pair, maxnreg=128)
+    return tiles | dict(
+        project=pair,
+        output=low,
+        output_dropout=Tile(64, 64, widest, 4, 2, residents=2),
+        d_gate=pair,
+        d_gate_dropout=Tile(64, 128, widest, 8, 1),
+        d_attended=low,
     )
 
 
@@ -178,7 +180,8 @@ def _attention(
             most_keys=64,  # 256 take so many registers that half as many programs fit
             d_attend=None if spills else Tile(64, 64, 0, 4, stages, registers),
             d_attend_long={},
-            d_query=Tile(32 if dropout and not big_shared else 64, 64, 0, 4, 2),
+            # Four warps need 64 rows.
+            d_query=Tile(64, 32 if dropout and not big_shared else 64, 0, 4, 2),
             d_key=Tile(64 if big_shared else 32, 64, 0, 4, 2),
         )
     if head_dim <= 64 and big_shared:
@@ -190,15 +193,17 @@ def _attention(
                 "64": Tile(32, 64, 0, 4, 3, 168),
                 "128": Tile(32, 128, 0, 8, 3, 128 if arch == 90 else 255),
             },
-            d_query=Tile(64, 64, 0, 4, 2),
+            d_query=Tile(64, 32 if dropout else 64, 0, 4, 2),
             d_key=Tile(32 if dropout else 64, 64, 0, 4, 2),
         )
     # With wgmma, 8 warps need 128 rows; with mma.sync, d_key needs 32 columns for 4 warps.
     attend = Tile(64, 32 if dropout else 64, 0, 4, 2)
-    # On sm_120, a second stage spills with dropout (Triton 3.6).
-    deep = Tile(128 if arch == 90 else 64, 64, 0, 8, 1 if dropout and not big_shared else 2)
+    if arch == 90:
+        deep = Tile(128, 32 if dropout else 64, 0, 8, 2)
+    else:  # a second stage spills with dropout (Triton 3.6)
+        deep = Tile(64, 64, 0, 8, 1 if dropout else 2)
     return tiled | dict(
         attend=attend if head_dim <= 64 else deep,
-        d_query=Tile(32, 64, 0, 4, 2),
+        d_query=Tile(32, 32 if dropout else 64, 0, 4, 2),
         d_key=Tile(32, 32, 0, 4, 2),
     )

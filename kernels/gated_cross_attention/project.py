@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..tiles import dot
-from .tokens import count_rows, load_tile, load_weight, store_tile
+from .tokens import count_rows, halves, load_tile, load_weight, store_tile, turns
 
 
 class Projection(NamedTuple):
@@ -27,7 +27,6 @@ class Projection(NamedTuple):
     weight_ptr: Tensor  # (W, D), folded
     vectors_ptr: Tensor  # (2, W) float32: bias; c1, the sum of each row of the weight
     out_ptr: Tensor  # (R, W)
-    programs: int  # a multiple of the column blocks
 
 
 @triton.jit
@@ -56,50 +55,101 @@ def _load_vectors(
 
 
 @triton.jit
+def _store(
+    side,
+    acc,
+    mean,
+    rstd,
+    bias,
+    c1,
+    r,
+    ok,
+    cols,
+    W: tl.constexpr,
+    SHIFT: tl.constexpr,
+):
+    """Store projections, whose product with the tokens is ``acc``."""
+    if side.moments_ptr is not None:
+        if not SHIFT:
+            acc -= mean[:, None] * c1[None, :]
+        acc *= rstd[:, None]
+    store_tile(side.out_ptr, acc + bias[None, :], r, ok, cols, W)
+
+
+@triton.jit
+def _store_parts(
+    side,
+    acc,
+    mean,
+    rstd,
+    r,
+    ok,
+    start,
+    W: tl.constexpr,
+    SHIFT: tl.constexpr,
+    BN: tl.constexpr,
+    PART: tl.constexpr,
+):
+    """Store BN columns from ``start`` on, PART at a time, because ``acc`` leaves few registers."""
+    if BN > PART:
+        left, right = halves(acc)
+        _store_parts(side, left, mean, rstd, r, ok, start, W, SHIFT, BN // 2, PART)
+        _store_parts(side, right, mean, rstd, r, ok, start + BN // 2, W, SHIFT, BN // 2, PART)
+    else:
+        cols = start + tl.arange(0, BN)
+        bias, c1 = _load_vectors(side, cols, W)
+        _store(side, acc, mean, rstd, bias, c1, r, ok, cols, W, SHIFT)
+
+
+@triton.jit
 def _project(
     side,
     rows,
-    pid,
+    done,
     W: tl.constexpr,
     D: tl.constexpr,
     SHIFT: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    PART: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Project the rows of one side to BN columns; program ``pid`` of this side."""
+    """Project the rows of one side; return the number of its tiles."""
+    KEEP: tl.constexpr = BK >= D
     BLOCKS: tl.constexpr = (W + BN - 1) // BN
-    cols = pid % BLOCKS * BN + tl.arange(0, BN)
     k = tl.arange(0, BK)
-    if BK >= D:
-        w = load_weight(side.weight_ptr, k, cols, D, W, 1, D)
+    if KEEP:
+        start = tl.program_id(0) % BLOCKS * BN
+        cols = start + tl.arange(0, BN)
+        w = load_weight(side.weight_ptr, 0, start, D, W, 1, D, BK, BN)
         bias, c1 = _load_vectors(side, cols, W)
     count = count_rows(rows)
-    for block in tl.range(pid // BLOCKS, tl.cdiv(count, BM), side.programs // BLOCKS):
-        r = block * BM + tl.arange(0, BM)
+    first, tiles, step = turns(rows, done, BM, BLOCKS, KEEP)
+    for tile in tl.range(first, tiles, step, flatten=not KEEP):
+        r = tile // BLOCKS * BM + tl.arange(0, BM)
         ok = r < count
         acc = tl.zeros([BM, BN], tl.float32)
+        mean = None
+        rstd = None
         if side.moments_ptr is not None:
             mean, rstd = _load_moments(side, rows, r, ok)
-        if BK >= D:
+        if KEEP:
             x = load_tile(side.x_ptr, r, ok, k, D)
             if SHIFT:
                 x = x - mean[:, None]
             acc = dot(x, w, acc, UPCAST)
+            _store(side, acc, mean, rstd, bias, c1, r, ok, cols, W, SHIFT)
         else:
-            for start in range(0, D, BK):
-                x = load_tile(side.x_ptr, r, ok, start + k, D)
+            start = tile % BLOCKS * BN
+            for at in range(0, D, BK):
+                x = load_tile(side.x_ptr, r, ok, at + k, D)
                 if SHIFT:
                     x = x - mean[:, None]
-                acc = dot(x, load_weight(side.weight_ptr, start + k, cols, D, W, 1, D), acc, UPCAST)
-            # After the product, because so large a tile leaves no registers for them.
-            bias, c1 = _load_vectors(side, cols, W)
-        if side.moments_ptr is not None:
-            if not SHIFT:
-                acc -= mean[:, None] * c1[None, :]
-            acc *= rstd[:, None]
-        store_tile(side.out_ptr, acc + bias[None, :], r, ok, cols, W)
+                w = load_weight(side.weight_ptr, at, start, D, W, 1, D, BK, BN)
+                acc = dot(x, w, acc, UPCAST)
+            _store_parts(side, acc, mean, rstd, r, ok, start, W, SHIFT, BN, PART)
+    return tiles
 
 
 @triton.jit
@@ -116,16 +166,13 @@ def project_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    PART: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Project both sides from widths D0 and D1 to W0 and W1; grid (programs of both sides,).
+    """Project both sides from widths D0 and D1 to W0 and W1; grid (programs,), see Call.programs.
 
     SHIFT subtracts the mean before the product, so that float32 loses no digits if the mean is
     large. In 16 bit the tokens are rounded already, and the shift would round them again.
     """
-    pid = tl.program_id(0)
-    if pid < first.programs:
-        _project(first, first_rows, pid, W0, D0, SHIFT, BM, BN, BK, UPCAST)
-    # Not "else", in which Triton does not reuse the shared memory of the first side.
-    if pid >= first.programs:
-        _project(second, second_rows, pid - first.programs, W1, D1, SHIFT, BM, BN, BK, UPCAST)
+    done = _project(first, first_rows, 0, W0, D0, SHIFT, BM, BN, BK, PART, UPCAST)
+    _project(second, second_rows, done, W1, D1, SHIFT, BM, BN, BK, PART, UPCAST)

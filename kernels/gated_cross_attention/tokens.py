@@ -67,6 +67,39 @@ def key_rows(rows, b):
 
 
 @triton.jit
+def turns(
+    rows,
+    done,
+    BM: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    KEEP: tl.constexpr,
+):
+    """Return the first tile of this program, the number of tiles, and the step to its next tile.
+
+    Tile t holds BM rows, from the (t // BLOCKS)-th block on, and the (t % BLOCKS)-th block of
+    columns. The programs take the tiles of both sides in turn, of which the other side has had
+    ``done``, so that all are busy however many rows the masks leave. With KEEP, all tiles of a
+    program have the same columns.
+    """
+    step = tl.num_programs(0)
+    if KEEP:
+        step = step // BLOCKS * BLOCKS
+        done = done // BLOCKS * BLOCKS
+    tiles = tl.cdiv(count_rows(rows), BM) * BLOCKS
+    program = tl.program_id(0)
+    first = tl.where(program < step, (program + step - done % step) % step, tiles)
+    return first, tiles, step
+
+
+@triton.jit
+def halves(x):
+    """Return the left and the right half of the columns."""
+    M: tl.constexpr = x.shape[0]
+    N: tl.constexpr = x.shape[1]
+    return tl.split(tl.permute(tl.reshape(x, [M, 2, N // 2]), [0, 2, 1]))
+
+
+@triton.jit
 def tokens_of(rows, r, ok):
     """Return the tokens b N + n of the rows r; rows that are not ok may get any token."""
     if rows.token_ptr is not None:
@@ -206,17 +239,26 @@ def store_tile(
 @triton.jit
 def load_weight(
     ptr,
-    k,
-    cols,
+    at,
+    first,
     K: tl.constexpr,
     COLS: tl.constexpr,
     SK: tl.constexpr,
     SC: tl.constexpr,
+    BK: tl.constexpr,
+    BN: tl.constexpr,
 ):
-    """Load (k, columns) of a weight w (K, COLS), where w[k, c] is at k SK + c SC."""
+    """Load BK terms from ``at`` on and BN columns from ``first`` on of a weight (K, COLS).
+
+    Its element (k, c) is at k SK + c SC.
+    """
+    k = tl.arange(0, BK)[:, None]
+    c = tl.arange(0, BN)[None, :]
+    # ``first`` is added to the pointer, not to c. Where Triton flattens loops it forgets that the
+    # elements of a tensor follow each other, and then loads each on its own.
     return tl.load(
-        ptr + k[:, None] * SK + cols[None, :] * SC,
-        mask=(k[:, None] < K) & (cols[None, :] < COLS),
+        ptr + (at * SK + first * SC) + (k * SK + c * SC),
+        mask=(k < K - at) & (c < COLS - first),
         other=0.0,
     )
 
@@ -229,7 +271,7 @@ def add_product(
     ok,
     WIDTH: tl.constexpr,
     w_ptr,
-    cols,
+    first,
     COLS: tl.constexpr,
     SK: tl.constexpr,
     SC: tl.constexpr,
@@ -237,12 +279,13 @@ def add_product(
     BK: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Return acc + a w for the rows r of ``a`` and columns of w (K, COLS), BK terms at a time.
+    """Return acc + a w for the rows r of ``a``, and the columns from ``first`` on of w (K, COLS).
 
-    ``a`` has WIDTH columns, of which the first K, from ``a_ptr`` on, are read.
+    The sum takes BK terms at a time. ``a`` has WIDTH columns, of which the first K are read.
     """
-    for start in range(0, K, BK):
-        k = start + tl.arange(0, BK)
+    BN: tl.constexpr = acc.shape[1]
+    for at in range(0, K, BK):
+        k = at + tl.arange(0, BK)
         a = tl.load(a_ptr + tile_at(r, k, WIDTH), mask=ok[:, None] & (k[None, :] < K), other=0.0)
-        acc = dot(a, load_weight(w_ptr, k, cols, K, COLS, SK, SC), acc, UPCAST)
+        acc = dot(a, load_weight(w_ptr, at, first, K, COLS, SK, SC, BK, BN), acc, UPCAST)
     return acc

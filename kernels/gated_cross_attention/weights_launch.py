@@ -6,11 +6,11 @@ import functools
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from ..tiles import OPTIONS, arch_of, cdiv, upcasts
 from .call import given
+from .plans import TRITON, power
 from .results import Norm, Weights
 from .tokens import Rows
 from .weights import Product, weights_kernel
@@ -28,7 +28,6 @@ from .weights_finish import (
 PROGRAMS = 132
 # A program's work besides its product, as a number of rows; fewer rows are not worth a split.
 OVERHEAD = 1000
-TRITON = tuple(int(number) for number in triton.__version__.split(".")[:2])
 
 
 class ProductTile(NamedTuple):
@@ -82,11 +81,6 @@ def product_tile(
         # with other versions of Triton.
         return ProductTile(128, 64, BN, 32, 8, 4)
     return ProductTile(128, 0, BN, 64, 8, 3)
-
-
-def power(n: int) -> int:
-    """Return the smallest power of two that is at least 16 and at least n."""
-    return max(16, triton.next_power_of_2(n))
 
 
 @functools.lru_cache(maxsize=256)
