@@ -25,6 +25,7 @@ SHAPES = {
     # Rows are aligned and heads are common, so that 16-bit dtypes get their large tiles.
     "2 heads of 32": (3, 70, 66, 64, 2, 96),
     "short": (3, 9, 40, 64, 2, 64),
+    "short and long": (3, 60, 190, 64, 2, 64),
     "8 heads of 32": (3, 9, 40, 256, 8, 192),
     "many rows": (3, 70, 9, 256, 8, 256),
     "2 heads of 64": (2, 70, 9, 128, 2, 256),

@@ -6,7 +6,8 @@ Two accumulators of 128 tokens by 64 columns leave few registers, so:
 * all rows of tiles of P and dS are tokens that stay. Thus P and dS are operands of dK and dV, or of
   dQ, without a way through shared memory, and wgmma gets its 64 rows for each group of four warps;
 * where the tokens that stay are summed over, the result has at least as many rows as columns;
-* delta is rowsum(dO * O), because sums over the rows of a tile cross warps;
+* delta is rowsum(dO * O). Up to CORRECTED tokens that stay, what remains of dS is subtracted (see
+  attend_backward.py); more tokens leave no registers for it, and take the error of the rounded O;
 * dP comes before P, so that delta is not kept beside both.
 """
 
@@ -18,6 +19,8 @@ import triton.language as tl
 from ..tiles import LOG2E, dot, rounded_product
 from .attend import by_head, load_head, store_head
 from .tokens import key_rows, sample_rows
+
+CORRECTED = tl.constexpr(64)
 
 
 @triton.jit
@@ -65,6 +68,7 @@ def keys_stay(
     dk = tl.zeros([STAY, BH], tl.float32)
     dv = tl.zeros([STAY, BH], tl.float32)
     n = tl.arange(0, STEP)
+    CORRECT: tl.constexpr = STAY <= CORRECTED
     attending = tl.where(key < key_end, end, first)
     # What does not change in the loop is computed again: registers would not hold it.
     for row in tl.range(first, end, STEP, disable_licm=True):
@@ -82,7 +86,10 @@ def keys_stay(
         weight = tl.exp2((s - lse[None, :]) * (scale * LOG2E))
         weight = tl.where(there[:, None], weight, 0.0)
         dv = dot(weight.to(k.dtype), do, dv, UPCAST)
-        ds = (weight * d_weight).to(k.dtype)
+        ds = rounded_product(weight, d_weight)
+        if CORRECT:
+            ds -= weight * tl.sum(ds, 0)[None, :]
+        ds = ds.to(k.dtype)
         dk = dot(ds, q, dk, UPCAST)
         dq = sum_over_rows(ds, k, STEP, BH, UPCAST)
         store_head(side.d_projected_ptr, dq * scale, row, n, row + n < end, head * DH, WQ, DH, BH)
@@ -123,6 +130,10 @@ def queries_stay(
     lse = tl.load(side.lse_ptr + by_head(rows, head, first) + n, mask=ok, other=0.0)
     delta = tl.sum(rounded_product(do.to(tl.float32), o.to(tl.float32)), 1)
     dq = tl.zeros([STAY, BH], tl.float32)
+    CORRECT: tl.constexpr = STAY <= CORRECTED
+    if CORRECT:
+        rest = tl.zeros([STAY], tl.float32)
+        pk = tl.zeros([STAY, BH], tl.float32)
     j = tl.arange(0, STEP)
     for row in tl.range(key, end_of_sample, STEP, disable_licm=True):
         there = j < key_end - row
@@ -136,12 +147,22 @@ def queries_stay(
         ours = row + j < end_of_sample
         store_head(other.d_projected_ptr, dv, row, j, ours, FIRST_KEY + (H + head) * DH, WK, DH, BH)
         d_weight = dot(do, tl.trans(v), tl.zeros([STAY, STEP], tl.float32), UPCAST)
-        ds = (weight * (d_weight - delta[:, None])).to(k.dtype)
+        ds = rounded_product(weight, d_weight - delta[:, None])
+        if CORRECT:
+            left = tl.sum(ds, 1)
+            # A single tile of keys needs no correction later. For one key, dS is exactly 0.
+            now = tl.where(key_end - key <= STEP, left, 0.0)
+            ds -= weight * now[:, None]
+            rest += left - now
+            pk = dot(weight.to(k.dtype), k, pk, UPCAST)
+        ds = ds.to(k.dtype)
         dk = sum_over_rows(ds, q, STEP, BH, UPCAST)
         dq = dot(ds, k, dq, UPCAST)
         store_head(
             other.d_projected_ptr, dk * scale, row, j, ours, FIRST_KEY + head * DH, WK, DH, BH
         )
+    if CORRECT:
+        dq -= rest[:, None] * pk
     store_head(side.d_projected_ptr, dq * scale, first, n, n < end - first, head * DH, WQ, DH, BH)
 
 

@@ -154,42 +154,8 @@ def d_queries(
             else:
                 o = load_head(side.attended_ptr, row, n, ok, head * DH, H * DH, DH, BH)
                 delta = tl.sum(rounded_product(do.to(tl.float32), o.to(tl.float32)), 1)
-                if key_end - key <= BN:
-                    start = 0
-                    weight, d_weight = probabilities(
-                        q,
-                        do,
-                        lse,
-                        n,
-                        row,
-                        end,
-                        key,
-                        key_end,
-                        start,
-                        rows,
-                        other,
-                        keys,
-                        b,
-                        head,
-                        seed_ptr,
-                        scale,
-                        p,
-                        H,
-                        DH,
-                        WK,
-                        FIRST_KEY,
-                        BM,
-                        BN,
-                        BH,
-                        DIRECTION,
-                        DROPOUT,
-                        HOLES,
-                        UPCAST,
-                    )[:2]
-                    delta = tl.sum(rounded_product(weight, d_weight), 1) / (
-                        total + tl.sum(weight, 1)
-                    )
-            tl.store(side.delta_ptr + at, delta, mask=ok)
+                rest = tl.zeros([BM], tl.float32)
+                pk = tl.zeros([BM, BH], tl.float32)
             for start in range(0, key_end - key, BN):
                 weight, d_weight, k = probabilities(
                     q,
@@ -221,10 +187,21 @@ def d_queries(
                     HOLES,
                     UPCAST,
                 )
-                ds = weight * (d_weight - delta[:, None])
+                if not EXACT:
+                    if key_end - key <= BN:  # for one key, delta is exactly dP, and dS is 0
+                        delta = tl.sum(rounded_product(weight, d_weight), 1)
+                        delta /= total + tl.sum(weight, 1)
+                ds = rounded_product(weight, d_weight - delta[:, None])
                 if EXACT:
                     ds = ds / total[:, None]
+                else:
+                    rest += tl.sum(ds, 1)
+                    pk = dot(weight.to(k.dtype), k, pk, UPCAST)
                 acc = dot(ds.to(k.dtype), k, acc, UPCAST)
+            if not EXACT:
+                acc -= rest[:, None] * pk
+                delta += rest
+            tl.store(side.delta_ptr + at, delta, mask=ok)
         store_head(side.d_projected_ptr, acc * scale, row, n, ok, head * DH, WQ, DH, BH)
 
 
@@ -255,8 +232,8 @@ def d_query_kernel(
     Grid (B * H * (tiles0 + tiles1),), where side i has tiles_i = cdiv(N_i, BM) tiles of queries, or
     none. With EXACT (float32), delta is sum(P * dP) / sum(P), and P is divided by sum(P), so that
     dS sums to 0 up to the last digit. delta then has a second plane, which holds 1 / sum(P) for
-    d_key_kernel. Without EXACT, delta is rowsum(dO * O) or, for a single
-    tile of keys, sum(P * dP) / sum(P).
+    d_key_kernel. Without EXACT, delta is sum(P * dP) / sum(P) for a single tile of keys; for
+    more tiles it is corrected after the loop (see attend_backward.py).
     """
     pid = tl.program_id(0)
     split = first_rows.batch * H * tl.cdiv(first_rows.length, BM)
