@@ -12,14 +12,14 @@ from mmfused.tools.sanitize_launches import DEVICE, HALF, backward, choose, rand
 
 
 def launches() -> Iterator[Callable[[], None]]:
-    """Cover aligned widths, unaligned widths, and widths above 256."""
+    """Cover aligned widths, unaligned widths, widths above 256, and heads wider than 32."""
     yield lambda: attend(24, 3, dropout=0.2)
     yield lambda: attend(20, 2, context=36, gate="token", missing="zero")
     yield lambda: attend(
         24, 3, context=40, gate="none", pre_norm=False, missing="constant", indicator="batch"
     )
     yield lambda: attend(264, 2, lengths=(9, 12), gate="token", missing="attend", dropout=0.2)
-    yield lambda: attend(24, 3, masked=False)
+    yield lambda: attend(80, 2, lengths=(70, 37), masked=False)
 
 
 def attend(
