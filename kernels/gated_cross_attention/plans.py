@@ -167,7 +167,9 @@ def _attention(
     # Unaligned heads are loaded one element at a time, which takes registers.
     if dim % 8 or head_dim % 8:
         attend = Tile(32, 32, 0, warps, 1)
-        return tiled | dict(attend=attend, d_query=Tile(64, 32, 0, 4, 1), d_key=attend)
+        spills = arch >= 120 and TRITON == (3, 6)
+        d_query = Tile(64, 16 if spills else 32, 0, 4, 1)
+        return tiled | dict(attend=attend, d_query=d_query, d_key=attend)
     # Random numbers of dropout take registers: smaller tiles, or fewer programs at a time.
     big_shared = arch in (90, 100, 103)
     if head_dim <= 32:
