@@ -11,6 +11,10 @@ ALIGNED = {
     "64 one way": ("2 heads of 32", dict(both=False, masks="none")),
     # The rounding of the attention's result must not add up in the gradients of w_q and b_q.
     "64 short and long": ("short and long", dict(missing="zero", gate="token", masks="none")),
+    "128 short and long": (
+        "short and long, wide",
+        dict(missing="zero", gate="token", masks="none"),
+    ),
     "128 dropout": ("2 heads of 64", dict(missing="zero", dropout=0.3)),
     "128 short": ("2 heads of 64", dict(missing="constant")),
     "128 long": ("long", dict()),
