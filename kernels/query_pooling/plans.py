@@ -28,6 +28,18 @@ class Tile:
     maxnreg: int | None = None
 
 
+@dataclass(frozen=True)
+class HopperTile:
+    """A tile of the Gluon kernels for sm_90: BR rows of queries, CHUNKS x 64 columns.
+
+    SLOTS is the number of chunks that fit into the ring (see hopper_tokens.py).
+    """
+
+    BR: int
+    CHUNKS: int
+    SLOTS: int
+
+
 # On sm_90 Triton 3.6 spills 8 bytes in two cases: with 32 rows of queries and three column chunks
 # of normalised tokens, and with four column chunks of 32 tokens.
 _TRITON_3_6 = triton.__version__.startswith("3.6.")
