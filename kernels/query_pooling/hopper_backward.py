@@ -36,7 +36,6 @@ from .hopper_tokens import (
     BD,
     BN,
     LOG2E,
-    REGISTERS,
     descriptor,
     kept,
     load_rows,
@@ -48,6 +47,9 @@ from .hopper_tokens import (
     word_of,
 )
 from .plans import HopperTile
+
+# Registers of the threads of a consumer and of the producer: together all of a multiprocessor.
+REGISTERS = gl.constexpr([240, 24])
 
 
 def launch(
@@ -70,7 +72,6 @@ def launch(
         dz_desc=descriptor(query["dz_ptr"], tile.BR),
         dx_desc=descriptor(dx, BN.value) if need_dx else None,
         **named,
-        dx_ptr=dx,
         dq_ptr=dq,
         B=x.shape[0],
         **{name: tokens[name] for name in ("N", "W", "R", "D", "MASK", "NORM")},
@@ -94,6 +95,7 @@ def _producer(
     CHUNKS: gl.constexpr,
     MASK: gl.constexpr,
     PER_SAMPLE: gl.constexpr,
+    NEED_DX: gl.constexpr,
 ):
     """Load z, dz and the tokens of each sample, and the queries."""
     x_desc, q_desc, z_desc, dz_desc = descs
@@ -110,8 +112,14 @@ def _producer(
             load_rows(q_desc, b, 0, q_full.index(0), q, CHUNKS)
         turn += 1
         lo, hi = span_of(b, span_ptr, N, MASK)
-        for start in range(lo, hi, BN):
-            step = load_tile(x_desc, b, start, ring, full, empty, step, SLOTS, CHUNKS)
+        first = lo
+        last = hi
+        if NEED_DX and MASK != "none":  # beside [lo, hi), zeros from beyond the last token
+            first = 0
+            last = N
+        for start in range(first, last, BN):
+            row = gl.where((start >= lo) & (start < hi), start, N)
+            step = load_tile(x_desc, b, row, ring, full, empty, step, SLOTS, CHUNKS)
 
 
 @gluon.jit
@@ -137,27 +145,47 @@ def _product(
 
 
 @gluon.jit
-def _zero_rows(
+def _probabilities(
+    s,
+    keep,
+    m_tile,
+    log_total_tile,
+    ROW: gl.constexpr,
+):
+    """Return the probabilities of the logits s (tokens, rows)."""
+    s = s - m_tile.load(ROW)[None, :]
+    p = gl.exp2((s - log_total_tile.load(ROW)[None, :]) * LOG2E)
+    return gl.where(keep[:, None], p, 0.0)
+
+
+@gluon.jit
+def _store_zeros(
     half: gl.constexpr,
-    dx_ptr,
+    dx_desc,
     b,
     first,
     last,
-    N,
-    D: gl.constexpr,
+    ring,
+    full,
+    empty,
+    step,
+    SLOTS: gl.constexpr,
     CHUNKS: gl.constexpr,
 ):
-    """Write dX = 0 for the tokens [first, last), to which no query attends."""
-    ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    zero = gl.zeros([BN, BD], dx_ptr.dtype.element_ty, layout=ROWS)
-    token = gl.arange(0, BN, layout=gl.SliceLayout(1, ROWS))
-    col = half * (CHUNKS // 2) * BD + gl.arange(0, BD, layout=gl.SliceLayout(0, ROWS))
+    """Store dX = 0 for the tiles from ``first`` to ``last``, to which no query attends.
+
+    The producer has loaded them from beyond the end of the sample, so that they are 0.
+    """
     for start in range(first, last, BN):
-        n = start + token
-        at = dx_ptr + (b.to(gl.int64) * N + n[:, None]) * D
         for i in range(CHUNKS // 2):
-            inside = (n[:, None] < last) & ((i * BD + col)[None, :] < D)
-            gl.store(at + (i * BD + col)[None, :], zero, mask=inside)
+            at = step + 2 * i + half
+            mbarrier.wait(full.index(at % SLOTS), (at // SLOTS) & 1)
+            col = (half * (CHUNKS // 2) + i) * BD
+            store(dx_desc, [b, start, col], ring.index(at % SLOTS))
+            tma.store_wait(0)
+            mbarrier.arrive(empty.index(at % SLOTS), count=1)
+        step += CHUNKS
+    return step
 
 
 @gluon.jit
@@ -176,7 +204,7 @@ def _store_dq(
     OUT: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [BR // 16, 64 // BR], [1, 0])
     row = gl.arange(0, BR, layout=gl.SliceLayout(1, OUT))[:, None]
     col = half * (CHUNKS // 2) * BD + gl.arange(0, BD, layout=gl.SliceLayout(0, OUT))[None, :]
-    base = dq_ptr + index.to(gl.int64) * R * D
+    base = dq_ptr + index * R * D
     for i in gl.static_range(CHUNKS // 2):
         free.store(dq[i])
         out = free.permute([1, 0]).load(OUT).to(dq_ptr.dtype.element_ty)
@@ -191,7 +219,7 @@ def _consumer(
     shared,
     tokens,
     saved,
-    out,
+    dq_ptr,
     B,
     R,
     D: gl.constexpr,
@@ -208,7 +236,6 @@ def _consumer(
     q_full, dz_full, dz_empty = shared[11:]
     words_ptr, span_ptr, mean_ptr, rstd_ptr, N, W = tokens
     sums_ptr, keep_ptr, ksum_ptr, dksum_ptr = saved
-    dx_ptr, dq_ptr = out
     BR: gl.constexpr = ds_tiles.shape[2]
     HALF: gl.constexpr = CHUNKS // 2
     dtype: gl.constexpr = ring.dtype
@@ -222,7 +249,6 @@ def _consumer(
     step = 0
     turn = 0
     tile = 0
-    fixes = 0
     dq = ()
     for _ in gl.static_range(HALF):
         dq += (gl.zeros([BD, BR], gl.float32, layout=S),)
@@ -257,12 +283,10 @@ def _consumer(
             dksum = gl.load(dksum_ptr + at, mask=row < R, other=0.0)
             ksum = gl.load(ksum_ptr + at, mask=row < R, other=0.0)
             stats.index(5 * half + 3).store(dksum * (1.0 - ksum))
-            stats.index(5 * half + 4).store(-dksum * ksum)
+            stats.index(5 * half + 4).store(-dksum * ksum - delta)
         lo, hi = span_of(b, span_ptr, N, MASK)
         if NEED_DX and MASK != "none":
-            _zero_rows(half, dx_ptr, b, 0, lo, N, D, CHUNKS)
-            end = gl.maximum(lo, (hi + BN - 1) // BN * BN)
-            _zero_rows(half, dx_ptr, b, end, N, N, D, CHUNKS)
+            step = _store_zeros(half, dx_desc, b, 0, lo, ring, full, empty, step, SLOTS, CHUNKS)
         for start in range(lo, hi, BN):
             word = word_of(b, start, words_ptr, W, MASK)
             if MASK != "none" or NORM:
@@ -285,33 +309,38 @@ def _consumer(
                         MASK,
                         NORM,
                     )
-                    # The products need both halves.
-                    mbarrier.arrive(fixed.index(half), count=1)
-                    mbarrier.wait(fixed.index(1 - half), fixes & 1)
-                    fixes += 1
+                # The products need both halves. ``tile - turn`` tiles of tokens came before.
+                mbarrier.arrive(fixed.index(half), count=1)
+                mbarrier.wait(fixed.index(1 - half), (tile - turn) & 1)
             own = _product(q if half == 0 else dz, ring, full, step, BR, SLOTS, CHUNKS, S)
             mbarrier.wait(taken.index(half), (tile & 1) ^ 1)
             parts.index(half).store(own)
             mbarrier.arrive(ready.index(half), count=1)
-            mbarrier.wait(ready.index(1 - half), tile & 1)
-            other = parts.index(1 - half).load(S)
-            mbarrier.arrive(taken.index(1 - half), count=1)
-            s = own if half == 0 else other
-            dp = other if half == 0 else own
-            m = stats.index(5 * half).load(ROW)
-            log_total = stats.index(5 * half + 1).load(ROW)
-            delta = stats.index(5 * half + 2).load(ROW)
-            p = gl.exp2((s - m[None, :] - log_total[None, :]) * LOG2E)
-            p = gl.where(kept(word, start, hi, token, MASK)[:, None], p, 0.0)
+            keep = kept(word, start, hi, token, MASK)
+            # What needs one product only comes before the wait, so that fewer values are live.
+            if half == 0:
+                s = own
+                p = _probabilities(s, keep, stats.index(5 * half), stats.index(5 * half + 1), ROW)
+                mbarrier.wait(ready.index(1), tile & 1)
+                dp = parts.index(1).load(S)
+                mbarrier.arrive(taken.index(1), count=1)
+                centred = dp - stats.index(5 * half + 2).load(ROW)[None, :]
+            else:
+                dp = own
+                centred = dp - stats.index(5 * half + 2).load(ROW)[None, :]
+                mbarrier.wait(ready.index(0), tile & 1)
+                s = parts.index(0).load(S)
+                mbarrier.arrive(taken.index(0), count=1)
+                p = _probabilities(s, keep, stats.index(5 * half), stats.index(5 * half + 1), ROW)
             if DROPOUT:
                 keep = rows_kept(keep_ptr, b, start, token, row, N, R)
                 # dP - delta comes first, so that it is 0 if one token has all the weight.
-                here = (dp - delta[None, :]) + stats.index(5 * half + 3).load(ROW)[None, :]
-                there = stats.index(5 * half + 4).load(ROW) - delta
-                ds = p * gl.where(keep, here, there[None, :])
+                centred += stats.index(5 * half + 3).load(ROW)[None, :]
+                dropped = stats.index(5 * half + 4).load(ROW)[None, :]
+                ds = p * gl.where(keep, centred, dropped)
                 p = gl.where(keep, p, 0.0)
             else:
-                ds = p * (dp - delta[None, :])
+                ds = p * centred
             p = p.to(dtype)
             ds = ds.to(dtype)
             ds_tile.store(ds)
@@ -355,9 +384,12 @@ def _consumer(
             step += CHUNKS
             tile += 1
         mbarrier.arrive(dz_empty.index(0), count=1)
+        if NEED_DX and MASK != "none":
+            end = gl.maximum(lo, (hi + BN - 1) // BN * BN)
+            step = _store_zeros(half, dx_desc, b, end, N, ring, full, empty, step, SLOTS, CHUNKS)
         if PER_SAMPLE:
             mbarrier.wait(taken.index(half), (tile & 1) ^ 1)
-            _store_dq(half, dq_ptr, b, dq, parts.index(half), R, D, CHUNKS)
+            _store_dq(half, dq_ptr, b.to(gl.int64), dq, parts.index(half), R, D, CHUNKS)
             new_dq = ()
             for _ in gl.static_range(HALF):
                 new_dq += (gl.zeros([BD, BR], gl.float32, layout=S),)
@@ -382,7 +414,6 @@ def hopper_backward_kernel(
     keep_ptr,  # (B, N / 64, R) int64
     ksum_ptr,  # (B, R) float32
     dksum_ptr,  # (B, R) float32
-    dx_ptr,  # (B, N, D)
     dq_ptr,  # (partials, R, D)
     B,
     N,
@@ -425,12 +456,11 @@ def hopper_backward_kernel(
     descs = (x_desc, q_desc, z_desc, dz_desc)
     tokens = (words_ptr, span_ptr, mean_ptr, rstd_ptr, N, W)
     saved = (sums_ptr, keep_ptr, ksum_ptr, dksum_ptr)
-    out = (dx_ptr, dq_ptr)
     gl.warp_specialize(
         [
-            (_consumer, (0, dx_desc, shared, tokens, saved, out, B, R, D, SLOTS, CHUNKS, MASK, NORM, DROPOUT, PER_SAMPLE, NEED_DX)),
-            (_consumer, (1, dx_desc, shared, tokens, saved, out, B, R, D, SLOTS, CHUNKS, MASK, NORM, DROPOUT, PER_SAMPLE, NEED_DX)),
-            (_producer, (descs, filled, span_ptr, B, N, SLOTS, CHUNKS, MASK, PER_SAMPLE)),
+            (_consumer, (0, dx_desc, shared, tokens, saved, dq_ptr, B, R, D, SLOTS, CHUNKS, MASK, NORM, DROPOUT, PER_SAMPLE, NEED_DX)),
+            (_consumer, (1, dx_desc, shared, tokens, saved, dq_ptr, B, R, D, SLOTS, CHUNKS, MASK, NORM, DROPOUT, PER_SAMPLE, NEED_DX)),
+            (_producer, (descs, filled, span_ptr, B, N, SLOTS, CHUNKS, MASK, PER_SAMPLE, NEED_DX)),
         ],
         [4, 1],
         REGISTERS,

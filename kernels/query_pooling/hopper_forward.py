@@ -30,7 +30,6 @@ from .hopper_tokens import (
     BD,
     BN,
     LOG2E,
-    REGISTERS,
     descriptor,
     kept,
     load_rows,
@@ -42,6 +41,9 @@ from .hopper_tokens import (
     word_of,
 )
 from .plans import HopperTile
+
+# Registers of the threads of a consumer and of the producer: together all of a multiprocessor.
+REGISTERS = gl.constexpr([232, 40])
 
 
 def launch(

@@ -27,8 +27,6 @@ from ..gluon import load
 LOG2E = gl.constexpr(1.4426950408889634)
 BN = gl.constexpr(64)  # tokens of a tile: the height of wgmma, and the bits of a word of the mask
 BD = gl.constexpr(64)  # columns of a chunk: 128 bytes, the width of the swizzle
-# Registers of a consumer's threads and of a producer's: the most that one block can have.
-REGISTERS = gl.constexpr([232, 40])
 
 
 def descriptor(tensor: Tensor, tokens: int) -> TensorDescriptor:
@@ -61,7 +59,7 @@ def load_tile(
     CHUNKS: gl.constexpr,
 ):
     """Load the tile of sample b that begins with row ``start``. Return the next step."""
-    for i in gl.static_range(CHUNKS):
+    for i in range(CHUNKS):
         slot = (step + i) % SLOTS
         mbarrier.wait(empty.index(slot), ((step + i) // SLOTS & 1) ^ 1)
         mbarrier.expect(full.index(slot), BN * BD * 2)
