@@ -43,9 +43,10 @@ from ..tiles import (
     tokens_kept,
     upcasts,
 )
-from . import gradients
+from . import gradients, hopper_backward
 from .dropout import keep_words, rows_keep
 from .forward import softmax_of, token_arguments
+from .hopper_tokens import can_describe
 from .plans import Plan, plan
 from .tokens import load_moments, load_normed
 
@@ -76,7 +77,9 @@ def backward(
     rows = q.shape[-2]
     shared = q.dim() == 2
     norm = mean.numel() > 0
-    tiles = tiles or plan(rows, dim, x.dtype, arch_of(x), norm, bool(dropout_p))
+    if tiles is None:
+        tma = can_describe(x, q, z, dz)
+        tiles = plan(rows, dim, x.dtype, arch_of(x), norm, bool(dropout_p), not shared, tma)
     dx = x.new_empty(x.shape if need_dx else (0,))
     partials = min(batch, tiles.partials) if shared else batch
     dq = q.new_empty(partials, rows, dim, dtype=torch.float32 if shared else q.dtype)
@@ -92,7 +95,9 @@ def backward(
         dksum_ptr=dksum,
         DROPOUT=dropout_words is not None,
     )
-    if "onepass" in tiles.backward:
+    if "hopper" in tiles.backward:
+        hopper_backward.launch(tiles.backward["hopper"], tokens, query, saved, dx, dq)
+    elif "onepass" in tiles.backward:
         onepass_backward_kernel[(partials,)](
             **tokens,
             **query,

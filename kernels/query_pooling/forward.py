@@ -43,7 +43,9 @@ from ..tiles import (
     tokens_kept,
     upcasts,
 )
+from . import hopper_forward
 from .dropout import keep_words, rows_keep
+from .hopper_tokens import can_describe
 from .plans import Plan, plan
 from .tokens import load_moments, load_normed, load_normed_t
 
@@ -66,7 +68,10 @@ def forward(
     batch, length, dim = x.shape
     rows = q.shape[-2]
     norm = eps is not None
-    tiles = tiles or plan(rows, dim, x.dtype, arch_of(x), norm, bool(dropout_p))
+    per_sample = q.dim() == 3
+    if tiles is None:
+        tma = can_describe(x, q)
+        tiles = plan(rows, dim, x.dtype, arch_of(x), norm, bool(dropout_p), per_sample, tma)
     z = x.new_empty(batch, rows, dim)
     sums = x.new_empty(batch, rows, 2, dtype=torch.float32)
     per_token = (batch, length) if norm else (0,)
@@ -78,14 +83,16 @@ def forward(
     if eps is not None:
         _launch_moments(tiles, tokens, mean, rstd, eps)
     tokens |= dict(mean_ptr=mean, rstd_ptr=rstd, NORM=norm, UPCAST=upcasts(x.dtype), R=rows)
-    query = dict(q_ptr=q, stride_qb=q.stride(0) if q.dim() == 3 else 0)
+    query = dict(q_ptr=q, stride_qb=q.stride(0) if per_sample else 0)
     out = dict(
         z_ptr=z,
         keep_ptr=dropout_words,
         ksum_ptr=ksum,
         DROPOUT=dropout_words is not None,
     )
-    if "onepass" in tiles.forward:
+    if "hopper" in tiles.forward:
+        hopper_forward.launch(tiles.forward["hopper"], tokens, query, out, sums)
+    elif "onepass" in tiles.forward:
         tile = tiles.forward["onepass"]
         onepass_forward_kernel[(batch, triton.cdiv(rows, tile.BR))](
             **tokens,

@@ -15,14 +15,15 @@ D on.
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from .. import tiles
 from ..gluon import load
+from ..tiles import INTERPRETED
 
 LOG2E = gl.constexpr(1.4426950408889634)
 BN = gl.constexpr(64)  # tokens of a tile: the height of wgmma, and the bits of a word of the mask
@@ -39,11 +40,18 @@ def descriptor(tensor: Tensor, tokens: int) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(tensor, block, layout)
 
 
-def can_describe(x: Tensor) -> bool:
-    """Return whether TMA can load x (B, N, D): it needs rows at multiples of 16 bytes."""
-    aligned = x.data_ptr() % 16 == 0 and x.shape[2] % 8 == 0
-    strides = all(stride > 0 and stride % 8 == 0 for stride in x.stride()[:2])
-    return aligned and strides and x.dtype != torch.float32 and x.numel() > 0
+def can_describe(*tensors: Tensor) -> bool:
+    """Return whether TMA can load these tensors of 16 bits: their rows begin at 16 bytes each.
+
+    Always False in Triton's interpreter, which has no Gluon.
+    """
+    return not (INTERPRETED and tiles.pretended_arch is None) and all(
+        tensor.numel() > 0
+        and tensor.data_ptr() % 16 == 0
+        and tensor.shape[-1] % 8 == 0
+        and all(stride > 0 and stride % 8 == 0 for stride in tensor.stride()[:-1])
+        for tensor in tensors
+    )
 
 
 @gluon.jit

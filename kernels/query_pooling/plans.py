@@ -8,9 +8,13 @@ and its variants.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
+
+from ...supported import TRITONS
+from ..tiles import SHARED_MEMORY, cdiv
 
 
 @dataclass(frozen=True)
@@ -30,9 +34,10 @@ class Tile:
 
 @dataclass(frozen=True)
 class HopperTile:
-    """A tile of the Gluon kernels for sm_90: BR rows of queries, CHUNKS x 64 columns.
+    """A tile of the Gluon kernels for sm_90 (see hopper_tokens.py).
 
-    SLOTS is the number of chunks that fit into the ring (see hopper_tokens.py).
+    It has BR rows of queries and all columns, in CHUNKS chunks of 64. SLOTS chunks of tokens fit
+    into shared memory beside the rest.
     """
 
     BR: int
@@ -43,18 +48,20 @@ class HopperTile:
 # On sm_90 Triton 3.6 spills 8 bytes in two cases: with 32 rows of queries and three column chunks
 # of normalised tokens, and with four column chunks of 32 tokens.
 _TRITON_3_6 = triton.__version__.startswith("3.6.")
+# Gluon is experimental: its kernels run where they were compiled and tested.
+_GLUON = triton.__version__.startswith(TRITONS)
 
 
 @dataclass(frozen=True)
 class Plan:
     """The tiles of the kernels that run, by kernel name.
 
-    Forward: ``onepass``, or ``logits`` then ``pool``. With a norm, ``moments`` runs first.
-    Backward: ``onepass``, or ``dlogits``, ``dx`` and ``dq`` in this order.
+    Forward: ``hopper`` or ``onepass``, or ``logits`` then ``pool``. With a norm, ``moments`` runs
+    first. Backward: ``hopper`` or ``onepass``, or ``dlogits``, ``dx`` and ``dq`` in this order.
     """
 
-    forward: dict[str, Tile]
-    backward: dict[str, Tile]
+    forward: dict[str, Any]  # Tile; HopperTile for ``hopper``
+    backward: dict[str, Any]
     # Maximum number of partial sums for the gradient of shared queries. It does not depend on the
     # number of multiprocessors, so that GPUs of one architecture compute the same sums.
     partials: int = 128
@@ -67,8 +74,13 @@ def plan(
     arch: int,
     norm: bool,
     dropout: bool = False,
+    per_sample: bool = False,
+    tma: bool = False,
 ) -> Plan:
     """Choose the kernels of forward and backward, and their tiles.
+
+    ``per_sample``: whether each sample has its own queries. ``tma``: whether TMA can load the
+    tokens (see hopper_tokens.can_describe).
 
     ``onepass`` reads X once for each block of BR rows, and runs if all columns of Z^T (forward) or
     dQ'^T (backward) fit into registers. For the symbols see forward.py and backward.py.
@@ -78,18 +90,61 @@ def plan(
     # Products of float32 use no matrix instructions, and need more registers.
     float32 = dtype == torch.float32
     forward = {"moments": Tile(16, 16, 128, 4, 1)} if norm else {}
-    if dim > (1024 if big_shared else 768) or float32:
+    hopper = arch == 90 and tma and _GLUON and dim <= 1024 and not float32
+    if hopper:
+        forward["hopper"] = _hopper_forward(rows, dim)
+    elif dim > (1024 if big_shared else 768) or float32:
         forward |= _tiles_of(("logits", "pool"), rows, big_shared, float32, norm)
     else:
         forward["onepass"] = _onepass_forward(rows, dim, arch, big_shared, norm, dropout)
     # With more than 16 rows, too few tokens fit beside dQ'^T to keep the matrix units busy.
-    if rows <= 16 and big_shared and dim <= 1024 and not float32:
+    if hopper and _hopper_backward_fits(rows, dim, norm, dropout, per_sample):
+        backward = {"hopper": _hopper_backward(rows, dim)}
+    elif rows <= 16 and big_shared and dim <= 1024 and not float32:
         tokens = 16 if norm or (dropout and dim > 768) else 32
         stages = 2 if norm or dropout else 1
         backward = {"onepass": Tile(tokens, 16, column_chunk(dim), 8, stages)}
     else:
         backward = _tiles_of(("dlogits", "dx", "dq"), rows, big_shared, float32, norm)
     return Plan(forward, backward)
+
+
+def _hopper_forward(rows: int, dim: int) -> HopperTile:
+    rows = 16 if rows <= 16 or dim > 768 else 32  # more would not fit into registers
+    chunks = _hopper_chunks(dim)
+    # For each row: the queries (16 bits), two tiles of P (16 bits), four parts of S (32 bits).
+    free = SHARED_MEMORY[90] - 2048 - rows * (128 * chunks + 256 + 1024)
+    return HopperTile(rows, chunks, min(24, free // 8192))
+
+
+def _hopper_backward_fits(
+    rows: int,
+    dim: int,
+    norm: bool,
+    dropout: bool,
+    per_sample: bool,
+) -> bool:
+    """Return whether the kernel for sm_90 can have the rows of a sample, without spills."""
+    if rows <= 16:
+        return True
+    crowded = norm or (per_sample and dropout)
+    if _TRITON_3_6:
+        crowded = crowded or dropout or per_sample
+    return rows <= 32 and dim <= 768 and not crowded
+
+
+def _hopper_backward(rows: int, dim: int) -> HopperTile:
+    rows = 16 if rows <= 16 else 32
+    chunks = _hopper_chunks(dim)
+    # For each row: queries and dZ (16 bits), two parts (32 bits), two tiles of dS (16 bits), and
+    # ten numbers.
+    free = SHARED_MEMORY[90] - 1024 - rows * (256 * chunks + 512 + 256 + 40)
+    return HopperTile(rows, chunks, min(24, free // 8192))
+
+
+def _hopper_chunks(dim: int) -> int:
+    """Return the number of chunks of 64 columns, the same for both consumers."""
+    return 2 * cdiv(dim, 128)
 
 
 def _onepass_forward(
