@@ -87,7 +87,7 @@ def launch(
 @gluon.jit
 def _producer(
     descs,
-    shared,
+    filled,
     span_ptr,
     B,
     N,
@@ -99,7 +99,7 @@ def _producer(
 ):
     """Load z, dz and the tokens of each sample, and the queries."""
     x_desc, q_desc, z_desc, dz_desc = descs
-    ring, q, dz, full, empty, q_full, dz_full, dz_empty = shared
+    ring, q, dz, full, empty, q_full, dz_full, dz_empty = filled
     step = 0
     turn = 0
     if not PER_SAMPLE:
@@ -215,13 +215,7 @@ def _store_dq(
 @gluon.jit
 def _consumer(
     half: gl.constexpr,
-    dx_desc,
-    shared,
-    tokens,
-    saved,
-    dq_ptr,
-    B,
-    R,
+    call,
     D: gl.constexpr,
     SLOTS: gl.constexpr,
     CHUNKS: gl.constexpr,
@@ -232,6 +226,7 @@ def _consumer(
     NEED_DX: gl.constexpr,
 ):
     """Compute dX and dQ' for one half of the columns."""
+    dx_desc, shared, tokens, saved, dq_ptr, B, R = call
     ring, q, dz, parts, ds_tiles, stats, full, empty, ready, taken, fixed = shared[:11]
     q_full, dz_full, dz_empty = shared[11:]
     words_ptr, span_ptr, mean_ptr, rstd_ptr, N, W = tokens
@@ -274,9 +269,7 @@ def _consumer(
         delta = gl.sum(gl.where(token[:, None] == row[None, :], zdz, 0.0), 0)
         # What is known of each row goes to shared memory, because registers are scarce.
         at = b.to(gl.int64) * R + row
-        stats.index(5 * half).store(
-            gl.load(sums_ptr + 2 * at, mask=row < R, other=float("inf"))
-        )
+        stats.index(5 * half).store(gl.load(sums_ptr + 2 * at, mask=row < R, other=float("inf")))
         stats.index(5 * half + 1).store(gl.load(sums_ptr + 2 * at + 1, mask=row < R, other=0.0))
         stats.index(5 * half + 2).store(delta)
         if DROPOUT:
@@ -452,15 +445,19 @@ def hopper_backward_kernel(
     dz_empty = barriers(1, 2)
     shared = (ring, q, dz, parts, ds_tiles, stats, full, empty, ready, taken, fixed)
     shared += (q_full, dz_full, dz_empty)
-    filled = (ring, q, dz, full, empty, q_full, dz_full, dz_empty)
-    descs = (x_desc, q_desc, z_desc, dz_desc)
     tokens = (words_ptr, span_ptr, mean_ptr, rstd_ptr, N, W)
     saved = (sums_ptr, keep_ptr, ksum_ptr, dksum_ptr)
+    call = (dx_desc, shared, tokens, saved, dq_ptr, B, R)
+    descs = (x_desc, q_desc, z_desc, dz_desc)
+    filled = (ring, q, dz, full, empty, q_full, dz_full, dz_empty)
     gl.warp_specialize(
         [
-            (_consumer, (0, dx_desc, shared, tokens, saved, dq_ptr, B, R, D, SLOTS, CHUNKS, MASK, NORM, DROPOUT, PER_SAMPLE, NEED_DX)),
-            (_consumer, (1, dx_desc, shared, tokens, saved, dq_ptr, B, R, D, SLOTS, CHUNKS, MASK, NORM, DROPOUT, PER_SAMPLE, NEED_DX)),
-            (_producer, (descs, filled, span_ptr, B, N, SLOTS, CHUNKS, MASK, PER_SAMPLE, NEED_DX)),
+            (_consumer, (0, call, D, SLOTS, CHUNKS, MASK, NORM, DROPOUT, PER_SAMPLE, NEED_DX)),
+            (_consumer, (1, call, D, SLOTS, CHUNKS, MASK, NORM, DROPOUT, PER_SAMPLE, NEED_DX)),
+            (
+                _producer,
+                (descs, filled, span_ptr, B, N, SLOTS, CHUNKS, MASK, PER_SAMPLE, NEED_DX),
+            ),
         ],
         [4, 1],
         REGISTERS,
