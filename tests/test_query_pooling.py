@@ -238,7 +238,19 @@ def test_opcheck(eps, padding):
         z, *saved = torch.ops.mmfused.query_pooling_fwd(*args)
         dksum = torch.randn(z.shape[:2], device=DEVICE) if dropout[0] else None
         for need_dx in (True, False):
-            args = (torch.randn_like(z), dksum, x, q, z, *saved, mask, lengths, need_dx, *dropout)
+            args = (
+                torch.randn_like(z),
+                dksum,
+                None,
+                x,
+                q,
+                z,
+                *saved,
+                mask,
+                lengths,
+                need_dx,
+                *dropout,
+            )
             torch.library.opcheck(torch.ops.mmfused.query_pooling_bwd, args)
 
 

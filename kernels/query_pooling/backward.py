@@ -18,6 +18,8 @@ above, except that
     dS = P * (dP - delta + dksum * (1 - ksum))     for a kept probability
     dS = P * (-delta - dksum * ksum)               for a dropped one
 
+The log-sum-exp of the logits has the gradient P, so its upstream gradient dlse adds P * dlse to dS.
+
 There are no atomics: each element of dX is written by one program, and dQ' is computed as partial
 sums, which are added up in a fixed order.
 """
@@ -53,6 +55,7 @@ from .tokens import load_moments, load_normed
 def backward(
     dz: Tensor,
     dksum: Tensor | None,
+    dlse: Tensor | None,
     x: Tensor,
     q: Tensor,
     z: Tensor,
@@ -69,8 +72,9 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """Return dx (B, N, D), or (0,) if not needed, and dq of q's shape (float32 if q is (R, D)).
 
-    dz (B, R, D) and, with dropout, dksum (B, R) are contiguous. The other tensors are inputs and
-    outputs of the forward.
+    dz (B, R, D) and, with dropout, dksum (B, R) are contiguous, and so is dlse (B, R), the float32
+    gradient of the log-sum-exp, if there is one. The other tensors are inputs and outputs of the
+    forward.
     """
     batch, length, dim = x.shape
     rows = q.shape[-2]
@@ -90,6 +94,7 @@ def backward(
         keep_ptr=dropout_words,
         ksum_ptr=ksum,
         dksum_ptr=dksum,
+        dlse_ptr=dlse,
         DROPOUT=dropout_words is not None,
     )
     if "onepass" in tiles.backward:
@@ -183,16 +188,17 @@ def _delta(
     zdz,
     ksum_ptr,
     dksum_ptr,
+    dlse_ptr,
     b,
     rows,
     R,
     DROPOUT: tl.constexpr,
 ):
-    """Return rowsum(dZ * Z), the diagonal of zdz = Z dZ^T, and dropout's terms of dS.
+    """Return rowsum(dZ * Z), the diagonal of zdz = Z dZ^T, and the other terms of dS / P.
 
-    These are dksum * (1 - ksum) for kept tokens and -dksum * ksum for others. If one token has all
-    the weight of a row, delta must equal dP, so that dS is 0. A matrix product rounds delta like
-    dP. On sm_90 a direct sum over a tile of dZ would also be a race with the
+    These are dlse + dksum * (1 - ksum) for kept tokens and dlse - dksum * ksum for others. If one
+    token has all the weight of a row, delta must equal dP, so that they cancel. A matrix product
+    rounds delta like dP. On sm_90 a direct sum over a tile of dZ would also be a race with the
     product that reads the tile (see mmfused/cli/races.py).
     """
     diagonal = tl.arange(0, zdz.shape[0])[:, None] == tl.arange(0, zdz.shape[1])[None, :]
@@ -204,6 +210,10 @@ def _delta(
         ksum = tl.load(ksum_ptr + b * R + rows, mask=rows < R, other=0.0)
         kept = dksum * (1.0 - ksum)
         dropped = -dksum * ksum
+    if dlse_ptr is not None:
+        dlse = tl.load(dlse_ptr + b * R + rows, mask=rows < R, other=0.0)
+        kept += dlse
+        dropped += dlse
     return delta, kept, dropped
 
 
@@ -221,17 +231,22 @@ def _dlogits(
     rows,
     N,
     R,
+    dlse_ptr,
     DROPOUT: tl.constexpr,
 ):
-    """Return kept(P) and dS."""
+    """Return kept(P) and dS.
+
+    dP - delta comes before the other terms. The compiler would start the sum of dP with an added
+    term, which would then be rounded otherwise than delta.
+    """
     pooled = p
     if DROPOUT:
         keep = rows_keep(keep_ptr, b, start, BN, rows, N, R)
         pooled = tl.where(keep, p, 0.0)
-        # dP - delta comes first. The compiler would start the sum of dP with an added term, which
-        # would then be rounded otherwise than delta.
         here = (dp - delta[None, :]) + kept[None, :]
         ds = p * tl.where(keep, here, dropped[None, :] - delta[None, :])
+    elif dlse_ptr is not None:
+        ds = p * ((dp - delta[None, :]) + kept[None, :])
     else:
         ds = p * (dp - delta[None, :])
     return pooled, ds
@@ -272,6 +287,7 @@ def onepass_backward_kernel(
     keep_ptr,  # (B, N / 64, R) int64
     ksum_ptr,  # (B, R) float32
     dksum_ptr,  # (B, R) float32
+    dlse_ptr,  # (B, R) float32
     dx_ptr,  # (B, N, D)
     dq_ptr,  # (partials, R, D)
     B,
@@ -310,7 +326,7 @@ def onepass_backward_kernel(
             q += (load_rows_t(q_ptr + b * stride_qb, rows, cols, R, D),)
             dz += (load_rows_t(dz_ptr + b * R * D, rows, cols, R, D),)
             zdz = dot(_load_z(z_ptr, b, rows, cols, R, D, BN), dz[c], zdz, UPCAST)
-        delta, kept, dropped = _delta(zdz, ksum_ptr, dksum_ptr, b, rows, R, DROPOUT)
+        delta, kept, dropped = _delta(zdz, ksum_ptr, dksum_ptr, dlse_ptr, b, rows, R, DROPOUT)
         lo, hi = token_span(b, span_ptr, N, MASK)
         lo = lo // BN * BN
         if NEED_DX and MASK != "none":
@@ -331,7 +347,7 @@ def onepass_backward_kernel(
                 dp = dot(x_c, dz[c], dp, UPCAST)
             p = tl.where(keep[:, None], softmax_of(s, sums_ptr, b, rows, R), 0.0)
             p, ds = _dlogits(
-                p, dp, delta, kept, dropped, keep_ptr, b, start, BN, rows, N, R, DROPOUT
+                p, dp, delta, kept, dropped, keep_ptr, b, start, BN, rows, N, R, dlse_ptr, DROPOUT
             )
             p = p.to(x_ptr.dtype.element_ty)
             ds = ds.to(x_ptr.dtype.element_ty)
@@ -368,6 +384,7 @@ def dlogits_kernel(
     keep_ptr,  # (B, N / 64, R) int64
     ksum_ptr,  # (B, R) float32
     dksum_ptr,  # (B, R) float32
+    dlse_ptr,  # (B, R) float32
     p_ptr,  # (B, N, R)
     ds_ptr,  # (B, N, R)
     g_x_ptr,  # (B, blocks, N) float32
@@ -408,9 +425,11 @@ def dlogits_kernel(
             dz = load_rows_t(dz_ptr + b * R * D, rows, cols, R, D)
             dp = dot(x, dz, dp, UPCAST)
             zdz = dot(_load_z(z_ptr, b, rows, cols, R, D, BN), dz, zdz, UPCAST)
-        delta, kept, dropped = _delta(zdz, ksum_ptr, dksum_ptr, b, rows, R, DROPOUT)
+        delta, kept, dropped = _delta(zdz, ksum_ptr, dksum_ptr, dlse_ptr, b, rows, R, DROPOUT)
         p = tl.where(keep[:, None], softmax_of(s, sums_ptr, b, rows, R), 0.0)
-        p, ds = _dlogits(p, dp, delta, kept, dropped, keep_ptr, b, start, BN, rows, N, R, DROPOUT)
+        p, ds = _dlogits(
+            p, dp, delta, kept, dropped, keep_ptr, b, start, BN, rows, N, R, dlse_ptr, DROPOUT
+        )
         p = p.to(x_ptr.dtype.element_ty)
         ds = ds.to(x_ptr.dtype.element_ty)
         if NORM:

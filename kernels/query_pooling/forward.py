@@ -11,7 +11,8 @@ errors of the products, which are large if the mean is large.
 
 ``sums`` (B, R, 2) holds the softmax statistics of each row: its largest logit m, and the logarithm
 of the sum of exp(logit - m). The log-sum-exp, m plus this logarithm, would have too few digits if m
-is large. In a row without valid tokens m is stored as +inf, which makes the row's probabilities 0.
+is large. In a row without valid tokens m is stored as +inf, which makes the row's probabilities 0,
+and the logarithm as 0. In a row with a NaN the logarithm is NaN.
 
 With DROPOUT only the kept probabilities are pooled, and ksum is the sum of the kept probabilities
 of each row. ``sums`` covers all probabilities, dropped or kept. The output, not Z, is divided by
@@ -244,8 +245,9 @@ def _store_sums(
     total,
 ):
     at = sums_ptr + 2 * (b * R + rows)
-    tl.store(at, tl.where(total > 0, m, float("inf")), mask=rows < R)
-    tl.store(at + 1, tl.where(total > 0, tl.log(total), 0.0), mask=rows < R)
+    empty = total == 0
+    tl.store(at, tl.where(empty, float("inf"), m), mask=rows < R)
+    tl.store(at + 1, tl.log(tl.where(empty, 1.0, total)), mask=rows < R)
 
 
 @triton.jit

@@ -22,6 +22,7 @@ class Case:
     per_sample: bool = False  # queries (B, L, D) instead of (L, D)
     need_dx: bool = True  # whether the gradient of x is needed
     dropout: float = 0.0
+    lse: bool = False  # whether the log-sum-exp has a gradient
 
 
 CASES: dict[str, Case] = {
@@ -48,6 +49,9 @@ CASES: dict[str, Case] = {
     "float32 drop": Case(
         rows=32, dim=768, dtype="float32", norm=True, padding="padding", dropout=0.1
     ),
+    "fluid lse": Case(rows=32, dim=768, lse=True),
+    "siglip lse": Case(rows=12, dim=768, norm=True, padding="lengths", lse=True),
+    "siglip lse drop": Case(rows=12, dim=768, norm=True, padding="lengths", dropout=0.1, lse=True),
 }
 
 
@@ -75,6 +79,7 @@ def launch(case: Case) -> None:
     kernels.backward(
         dz=empty(*z.shape),
         dksum=empty(*z.shape[:2], dtype=torch.float32) if case.dropout else None,
+        dlse=empty(*z.shape[:2], dtype=torch.float32) if case.lse else None,
         x=x,
         q=q,
         z=z,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...library import active_exporter, launching, once_differentiable, operator
+from .reference import PoolingOptions
 
 
 class Pool(torch.autograd.Function):
@@ -27,32 +29,66 @@ class Pool(torch.autograd.Function):
         eps: float | None,
         dropout_p: float,
         seed: Tensor | None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Run the forward kernels."""
+        return_lse: bool,
+    ) -> tuple[Tensor, ...]:
+        """Run the forward kernels.
+
+        Return z, with dropout ksum, and if asked the log-sum-exp of each row.
+        """
         ctx.q_dtype = q.dtype
-        ctx.dropout_p = dropout_p
+        ctx.dropout_p, ctx.return_lse = dropout_p, return_lse
         x = x if x.stride(-1) == 1 else x.contiguous()
         q = q.to(x.dtype).contiguous()
         lengths = None if lengths is None else lengths.contiguous()
         z, sums, mean, rstd, ksum = query_pooling_fwd(x, q, mask, lengths, eps, dropout_p, seed)
         ctx.save_for_backward(x, q, z, sums, mean, rstd, ksum, mask, lengths, seed)
-        return (z, ksum) if dropout_p else z
+        out = (z, ksum) if dropout_p else (z,)
+        return (*out, _log_sum_exp(sums)) if return_lse else out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dz: Tensor, dksum: Tensor | None = None) -> tuple[Any, ...]:
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
         """Run the backward kernels."""
         *saved, seed = ctx.saved_tensors
         need_dx, need_dq = ctx.needs_input_grad[:2]
+        dz, *rest = (gradient.contiguous() for gradient in upstream)
         dx, dq = query_pooling_bwd(
-            dz.contiguous(),
-            None if dksum is None else dksum.contiguous(),
+            dz,
+            rest[0] if ctx.dropout_p else None,
+            rest[-1] if ctx.return_lse else None,
             *saved,
             need_dx,
             ctx.dropout_p,
             seed,
         )
-        return dx if need_dx else None, dq.to(ctx.q_dtype) if need_dq else None, *[None] * 5
+        return dx if need_dx else None, dq.to(ctx.q_dtype) if need_dq else None, *[None] * 6
+
+
+def pool_fused(
+    x: Tensor,
+    q: Tensor,
+    options: PoolingOptions,
+    eps: float | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return z, ksum and the log-sum-exp, as :func:`.composed.pool_composed` does."""
+    out = Pool.apply(
+        x,
+        q,
+        options.key_padding_mask,
+        options.lengths,
+        eps,
+        options.dropout_p,
+        options.dropout_seed,
+        options.return_lse,
+    )
+    ksum = out[1] if options.dropout_p else None
+    return out[0], ksum, out[-1] if options.return_lse else None
+
+
+def _log_sum_exp(sums: Tensor) -> Tensor:
+    """Return the log-sum-exp (B, R) of the logits from ``sums``; -inf for a row without tokens."""
+    lse = sums[..., 0] + sums[..., 1]
+    return lse.masked_fill(lse == math.inf, -math.inf)
 
 
 class _ZeroGradient(torch.autograd.Function):
@@ -99,6 +135,7 @@ def _fake_forward(
 def _fake_backward(
     dz,
     dksum,
+    dlse,
     x,
     q,
     z,
@@ -129,6 +166,7 @@ def _forward_flops(
 def _backward_flops(
     dz,
     dksum,
+    dlse,
     x,
     q,
     z,
@@ -161,9 +199,9 @@ def query_pooling_fwd(*args: Any) -> tuple[Tensor, ...]:
 
 
 @operator(
-    "(Tensor dz, Tensor? dksum, Tensor x, Tensor q, Tensor z, Tensor sums, Tensor mean,"
-    " Tensor rstd, Tensor ksum, Tensor? mask, Tensor? lengths, bool need_dx, float dropout_p,"
-    " Tensor? dropout_seed) -> (Tensor dx, Tensor dq)",
+    "(Tensor dz, Tensor? dksum, Tensor? dlse, Tensor x, Tensor q, Tensor z, Tensor sums,"
+    " Tensor mean, Tensor rstd, Tensor ksum, Tensor? mask, Tensor? lengths, bool need_dx,"
+    " float dropout_p, Tensor? dropout_seed) -> (Tensor dx, Tensor dq)",
     _fake_backward,
     _backward_flops,
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from ...library import (
     wide_unless,
 )
 from ...random import draw_seed
-from .autograd import Pool, with_zero_gradient
+from .autograd import pool_fused, with_zero_gradient
 from .checks import check
 from .composed import (
     Form,
@@ -27,13 +27,60 @@ from .composed import (
     pool_composed,
     project_values,
     projected,
+    whole_lse,
 )
 from .reference import (
     PoolingOptions,
     PoolingWeights,
     attend_reference,
-    query_pooling_reference,
+    pool_reference,
 )
+
+
+@overload
+def query_pooling(
+    x: Tensor,
+    queries: Tensor,
+    w_k: Tensor,
+    w_v: Tensor,
+    b_v: Tensor | None = None,
+    b_k: Tensor | None = None,
+    *,
+    num_heads: int = 1,
+    scale: float | None = None,
+    key_padding_mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 1e-5,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    return_lse: Literal[False] = False,
+    form: Literal["auto", "absorbed", "projected"] = "auto",
+) -> Tensor: ...
+
+
+@overload
+def query_pooling(
+    x: Tensor,
+    queries: Tensor,
+    w_k: Tensor,
+    w_v: Tensor,
+    b_v: Tensor | None = None,
+    b_k: Tensor | None = None,
+    *,
+    num_heads: int = 1,
+    scale: float | None = None,
+    key_padding_mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 1e-5,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    return_lse: Literal[True],
+    form: Literal["auto", "absorbed", "projected"] = "auto",
+) -> tuple[Tensor, Tensor]: ...
 
 
 def query_pooling(
@@ -53,8 +100,9 @@ def query_pooling(
     norm_eps: float = 1e-5,
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
+    return_lse: bool = False,
     form: Literal["auto", "absorbed", "projected"] = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Pool tokens with learned queries.
 
     Computes ``softmax(scale * Q K^T) V`` with ``K = x w_k^T + b_k`` and ``V = x w_v^T + b_v``.
@@ -65,8 +113,8 @@ def query_pooling(
         w_k: (Dk, D), weight of the key projection, as ``nn.Linear.weight``.
         w_v: (Dv, D), weight of the value projection.
         b_v: (Dv,), bias of the value projection.
-        b_k: (Dk,), bias of the key projection. It has no effect on the output; in the absorbed form
-            its gradient is exactly zero.
+        b_k: (Dk,), bias of the key projection. It has no effect on the output, only on the
+            log-sum-exp; in the absorbed form its gradient through the output is exactly zero.
         num_heads: number of heads, a divisor of Dk and Dv.
         scale: factor of the logits, default ``(Dk / num_heads) ** -0.5``.
         key_padding_mask: (B, N) bool, True = ignore. Ignored tokens may be NaN. A sample in which
@@ -80,12 +128,17 @@ def query_pooling(
         dropout_p: dropout rate of the attention probabilities, in [0, 1).
         dropout_seed: int64 scalar tensor, default drawn from the device's generator. A seed gives
             the same dropout mask on every backend (``mmfused.testing.dropout_mask``).
+        return_lse: whether to return the log-sum-exp of the logits too.
         form: "absorbed" never computes K or V. "projected" computes K and V, and has no kernel.
             "auto" compares the FLOPs of both forms; under ``backend("fused")`` it is "absorbed".
             ``backend("reference")`` ignores ``form``.
 
     Returns:
-        (B, L, Dv) in the dtype of ``x``, or in the autocast dtype under autocast.
+        (B, L, Dv) in the dtype of ``x``, or in the autocast dtype under autocast. With
+        ``return_lse``, a tuple of it and the natural logarithm of the sum of the exponentials of
+        each row's logits: (B, num_heads, L) in float32, or in float64 for float64 ``x``. The sum
+        is over all tokens that count, whether or not dropout drops them; a sample without tokens
+        has -inf. It has gradients, so poolings of parts of the tokens can be merged.
 
     Raises:
         TypeError, ValueError: bad input; raised before any kernel is launched.
@@ -103,6 +156,18 @@ def query_pooling(
         >>> probabilities = torch.softmax(queries @ (x @ w_k.T).mT / 16**0.5, dim=-1)
         >>> torch.allclose(pooled, probabilities @ (x @ w_v.T), atol=1e-5)
         True
+
+        The poolings of two parts of the tokens merge to that of all tokens:
+
+        >>> parts = [
+        ...     mmfused.query_pooling(part, queries, w_k, w_v, return_lse=True)
+        ...     for part in (x[:, :20], x[:, 20:])
+        ... ]
+        >>> outs, lses = (torch.stack(each) for each in zip(*parts))
+        >>> shares = torch.softmax(lses, 0)  # (2, 4, 1, 2): parts, samples, heads, queries
+        >>> merged = (shares.mT * outs).sum(0)  # for one head
+        >>> torch.allclose(merged, pooled, atol=1e-5)
+        True
     """
     weights = PoolingWeights(w_k, w_v, b_v, b_k)
     options = PoolingOptions(
@@ -115,6 +180,7 @@ def query_pooling(
         norm_eps=norm_eps,
         dropout_p=dropout_p,
         dropout_seed=dropout_seed,
+        return_lse=return_lse,
     )
     x, queries, weights, options = _autocast(x, queries, weights, options)
     check(x, queries, weights, options, form)
@@ -123,22 +189,21 @@ def query_pooling(
         options = replace(options, dropout_seed=draw_seed(x.device))
     with no_autocast(x.device.type):  # weights are folded before they are rounded
         if backend == "reference":
-            out = _pool_reference(x, queries, weights, options)
+            out, lse = _pool_reference(x, queries, weights, options)
         elif (_auto_form(x, queries, weights, options) if form == "auto" else form) == "projected":
-            out = projected(x, queries, weights, options)
+            out, lse = projected(x, queries, weights, options)
         else:
             q, w_v, b_v = absorb(x, queries, weights, options)
             eps = None if norm_weight is None else norm_eps
-            pooled: Any
-            if backend == "fused":
-                masks = (key_padding_mask, lengths)
-                pooled = Pool.apply(x, q, *masks, eps, dropout_p, options.dropout_seed)
-            else:
-                pooled = pool_composed(x, q, options, eps)
-            z, ksum = pooled if dropout_p else (pooled, None)
+            pool = pool_fused if backend == "fused" else pool_composed
+            z, ksum, lse = pool(x, q, options, eps)
             out = project_values(x, z, ksum, w_v, b_v, options)
             out = out if b_k is None else with_zero_gradient(out, b_k)
-    return out if lengths is None else nan_unless(lengths, x.shape[1], out)
+            lse = None if lse is None else whole_lse(lse, queries, weights, options)
+    if lengths is not None:
+        out = nan_unless(lengths, x.shape[1], out)
+        lse = None if lse is None else nan_unless(lengths, x.shape[1], lse)
+    return out if lse is None else (out, lse)
 
 
 def _autocast(
@@ -176,8 +241,8 @@ def _auto_form(
 ) -> Form:
     if current_backend() == "fused":  # only the absorbed form has kernels
         return "absorbed"
-    num_heads, dropout_p = options.num_heads, options.dropout_p
-    return cheaper_form(x, queries, weights.w_k, weights.w_v, num_heads, dropout_p)
+    explicit = bool(options.dropout_p) or options.return_lse
+    return cheaper_form(x, queries, weights.w_k, weights.w_v, options.num_heads, explicit)
 
 
 def _pool_reference(
@@ -185,23 +250,11 @@ def _pool_reference(
     queries: Tensor,
     weights: PoolingWeights,
     options: PoolingOptions,
-) -> Tensor:
+) -> tuple[Tensor, Tensor | None]:
     norm = (options.norm_weight, options.norm_bias)
     norm_weight, norm_bias = (None if t is None else t.to(x.dtype) for t in norm)
-    return query_pooling_reference(
-        x,
-        queries.to(x.dtype),
-        *weights.to(x.dtype),
-        num_heads=options.num_heads,
-        scale=options.scale,
-        key_padding_mask=options.key_padding_mask,
-        lengths=options.lengths,
-        norm_weight=norm_weight,
-        norm_bias=norm_bias,
-        norm_eps=options.norm_eps,
-        dropout_p=options.dropout_p,
-        dropout_seed=options.dropout_seed,
-    )
+    options = replace(options, norm_weight=norm_weight, norm_bias=norm_bias)
+    return pool_reference(x, queries.to(x.dtype), weights.to(x.dtype), options)
 
 
 def pool_projected(
@@ -234,6 +287,7 @@ def pool_projected(
         norm_eps=0.0,
         dropout_p=dropout_p,
         dropout_seed=dropout_seed,
+        return_lse=False,
     )
     cast = autocast_dtype(k.device.type)
     dtype = k.dtype if cast is None or k.dtype == torch.float64 else cast
@@ -257,9 +311,6 @@ def pool_projected(
         if dropout_p and dropout_seed is None:
             options = replace(options, dropout_seed=draw_seed(k.device))
         ignore = options.ignored(k)
-        if backend == "reference":
-            seed = options.dropout_seed
-            out = attend_reference(queries, k, v, ignore, num_heads, scale, dropout_p, seed)
-        else:
-            out = attend(queries, k, v, ignore, scale, options)
+        pool = attend_reference if backend == "reference" else attend
+        out, _ = pool(queries, k, v, ignore, options)
     return out if lengths is None else nan_unless(lengths, length, out)
