@@ -12,21 +12,48 @@ from ..tiles import load_tokens, load_tokens_t
 
 
 @triton.jit
+def sample_start(
+    b,
+    span_ptr,
+    N,
+    stride_b,
+    stride_n,
+    hi,
+    MASK: tl.constexpr,
+):
+    """Return where sample b starts, and how many rows it has.
+
+    The start is given as a row of contiguous tensors with one row for each token, (B, N, ...) or
+    packed (total, ...), and as an offset in x. ``hi`` is the end of the sample's span.
+    """
+    row = b * N
+    offset = b * stride_b
+    count = N
+    if MASK == "packed":
+        row = tl.load(span_ptr + b).to(tl.int64)
+        offset = row * stride_n
+        count = hi
+    return row, offset, count
+
+
+@triton.jit
 def load_moments(
     mean_ptr,
     rstd_ptr,
-    b,
+    row,
     n,
     keep,
-    N,
     NORM: tl.constexpr,
 ):
-    """Load mean and rstd of each token; 0 for ignored tokens, and without NORM."""
+    """Load mean and rstd of each token; 0 for ignored tokens, and without NORM.
+
+    ``row``: the first row of the sample, see sample_start.
+    """
     mean = tl.zeros(n.shape, tl.float32)
     rstd = mean
     if NORM:
-        mean = tl.load(mean_ptr + b * N + n, mask=keep, other=0.0)
-        rstd = tl.load(rstd_ptr + b * N + n, mask=keep, other=0.0)
+        mean = tl.load(mean_ptr + row + n, mask=keep, other=0.0)
+        rstd = tl.load(rstd_ptr + row + n, mask=keep, other=0.0)
     return mean, rstd
 
 

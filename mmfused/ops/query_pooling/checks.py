@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...library import check_fractions, check_numbers, check_tensors
+from ...library import check_fractions, check_numbers, check_tensors, check_value
 from .._common import check_dropout_seed, check_padding
 from .reference import PoolingOptions, PoolingWeights
 
@@ -30,11 +30,12 @@ def check(
         **floats,
         key_padding_mask=options.key_padding_mask,
         lengths=options.lengths,
+        cu_seqlens=options.cu_seqlens,
         dropout_seed=options.dropout_seed,
     )
-    _check_x(x)
+    batch = _check_x(x, options.cu_seqlens)
     _check_dtypes(x, floats)
-    _check_shapes(x, queries, weights, floats)
+    _check_shapes(batch, x.shape[-1], queries, weights, floats)
     check_numbers(OP, scale=options.scale, norm_eps=options.norm_eps)
     _check_heads(options.num_heads, queries.shape[-1], weights.w_v.shape[0])
     if options.norm_bias is not None and options.norm_weight is None:
@@ -45,23 +46,87 @@ def check(
         raise ValueError(f"{OP}: form: got {form!r}, expected one of {', '.join(FORMS)}")
     check_fractions(OP, dropout_p=options.dropout_p)
     check_dropout_seed(OP, options.dropout_seed)
-    check_padding(OP, x.shape[0], x.shape[1], options.key_padding_mask, options.lengths)
+    masks = (options.key_padding_mask, options.lengths)
+    _check_lengths(x, *masks, options.cu_seqlens, options.max_seqlen)
 
 
-def check_tokens(x: Tensor, key_padding_mask: Tensor | None, lengths: Tensor | None) -> None:
+def check_tokens(
+    x: Tensor,
+    key_padding_mask: Tensor | None,
+    lengths: Tensor | None,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+) -> None:
     """Check the tokens and their padding. Modules call this before they use the tokens."""
-    check_tensors(OP, x=x, key_padding_mask=key_padding_mask, lengths=lengths)
-    _check_x(x)
-    check_padding(OP, x.shape[0], x.shape[1], key_padding_mask, lengths)
+    masks = dict(key_padding_mask=key_padding_mask, lengths=lengths)
+    check_tensors(OP, x=x, **masks, cu_seqlens=cu_seqlens)
+    _check_x(x, cu_seqlens)
+    _check_lengths(x, key_padding_mask, lengths, cu_seqlens, max_seqlen)
 
 
-def _check_x(x: Tensor) -> None:
+def _check_lengths(
+    x: Tensor,
+    mask: Tensor | None,
+    lengths: Tensor | None,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+) -> None:
+    if cu_seqlens is None:
+        if max_seqlen is not None:
+            raise ValueError(
+                f"{OP}: max_seqlen: got {max_seqlen} without cu_seqlens, expected cu_seqlens too"
+            )
+        check_padding(OP, x.shape[0], x.shape[1], mask, lengths)
+        return
+    if mask is not None or lengths is not None:
+        other = "lengths" if mask is None else "key_padding_mask"
+        raise ValueError(
+            f"{OP}: cu_seqlens: got offsets and {other}, expected at most one of the two"
+        )
+    if not isinstance(max_seqlen, int | torch.SymInt) or isinstance(max_seqlen, bool):
+        raise TypeError(
+            f"{OP}: max_seqlen: got a {type(max_seqlen).__name__}, expected an int, as cu_seqlens "
+            "is given"
+        )
+    if max_seqlen < 0:
+        raise ValueError(f"{OP}: max_seqlen: got {max_seqlen}, expected 0 or more")
+    check_value(
+        cu_seqlens,
+        lambda cu: (
+            (cu[0] >= 0)
+            & (cu[-1] <= x.shape[0])
+            & ((cu.diff() >= 0) & (cu.diff() <= max_seqlen)).all()
+        ),
+        lambda: (
+            f"{OP}: cu_seqlens: got offsets that are not valid, expected sorted ones from 0 to "
+            f"{x.shape[0]}, at most max_seqlen = {max_seqlen} apart"
+        ),
+    )
+
+
+def _check_x(x: Tensor, cu_seqlens: Tensor | None) -> int:
+    """Check the tokens, and return the number of samples."""
     if not x.is_floating_point():
         raise TypeError(
             f"{OP}: x: got dtype {x.dtype}, expected float32, float16, bfloat16 or float64"
         )
-    if x.dim() != 3:
-        raise ValueError(f"{OP}: x: got shape {tuple(x.shape)}, expected (batch, tokens, dim)")
+    if cu_seqlens is None:
+        if x.dim() != 3:
+            raise ValueError(f"{OP}: x: got shape {tuple(x.shape)}, expected (batch, tokens, dim)")
+        return x.shape[0]
+    if x.dim() != 2:
+        raise ValueError(
+            f"{OP}: x: got shape {tuple(x.shape)}, expected (tokens, dim), as cu_seqlens is given"
+        )
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(
+            f"{OP}: cu_seqlens: got dtype {cu_seqlens.dtype}, expected torch.int32 or torch.int64"
+        )
+    if cu_seqlens.dim() != 1 or not len(cu_seqlens):
+        raise ValueError(
+            f"{OP}: cu_seqlens: got shape {tuple(cu_seqlens.shape)}, expected (batch + 1,)"
+        )
+    return len(cu_seqlens) - 1
 
 
 def _check_dtypes(x: Tensor, floats: dict[str, Any]) -> None:
@@ -76,12 +141,12 @@ def _check_dtypes(x: Tensor, floats: dict[str, Any]) -> None:
 
 
 def _check_shapes(
-    x: Tensor,
+    batch: int,
+    dim: int,
     queries: Tensor,
     weights: PoolingWeights,
     floats: dict[str, Any],
 ) -> None:
-    batch, _, dim = x.shape
     if queries.dim() not in (2, 3) or (queries.dim() == 3 and queries.shape[0] != batch):
         shape = tuple(queries.shape)
         raise ValueError(f"{OP}: queries: got shape {shape}, expected (L, Dk) or ({batch}, L, Dk)")

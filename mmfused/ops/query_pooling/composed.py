@@ -104,7 +104,7 @@ def project_values(
         out = merge_heads(z @ w_v.transpose(1, 2))
     else:
         out = z.transpose(0, 1).flatten(1, 2) @ w_v.transpose(1, 2)  # (h, B*L, dv)
-        out = out.unflatten(1, (x.shape[0], queries)).permute(1, 2, 0, 3).flatten(2)
+        out = out.unflatten(1, (z.shape[0], queries)).permute(1, 2, 0, 3).flatten(2)
 
     if ksum is not None:
         if b_v is not None:
@@ -232,9 +232,9 @@ def pool_composed(
 def empty_samples(x: Tensor, mask: Tensor | None, lengths: Tensor | None) -> Tensor | None:
     """Return a bool (B,), True for samples without tokens, or None if no sample can be empty.
 
-    Masked tokens do not count.
+    Masked tokens do not count. x is (B, N, D), or packed with its lengths.
     """
-    if not x.shape[1]:
+    if x.dim() == 3 and not x.shape[1]:
         return x.new_ones(x.shape[0], dtype=torch.bool)
     if mask is not None:
         return mask.all(1)

@@ -33,7 +33,9 @@ from .reference import (
     PoolingOptions,
     PoolingWeights,
     attend_reference,
+    packed_lengths,
     pool_reference,
+    unpacked,
 )
 
 
@@ -50,6 +52,8 @@ def query_pooling(
     scale: float | None = None,
     key_padding_mask: Tensor | None = None,
     lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     norm_eps: float = 1e-5,
@@ -73,6 +77,8 @@ def query_pooling(
     scale: float | None = None,
     key_padding_mask: Tensor | None = None,
     lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     norm_eps: float = 1e-5,
@@ -95,6 +101,8 @@ def query_pooling(
     scale: float | None = None,
     key_padding_mask: Tensor | None = None,
     lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     norm_eps: float = 1e-5,
@@ -108,7 +116,7 @@ def query_pooling(
     Computes ``softmax(scale * Q K^T) V`` with ``K = x w_k^T + b_k`` and ``V = x w_v^T + b_v``.
 
     Args:
-        x: tokens (B, N, D); float32, float16, bfloat16 or float64.
+        x: tokens (B, N, D), or packed tokens (total, D); float32, float16, bfloat16 or float64.
         queries: projected queries, (B, L, Dk), or (L, Dk) for all samples.
         w_k: (Dk, D), weight of the key projection, as ``nn.Linear.weight``.
         w_v: (Dv, D), weight of the value projection.
@@ -121,6 +129,14 @@ def query_pooling(
             all tokens are ignored gives output 0 (not the value bias) and gradient 0.
         lengths: (B,) int; only the first ``lengths[b]`` tokens of sample b count. An alternative to
             the mask.
+        cu_seqlens: (B + 1,) int32 or int64, for packed tokens: those of sample b are the rows
+            ``cu_seqlens[b]`` to ``cu_seqlens[b + 1] - 1`` of ``x``. The values are sorted, and at
+            most the number of rows. They stay on the device. Rows outside of all samples may be NaN
+            and have gradient 0. Instead of the mask and ``lengths``; the names are those of
+            flash-attention.
+        max_seqlen: the maximum number of tokens of a sample, or a bound on it. Needed with
+            ``cu_seqlens``; it bounds the work of the kernels, which skip what is not there. Without
+            kernels the tokens are padded to (B, max_seqlen, D).
         norm_weight: (D,), weight of a LayerNorm over ``x`` before both projections; None for no
             LayerNorm. The kernels do not support a LayerNorm with D = 2.
         norm_bias: (D,), bias of the LayerNorm.
@@ -175,6 +191,8 @@ def query_pooling(
         scale=scale,
         key_padding_mask=key_padding_mask,
         lengths=lengths,
+        cu_seqlens=cu_seqlens,
+        max_seqlen=max_seqlen,
         norm_weight=norm_weight,
         norm_bias=norm_bias,
         norm_eps=norm_eps,
@@ -187,10 +205,20 @@ def query_pooling(
     backend = choose("query_pooling", x.device, x.dtype, _why_no_kernel(x, options, form))
     if dropout_p and dropout_seed is None:
         options = replace(options, dropout_seed=draw_seed(x.device))
+    if form == "auto":
+        form = _auto_form(x, queries, weights, options)
+    length = x.shape[1]
+    if cu_seqlens is not None:
+        assert max_seqlen is not None
+        lengths, length = packed_lengths(x, cu_seqlens), max_seqlen
+        if backend == "fused" and form == "absorbed":
+            options = replace(options, lengths=lengths)
+        elif backend != "reference":
+            x, options = unpacked(x, options)
     with no_autocast(x.device.type):  # weights are folded before they are rounded
         if backend == "reference":
             out, lse = _pool_reference(x, queries, weights, options)
-        elif (_auto_form(x, queries, weights, options) if form == "auto" else form) == "projected":
+        elif form == "projected":
             out, lse = projected(x, queries, weights, options)
         else:
             q, w_v, b_v = absorb(x, queries, weights, options)
@@ -201,8 +229,8 @@ def query_pooling(
             out = out if b_k is None else with_zero_gradient(out, b_k)
             lse = None if lse is None else whole_lse(lse, queries, weights, options)
     if lengths is not None:
-        out = nan_unless(lengths, x.shape[1], out)
-        lse = None if lse is None else nan_unless(lengths, x.shape[1], lse)
+        out = nan_unless(lengths, length, out)
+        lse = None if lse is None else nan_unless(lengths, length, lse)
     return out if lse is None else (out, lse)
 
 
@@ -242,6 +270,10 @@ def _auto_form(
     if current_backend() == "fused":  # only the absorbed form has kernels
         return "absorbed"
     explicit = bool(options.dropout_p) or options.return_lse
+    if options.cu_seqlens is not None:
+        assert options.max_seqlen is not None
+        padded = (options.cu_seqlens.shape[0] - 1, options.max_seqlen, x.shape[1])
+        x = x.new_empty(()).expand(padded)  # only its shape counts
     return cheaper_form(x, queries, weights.w_k, weights.w_v, options.num_heads, explicit)
 
 
@@ -282,6 +314,8 @@ def pool_projected(
         scale=scale,
         key_padding_mask=key_padding_mask,
         lengths=lengths,
+        cu_seqlens=None,
+        max_seqlen=None,
         norm_weight=None,
         norm_bias=None,
         norm_eps=0.0,

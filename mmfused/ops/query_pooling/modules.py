@@ -21,6 +21,7 @@ from .._common import padding_mask
 from .checks import check_tokens
 from .composed import empty_samples
 from .functional import pool_projected, query_pooling
+from .reference import packed_lengths, unpack
 
 
 class QueryPooling(nn.Module):
@@ -103,15 +104,19 @@ class QueryPooling(nn.Module):
         queries: Tensor | None = None,
         *,
         lengths: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
         dropout_seed: Tensor | None = None,
     ) -> Tensor:
         """Pool tokens.
 
         Args:
-            x: (B, N, kv_dim).
+            x: (B, N, kv_dim), or packed tokens (total, kv_dim).
             key_padding_mask: (B, N) bool, True = ignore.
             queries: (L, dim) or (B, L, dim), used instead of the learned queries.
             lengths: (B,) int, the number of tokens that count; an alternative to the mask.
+            cu_seqlens: (B + 1,) int, the offsets of packed tokens; see :func:`query_pooling`.
+            max_seqlen: a bound on the tokens of a sample, needed with ``cu_seqlens``.
             dropout_seed: see :func:`query_pooling`.
 
         Returns:
@@ -122,7 +127,7 @@ class QueryPooling(nn.Module):
             raise ValueError(
                 "QueryPooling: queries: got None, expected a tensor because num_queries is None"
             )
-        check_tokens(x, key_padding_mask, lengths)
+        check_tokens(x, key_padding_mask, lengths, cu_seqlens, max_seqlen)
         device = x.device.type
         q = queries
         if self.q_proj is not None:
@@ -133,6 +138,9 @@ class QueryPooling(nn.Module):
         norm = read_norm(self.norm_kv, "QueryPooling.norm_kv", self.kv_dim, device, eps)
         dropout_p = self.dropout if self.training else 0.0
         if any(isinstance(part, Called) for part in (w_k, w_v, norm)):
+            if cu_seqlens is not None and max_seqlen is not None:
+                x, lengths = unpack(x, cu_seqlens, max_seqlen)
+                cu_seqlens = max_seqlen = None
             x = self._normed(x, norm, key_padding_mask, lengths)
             norm = None
         fold = False
@@ -149,7 +157,8 @@ class QueryPooling(nn.Module):
                 reasons=why_no_weights((w_k, w_v)),
             )
         else:
-            fold = self._folds_out_proj(x.shape[0] * queries.shape[-2], dropout_p)
+            batch = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+            fold = self._folds_out_proj(batch * queries.shape[-2], dropout_p)
             if fold:
                 w_v, b_v = self._value_to_output(w_v, b_v)
             assert not isinstance(norm, Called)
@@ -164,6 +173,8 @@ class QueryPooling(nn.Module):
                 num_heads=self.num_heads,
                 key_padding_mask=key_padding_mask,
                 lengths=lengths,
+                cu_seqlens=cu_seqlens,
+                max_seqlen=max_seqlen,
                 norm_weight=norm_weight,
                 norm_bias=norm_bias,
                 norm_eps=eps,
@@ -173,6 +184,7 @@ class QueryPooling(nn.Module):
         if self.out_proj is None or fold:
             return out
         out = linear(out, *read(self.out_proj, "QueryPooling.out_proj", None, device))
+        lengths = lengths if cu_seqlens is None else packed_lengths(x, cu_seqlens)
         empty = empty_samples(x, key_padding_mask, lengths)
         return out if empty is None else out.masked_fill(empty[:, None, None], 0.0)
 

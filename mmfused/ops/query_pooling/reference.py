@@ -54,7 +54,7 @@ FLOPs per sample, forward and backward, with Dk = Dv = D and shared queries: 14 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, overload
 
 import torch
@@ -86,6 +86,8 @@ class PoolingOptions:
     scale: float | None
     key_padding_mask: Tensor | None
     lengths: Tensor | None
+    cu_seqlens: Tensor | None
+    max_seqlen: int | None
     norm_weight: Tensor | None
     norm_bias: Tensor | None
     norm_eps: float
@@ -111,6 +113,8 @@ def query_pooling_reference(
     scale: float | None = None,
     key_padding_mask: Tensor | None = None,
     lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     norm_eps: float = 1e-5,
@@ -133,6 +137,8 @@ def query_pooling_reference(
     scale: float | None = None,
     key_padding_mask: Tensor | None = None,
     lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     norm_eps: float = 1e-5,
@@ -154,6 +160,8 @@ def query_pooling_reference(
     scale: float | None = None,
     key_padding_mask: Tensor | None = None,
     lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     norm_eps: float = 1e-5,
@@ -181,6 +189,8 @@ def query_pooling_reference(
         scale=scale,
         key_padding_mask=key_padding_mask,
         lengths=lengths,
+        cu_seqlens=cu_seqlens,
+        max_seqlen=max_seqlen,
         norm_weight=norm_weight,
         norm_bias=norm_bias,
         norm_eps=norm_eps,
@@ -199,6 +209,8 @@ def pool_reference(
     options: PoolingOptions,
 ) -> tuple[Tensor, Tensor | None]:
     """Compute :func:`query_pooling_reference`; without ``return_lse`` the second result is None."""
+    if options.cu_seqlens is not None:
+        x, options = unpacked(x, options)
     ignore = options.ignored(x)
     if ignore is not None:
         x = x.masked_fill(ignore[:, :, None], 0.0)  # a masked token may be NaN, and NaN * 0 is NaN
@@ -207,6 +219,32 @@ def pool_reference(
     k = F.linear(x, weights.w_k, weights.b_k)
     v = F.linear(x, weights.w_v, weights.b_v)
     return attend_reference(queries, k, v, ignore, options)
+
+
+def packed_lengths(x: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Return the length of each sample of packed tokens; -1 if its offsets leave x."""
+    first, last = cu_seqlens[:-1], cu_seqlens[1:]
+    outside = (first < 0) | (last > x.shape[0])
+    return (last - first).masked_fill(outside, -1)
+
+
+def unpack(x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
+    """Return packed tokens (total, D) as (B, max_seqlen, D), and the lengths (B,).
+
+    The tokens beyond the length of a sample are any tokens of x.
+    """
+    lengths = packed_lengths(x, cu_seqlens)
+    if not x.shape[0]:
+        x = F.pad(x, (0, 0, 0, 1))
+    n = torch.arange(max_seqlen, device=x.device)
+    return x[(cu_seqlens[:-1, None] + n).clamp(0, x.shape[0] - 1)], lengths
+
+
+def unpacked(x: Tensor, options: PoolingOptions) -> tuple[Tensor, PoolingOptions]:
+    """Unpack packed tokens, and replace the offsets in the options by the lengths."""
+    assert options.cu_seqlens is not None and options.max_seqlen is not None
+    x, lengths = unpack(x, options.cu_seqlens, options.max_seqlen)
+    return x, replace(options, lengths=lengths, cu_seqlens=None, max_seqlen=None)
 
 
 def attend_reference(
