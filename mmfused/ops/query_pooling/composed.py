@@ -156,10 +156,10 @@ def _folded_norm(
         shift = w_v.to(wide) @ options.norm_bias.to(wide)
         b_v = shift if b_v is None else shift + b_v.to(wide)
     norm_weight = options.norm_weight.to(wide)
-    return _centred(w_k.to(wide) * norm_weight), _centred(w_v.to(wide) * norm_weight), b_v
+    return centred(w_k.to(wide) * norm_weight), centred(w_v.to(wide) * norm_weight), b_v
 
 
-def _centred(w: Tensor) -> Tensor:
+def centred(w: Tensor) -> Tensor:
     """Subtract from each row of w its mean.
 
     A normalised token sums to zero, so its projection does not change. The gradient of a normalised

@@ -21,6 +21,7 @@ from .._common import padding_mask
 from .checks import check_tokens
 from .composed import empty_samples
 from .functional import pool_projected, query_pooling
+from .probabilities import in_chunks, pooling_weights, samples
 from .reference import packed_lengths, unpack
 
 
@@ -122,16 +123,9 @@ class QueryPooling(nn.Module):
         Returns:
             (B, L, dim).
         """
-        queries = self.queries if queries is None else queries
-        if queries is None:
-            raise ValueError(
-                "QueryPooling: queries: got None, expected a tensor because num_queries is None"
-            )
         check_tokens(x, key_padding_mask, lengths, cu_seqlens, max_seqlen)
         device = x.device.type
-        q = queries
-        if self.q_proj is not None:
-            q = linear(queries, *read(self.q_proj, "QueryPooling.q_proj", self.dim, device))
+        q = self._projected_queries(x, queries)
         w_k, b_k = read(self.k_proj, "QueryPooling.k_proj", self.dim, device)
         w_v, b_v = read(self.v_proj, "QueryPooling.v_proj", self.dim, device)
         eps = getattr(self.norm_kv, "eps", 0.0)
@@ -158,7 +152,7 @@ class QueryPooling(nn.Module):
             )
         else:
             batch = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-            fold = self._folds_out_proj(batch * queries.shape[-2], dropout_p)
+            fold = self._folds_out_proj(batch * q.shape[-2], dropout_p)
             if fold:
                 w_v, b_v = self._value_to_output(w_v, b_v)
             assert not isinstance(norm, Called)
@@ -187,6 +181,74 @@ class QueryPooling(nn.Module):
         lengths = lengths if cu_seqlens is None else packed_lengths(x, cu_seqlens)
         empty = empty_samples(x, key_padding_mask, lengths)
         return out if empty is None else out.masked_fill(empty[:, None, None], 0.0)
+
+    @torch.no_grad()
+    def pooling_weights(
+        self,
+        x: Tensor,
+        key_padding_mask: Tensor | None = None,
+        queries: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        chunk: int = 32,
+    ) -> Tensor:
+        """Return the probabilities with which :meth:`forward` pools the tokens, without gradients.
+
+        The arguments are those of :meth:`forward`, and ``chunk`` is the number of samples that are
+        computed at a time; see :func:`pooling_weights`.
+
+        Returns:
+            (B, num_heads, L, N) in float32, or in float64 for float64 ``x``, without dropout.
+        """
+        check_tokens(x, key_padding_mask, lengths, cu_seqlens, max_seqlen)
+        device = x.device.type
+        q = self._projected_queries(x, queries)
+        w_k, b_k = read(self.k_proj, "QueryPooling.k_proj", self.dim, device)
+        eps = getattr(self.norm_kv, "eps", 0.0)
+        norm = read_norm(self.norm_kv, "QueryPooling.norm_kv", self.kv_dim, device, eps)
+        tokens = (x, key_padding_mask, lengths, cu_seqlens, max_seqlen)
+        if not isinstance(w_k, Called) and not isinstance(norm, Called):
+            return pooling_weights(
+                x,
+                q,
+                w_k,
+                num_heads=self.num_heads,
+                key_padding_mask=key_padding_mask,
+                lengths=lengths,
+                cu_seqlens=cu_seqlens,
+                max_seqlen=max_seqlen,
+                norm_weight=None if norm is None else norm[0],
+                norm_eps=eps,
+                chunk=chunk,
+            )
+
+        def of_samples(part: slice) -> Tensor:
+            some, mask, counts = samples(*tokens, part)
+            k = linear(self._normed(some, norm, mask, counts), w_k, b_k)
+            return pooling_weights(
+                k,
+                q if q.dim() == 2 else q[part],
+                torch.eye(self.dim, dtype=k.dtype, device=k.device),
+                num_heads=self.num_heads,
+                key_padding_mask=mask,
+                lengths=counts,
+            )
+
+        batch = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        return in_chunks(of_samples, batch, chunk)
+
+    def _projected_queries(self, x: Tensor, queries: Tensor | None) -> Tensor:
+        queries = self.queries if queries is None else queries
+        if queries is None:
+            raise ValueError(
+                "QueryPooling: queries: got None, expected a tensor because num_queries is None"
+            )
+        if self.q_proj is None:
+            return queries
+        device = x.device.type
+        return linear(queries, *read(self.q_proj, "QueryPooling.q_proj", self.dim, device))
 
     def _normed(
         self,
