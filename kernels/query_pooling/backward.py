@@ -337,9 +337,9 @@ def onepass_backward_kernel(
         lo, hi = token_span(b, span_ptr, N, MASK)
         row, at, count = sample_start(b, span_ptr, N, stride_xb, stride_xn, hi, MASK)
         lo = lo // BN * BN
-        if NEED_DX and MASK != "none":
+        if NEED_DX and MASK != "none" and MASK != "packed":
             _zero_rows(dx_ptr, row, 0, lo, D, BN, BD)
-            _zero_rows(dx_ptr, row, tl.maximum(lo, tl.cdiv(hi, BN) * BN), count, D, BN, BD)
+            _zero_rows(dx_ptr, row, tl.maximum(lo, tl.cdiv(hi, BN) * BN), N, D, BN, BD)
         for start in range(lo, hi, BN):
             n, keep = tokens_kept(b, start, BN, hi, words_ptr, W, MASK)
             mean, rstd = load_moments(mean_ptr, rstd_ptr, row, n, keep, NORM)
