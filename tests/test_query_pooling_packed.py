@@ -278,6 +278,23 @@ def test_compiles_to_one_graph_for_any_number_of_rows(backend):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
+def test_an_exported_module_takes_any_number_of_rows_and_samples():
+    pool = QueryPooling(8, 3, 2, out_proj=True, bias=True, norm_kv=True).to(DEVICE)
+
+    class Packed(torch.nn.Module):
+        def forward(self, x, cu_seqlens):
+            return pool(x, cu_seqlens=cu_seqlens, max_seqlen=9)
+
+    inputs = [
+        (torch.randn(rows, 8, device=DEVICE), torch.tensor(offsets, device=DEVICE))
+        for rows, offsets in ((20, [0, 9, 9, 15]), (31, [0, 9, 12, 20, 29]))
+    ]
+    sizes = ({0: torch.export.Dim("rows")}, {0: torch.export.Dim("offsets", min=3)})
+    with torch.no_grad(), mmfused.backend("composed"):
+        exported = torch.export.export(Packed(), inputs[0], dynamic_shapes=sizes).module()
+        torch.testing.assert_close(exported(*inputs[1]), Packed()(*inputs[1]))
+
+
 # ---- errors --------------------------------------------------------------------------------------
 
 

@@ -47,9 +47,9 @@ from ..tiles import (
 )
 from . import gradients
 from .dropout import keep_words, rows_keep
-from .forward import sizes, softmax_of, token_arguments
+from .forward import softmax_of
 from .plans import Plan, plan
-from .tokens import load_moments, load_normed, sample_start
+from .tokens import load_moments, load_normed, sample_start, sizes, token_arguments
 
 
 def backward(

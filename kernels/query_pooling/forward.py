@@ -41,7 +41,6 @@ from ..tiles import (
     dot,
     load_rows_t,
     load_tokens,
-    pack_padding,
     rounded_product,
     store_rows_t,
     token_span,
@@ -50,7 +49,14 @@ from ..tiles import (
 )
 from .dropout import keep_words, rows_keep
 from .plans import Plan, plan
-from .tokens import load_moments, load_normed, load_normed_t, sample_start
+from .tokens import (
+    load_moments,
+    load_normed,
+    load_normed_t,
+    sample_start,
+    sizes,
+    token_arguments,
+)
 
 
 def forward(
@@ -107,38 +113,6 @@ def forward(
     else:
         _launch_logits_and_pool(tiles, tokens, query, out, sums)
     return z, sums, mean, rstd, ksum
-
-
-def sizes(x: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> tuple[int, int]:
-    """Return the number of samples and the length of each, or the maximum length if packed."""
-    if cu_seqlens is None:
-        return x.shape[0], x.shape[1]
-    assert max_seqlen is not None
-    return len(cu_seqlens) - 1, max_seqlen
-
-
-def token_arguments(
-    x: Tensor,
-    mask: Tensor | None,
-    lengths: Tensor | None,
-    cu_seqlens: Tensor | None,
-    max_seqlen: int | None,
-) -> dict[str, Any]:
-    """Return the kernel arguments that describe the tokens, for forward and backward."""
-    words, span, num_words, kind = pack_padding(mask, lengths)
-    if cu_seqlens is not None:
-        span, kind = cu_seqlens, "packed"
-    return dict(
-        x_ptr=x,
-        words_ptr=words,
-        span_ptr=span,
-        N=sizes(x, cu_seqlens, max_seqlen)[1],
-        W=num_words,
-        stride_xb=x.stride(0) if x.dim() == 3 else 0,
-        stride_xn=x.stride(-2),
-        D=x.shape[-1],
-        MASK=kind,
-    )
 
 
 def _launch_moments(

@@ -1,14 +1,49 @@
-"""Device functions that load tokens: x or, with NORM, (x - mean) rstd.
+"""The tokens: their arguments, and device functions that load x or, with NORM, (x - mean) rstd.
 
 The normalised tokens are computed in float32 and rounded once, to the dtype of x.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from ..tiles import load_tokens, load_tokens_t
+from ..tiles import load_tokens, load_tokens_t, pack_padding
+
+
+def sizes(x: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> tuple[int, int]:
+    """Return the number of samples and the length of each, or the maximum length if packed."""
+    if cu_seqlens is None:
+        return x.shape[0], x.shape[1]
+    assert max_seqlen is not None
+    return cu_seqlens.shape[0] - 1, max_seqlen
+
+
+def token_arguments(
+    x: Tensor,
+    mask: Tensor | None,
+    lengths: Tensor | None,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+) -> dict[str, Any]:
+    """Return the kernel arguments that describe the tokens, for forward and backward."""
+    words, span, num_words, kind = pack_padding(mask, lengths)
+    if cu_seqlens is not None:
+        span, kind = cu_seqlens, "packed"
+    return dict(
+        x_ptr=x,
+        words_ptr=words,
+        span_ptr=span,
+        N=sizes(x, cu_seqlens, max_seqlen)[1],
+        W=num_words,
+        stride_xb=x.stride(0) if x.dim() == 3 else 0,
+        stride_xn=x.stride(-2),
+        D=x.shape[-1],
+        MASK=kind,
+    )
 
 
 @triton.jit

@@ -159,11 +159,11 @@ def _check_x(op: str, x: Tensor, cu_seqlens: Tensor | None) -> int:
         raise TypeError(
             f"{op}: cu_seqlens: got dtype {cu_seqlens.dtype}, expected torch.int32 or torch.int64"
         )
-    if cu_seqlens.dim() != 1 or not len(cu_seqlens):
+    if cu_seqlens.dim() != 1 or not cu_seqlens.shape[0]:
         raise ValueError(
             f"{op}: cu_seqlens: got shape {tuple(cu_seqlens.shape)}, expected (batch + 1,)"
         )
-    return len(cu_seqlens) - 1
+    return cu_seqlens.shape[0] - 1
 
 
 def _check_dtypes(op: str, x: Tensor, floats: dict[str, Any]) -> None:
