@@ -145,6 +145,30 @@ def _product(
 
 
 @gluon.jit
+def _other_terms(
+    saved,
+    at,
+    inside,
+    ROW: gl.constexpr,
+    DROPOUT: gl.constexpr,
+):
+    """Return the terms of dS / P beside dP - delta, for kept and for dropped probabilities."""
+    _, _, ksum_ptr, dksum_ptr, dlse_ptr = saved
+    kept_term = gl.zeros(at.shape, gl.float32, layout=ROW)
+    dropped_term = kept_term
+    if DROPOUT:
+        dksum = gl.load(dksum_ptr + at, mask=inside, other=0.0)
+        ksum = gl.load(ksum_ptr + at, mask=inside, other=0.0)
+        kept_term = dksum * (1.0 - ksum)
+        dropped_term = -dksum * ksum
+    if dlse_ptr is not None:
+        dlse = gl.load(dlse_ptr + at, mask=inside, other=0.0)
+        kept_term += dlse
+        dropped_term += dlse
+    return kept_term, dropped_term
+
+
+@gluon.jit
 def _probabilities(
     s,
     keep,
@@ -230,7 +254,7 @@ def _consumer(
     ring, q, dz, parts, ds_tiles, stats, full, empty, ready, taken, fixed = shared[:11]
     q_full, dz_full, dz_empty = shared[11:]
     words_ptr, span_ptr, mean_ptr, rstd_ptr, N, W = tokens
-    sums_ptr, keep_ptr, ksum_ptr, dksum_ptr = saved
+    sums_ptr, keep_ptr, _, _, dlse_ptr = saved
     BR: gl.constexpr = ds_tiles.shape[2]
     HALF: gl.constexpr = CHUNKS // 2
     dtype: gl.constexpr = ring.dtype
@@ -272,11 +296,10 @@ def _consumer(
         stats.index(5 * half).store(gl.load(sums_ptr + 2 * at, mask=row < R, other=float("inf")))
         stats.index(5 * half + 1).store(gl.load(sums_ptr + 2 * at + 1, mask=row < R, other=0.0))
         stats.index(5 * half + 2).store(delta)
-        if DROPOUT:
-            dksum = gl.load(dksum_ptr + at, mask=row < R, other=0.0)
-            ksum = gl.load(ksum_ptr + at, mask=row < R, other=0.0)
-            stats.index(5 * half + 3).store(dksum * (1.0 - ksum))
-            stats.index(5 * half + 4).store(-dksum * ksum - delta)
+        if DROPOUT or dlse_ptr is not None:
+            kept_term, dropped_term = _other_terms(saved, at, row < R, ROW, DROPOUT)
+            stats.index(5 * half + 3).store(kept_term)
+            stats.index(5 * half + 4).store(dropped_term - delta)
         lo, hi = span_of(b, span_ptr, N, MASK)
         if NEED_DX and MASK != "none":
             step = _store_zeros(half, dx_desc, b, 0, lo, ring, full, empty, step, SLOTS, CHUNKS)
@@ -325,10 +348,11 @@ def _consumer(
                 s = parts.index(0).load(S)
                 mbarrier.arrive(taken.index(0), count=1)
                 p = _probabilities(s, keep, stats.index(5 * half), stats.index(5 * half + 1), ROW)
+            # dP - delta comes first, so that it is 0 if one token has all the weight.
+            if DROPOUT or dlse_ptr is not None:
+                centred += stats.index(5 * half + 3).load(ROW)[None, :]
             if DROPOUT:
                 keep = rows_kept(keep_ptr, b, start, token, row, N, R)
-                # dP - delta comes first, so that it is 0 if one token has all the weight.
-                centred += stats.index(5 * half + 3).load(ROW)[None, :]
                 dropped = stats.index(5 * half + 4).load(ROW)[None, :]
                 ds = p * gl.where(keep, centred, dropped)
                 p = gl.where(keep, p, 0.0)
@@ -407,6 +431,7 @@ def hopper_backward_kernel(
     keep_ptr,  # (B, N / 64, R) int64
     ksum_ptr,  # (B, R) float32
     dksum_ptr,  # (B, R) float32
+    dlse_ptr,  # (B, R) float32
     dq_ptr,  # (partials, R, D)
     B,
     N,
@@ -446,7 +471,7 @@ def hopper_backward_kernel(
     shared = (ring, q, dz, parts, ds_tiles, stats, full, empty, ready, taken, fixed)
     shared += (q_full, dz_full, dz_empty)
     tokens = (words_ptr, span_ptr, mean_ptr, rstd_ptr, N, W)
-    saved = (sums_ptr, keep_ptr, ksum_ptr, dksum_ptr)
+    saved = (sums_ptr, keep_ptr, ksum_ptr, dksum_ptr, dlse_ptr)
     call = (dx_desc, shared, tokens, saved, dq_ptr, B, R)
     descs = (x_desc, q_desc, z_desc, dz_desc)
     filled = (ring, q, dz, full, empty, q_full, dz_full, dz_empty)
