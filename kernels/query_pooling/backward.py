@@ -85,7 +85,8 @@ def backward(
     norm = mean.numel() > 0
     if tiles is None:
         tma = cu_seqlens is None and can_describe(x, q, z, dz)
-        tiles = plan(rows, dim, x.dtype, arch_of(x), norm, bool(dropout_p), not shared, tma)
+        options = (norm, bool(dropout_p), not shared, tma, dlse is not None)
+        tiles = plan(rows, dim, x.dtype, arch_of(x), *options)
     # The kernels do not write the rows of packed tokens that belong to no sample.
     new = x.new_empty if cu_seqlens is None else x.new_zeros
     dx = new(x.shape if need_dx else (0,))

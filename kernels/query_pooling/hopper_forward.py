@@ -225,8 +225,10 @@ def _consumer(
         if half == 0:
             at = b.to(gl.int64) * R + first + row
             inside = first + row < R
-            gl.store(sums_ptr + 2 * at, gl.where(total > 0, m, float("inf")), mask=inside)
-            gl.store(sums_ptr + 2 * at + 1, gl.where(total > 0, gl.log(total), 0.0), mask=inside)
+            no_token = total == 0
+            gl.store(sums_ptr + 2 * at, gl.where(no_token, float("inf"), m), mask=inside)
+            log_total = gl.log(gl.where(no_token, 1.0, total))
+            gl.store(sums_ptr + 2 * at + 1, log_total, mask=inside)
             if DROPOUT:
                 gl.store(ksum_ptr + at, ksum * inverse, mask=inside)
 
