@@ -230,13 +230,17 @@ def token_span(
 ):
     """Return lo and hi: all valid tokens of sample b are in [lo, hi).
 
-    The range is empty if no token is valid. ``span_ptr`` holds lengths (B,) or spans (B, 2).
+    The range is empty if no token is valid. ``span_ptr`` holds lengths (B,), spans (B, 2), or the
+    offsets (B + 1,) of packed tokens.
     """
     lo = 0
     hi = N
     if MASK == "lengths":
         # Clamped, so that a wrong length never makes the kernel read out of bounds.
         hi = tl.maximum(tl.minimum(tl.load(span_ptr + b), N), 0).to(tl.int32)
+    if MASK == "packed":
+        length = tl.load(span_ptr + b + 1) - tl.load(span_ptr + b)
+        hi = tl.maximum(tl.minimum(length, N), 0).to(tl.int32)
     if MASK == "padding":
         lo = tl.load(span_ptr + 2 * b)
         hi = tl.load(span_ptr + 2 * b + 1)

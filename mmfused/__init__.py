@@ -2,7 +2,7 @@
 
 Four operators, each with a function, an ``nn.Module`` and a reference in plain PyTorch:
 
-* query pooling: ``query_pooling``, ``QueryPooling``, ``QTransform``
+* query pooling: ``query_pooling``, ``QueryPooling``, ``QTransform``, ``pooling_weights``
 * gated cross-attention: ``gated_cross_attention``, ``GatedCrossAttention``,
   ``BidirectionalGatedCrossAttention``, ``TokenGate``
 * top-k routing and experts: ``topk_routing``, ``grouped_mlp``, ``grouped_linear``, ``TopKMoE``
@@ -45,7 +45,13 @@ from .ops.grouped_mlp import (
     grouped_mlp_reference,
 )
 from .ops.masked_info_nce import MaskedInfoNCE, masked_info_nce, masked_info_nce_reference
-from .ops.query_pooling import QTransform, QueryPooling, query_pooling, query_pooling_reference
+from .ops.query_pooling import (
+    QTransform,
+    QueryPooling,
+    pooling_weights,
+    query_pooling,
+    query_pooling_reference,
+)
 from .ops.topk_routing import (
     Routing,
     routing_from_indices,
@@ -83,6 +89,7 @@ __all__ = [
     "masked_info_nce",
     "masked_info_nce_reference",
     "pack_passes",
+    "pooling_weights",
     "query_pooling",
     "query_pooling_reference",
     "register_experts",

@@ -122,7 +122,7 @@ def counts(launch: Traced, card: Card) -> dict[str, Any]:
 def pooling() -> None:
     from mmfused.kernels import query_pooling
 
-    query_pooling.forward(half(3, 128, 128), half(32, 128), None, None, None, 0.0, None)
+    query_pooling.forward(half(3, 128, 128), half(32, 128), *[None] * 5, 0.0, None)
 
 
 def info_nce() -> None:

@@ -53,8 +53,7 @@ def query_pooling(draw: Draw) -> dict:
     k_dim, v_dim = heads * draw.pick("k_dim", 1, 3, 8, 16), heads * draw.pick("v_dim", 1, 3, 8, 16)
     norm = draw.given("norm") and (dim != 2 or draw.fixed.get("norm_of_two", True))
     mean = draw.pick("mean", 0, 0, 1, 3, 10, 30, 100) if norm else 0
-    inputs = dict(
-        x=draw.normal(batch, tokens, dim, mean=mean, expand=EXPANDED[:1]),
+    inputs = _tokens_and_padding(draw, batch, tokens, dim, mean) | dict(
         queries=draw.normal(
             *((batch,) if draw.pick("per_sample", True, False) else ()), rows, k_dim
         ),
@@ -79,9 +78,33 @@ def query_pooling(draw: Draw) -> dict:
         inputs["dropout_p"] = draw.pick("", 0.1, 0.5)
         if draw.given("dropout_seed", 0.8):
             inputs["dropout_seed"] = draw.seed()
-    padding, ignore = _padding(draw, "", batch, tokens, may_be_absent=False)
-    draw.poison(inputs["x"], ignore)
-    return inputs | padding
+    if draw.given("return_lse", 0.3):
+        inputs["return_lse"] = True
+    return inputs
+
+
+def pooling_weights(draw: Draw) -> dict:
+    same = ("num_heads", "scale", "norm_weight", "norm_eps", "queries", "w_k", "x")
+    masks = ("key_padding_mask", "lengths", "cu_seqlens", "max_seqlen")
+    inputs = {k: v for k, v in query_pooling(draw).items() if k in (*same, *masks)}
+    return inputs | dict(chunk=draw.pick("chunk", 1, 2, 32))
+
+
+def _tokens_and_padding(draw: Draw, batch: int, tokens: int, dim: int, mean: float) -> dict:
+    if not draw.given("packed", 0.2):
+        x = draw.normal(batch, tokens, dim, mean=mean, expand=EXPANDED[:1])
+        padding, ignore = _padding(draw, "", batch, tokens, may_be_absent=False)
+        draw.poison(x, ignore)
+        return dict(x=x) | padding
+    lengths = torch.randint(0, tokens + 1, (batch,), generator=draw.generator)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    offsets += draw.pick("first", 0, 0, 3)
+    end = int(offsets[-1]) + draw.pick("more", 0, 0, 5)
+    x = draw.normal(end, dim, mean=mean, expand=EXPANDED[:1])
+    rows = torch.arange(end)
+    draw.poison(x, (rows < offsets[0]) | (rows >= offsets[-1]))
+    offsets = draw.place(offsets.to(draw.pick("", torch.int32, torch.int64)), expand=())
+    return dict(x=x, cu_seqlens=offsets, max_seqlen=tokens + draw.pick("loose", 0, 0, 70))
 
 
 def _attention(draw: Draw) -> tuple[dict, int, int]:
@@ -438,6 +461,7 @@ MAKERS = {
     maker.__name__: maker
     for maker in (
         query_pooling,
+        pooling_weights,
         gated_cross_attention,
         bidirectional_gated_cross_attention,
         pack_passes,

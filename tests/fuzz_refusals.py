@@ -37,11 +37,14 @@ BAD_OPTIONS = {
     "samples": (0,),
     "normalise": (0, -1.0),
     "temperature": (0.0, -1.0),
+    "max_seqlen": (-1, 2.5, None),
+    "chunk": (0, 1.5),
 }
 # Options without invalid values in these tests.
 ANYTHING_GOES = (
     "scale",
     "norm_eps",
+    "return_lse",
     "pre_norm",
     "symmetric",
     "renormalize",
@@ -59,6 +62,7 @@ BAD_VALUES = {
     "candidate_key": (-2,),
     "segments": (-1, 10**6),
     "lengths": (-1, 10**6),
+    "cu_seqlens": (-1, 10**6),
 }
 BAD_VALUES |= {"indices": (-1, 10**6), "available": (False,), "row_weight": (-1.0,)}
 BAD_VALUES |= {f"{side}_lengths": (-1, 10**6) for side in ("a", "b", "context")}

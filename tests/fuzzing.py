@@ -70,7 +70,7 @@ ROWS = {
     "topk_routing_from_input": "x",
     "grouped_mlp": "x",
 }
-ROW_OUTPUTS = ("out", "out0", "out1", "indices", "weights")
+ROW_OUTPUTS = ("out", "lse", "out0", "out1", "indices", "weights")
 NEIGHBOURS = (6, 40)  # numbers of neighbouring inputs; 40 only if a fault remains after 6
 
 
@@ -90,7 +90,9 @@ class Case:
         if self.backend == "fused":
             fixed = dict(form=rng.choice(("auto", "absorbed")), margin=False, norm_of_two=False)
         if self.kind == "row":
-            fixed |= dict(reduction="none", symmetric=False, dropout=False, jitter=False)
+            fixed |= dict(
+                reduction="none", symmetric=False, dropout=False, jitter=False, packed=False
+            )
         self.inputs = MAKERS[function](
             Draw(f"{function} {seed}", self.dtype, fixed=fixed, layouts=self.kind == "values")
         )

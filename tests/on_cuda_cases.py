@@ -151,17 +151,27 @@ def pooling(
     heads=1,
     per_sample=False,
     pooling_form="absorbed",
+    return_lse=False,
 ):
     def make(tiny: bool) -> Problem:
         batch, length, dim, rows = (3, 21, 24, 3) if tiny else (64, 197, 768, queries)
+        packed = padding == "packed"
+        lengths = torch.randint(1, length + 1, (batch,))
+        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
 
         def call(**arguments):
             return mmfused.query_pooling(
-                **arguments, num_heads=heads, form=pooling_form, dropout_p=dropout
+                **arguments,
+                max_seqlen=length if packed else None,
+                num_heads=heads,
+                form=pooling_form,
+                dropout_p=dropout,
+                return_lse=return_lse,
             )
 
+        shape = (int(offsets[-1]) + 5,) if packed else (batch, length)
         inputs = dict(
-            x=randn(batch, length, dim), queries=randn(*([batch] if per_sample else []), rows, dim)
+            x=randn(*shape, dim), queries=randn(*([batch] if per_sample else []), rows, dim)
         )
         inputs |= {f"w_{name}": randn(dim, dim, std=dim**-0.5) for name in "kv"}
         inputs |= dict(b_v=randn(dim)) | (
@@ -172,6 +182,8 @@ def pooling(
             given["key_padding_mask"] = ignored(batch, length)
         if padding == "lengths":
             given["lengths"] = torch.randint(0, length + 1, (batch,), device=DEVICE)
+        if packed:
+            given["cu_seqlens"] = offsets.to(DEVICE, torch.int32)
         return Problem(Call(call), inputs, given)
 
     return make
@@ -377,6 +389,10 @@ CASES = {
     ),
     "query_pooling, projected": Case(
         pooling(norm=True, padding="mask", queries=2, pooling_form="projected"), fused=False
+    ),
+    "query_pooling, packed": Case(pooling(norm=True, padding="packed", return_lse=True)),
+    "query_pooling, packed, few queries and dropout": Case(
+        pooling(padding="packed", queries=2, dropout=0.1)
     ),
     "QueryPooling": Case(pooling_module(transform=False), module=True),
     "QTransform": Case(pooling_module(transform=True), module=True),

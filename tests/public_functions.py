@@ -23,7 +23,7 @@ import mmfused
 # Each function that takes **options, and the function that receives the options.
 FORWARDS = {"topk_routing_from_input": "topk_routing"}
 # Functions with one implementation for all backends.
-ONE_BACKEND = ("pack_passes", "update_selection_bias")
+ONE_BACKEND = ("pack_passes", "pooling_weights", "update_selection_bias")
 # Floating-point arguments that get no gradient: constants, and the losses in a routing.
 CONSTANTS = (
     "row_weight",
@@ -141,7 +141,7 @@ def _items(value: object) -> list[tuple[object, object]]:
 
 
 def differentiable(function: str, inputs: dict) -> list[str]:
-    if function == "update_selection_bias":
+    if function in ("pooling_weights", "update_selection_bias"):
         return []
     return [
         path
@@ -221,6 +221,8 @@ def _outputs(function: str, inputs: dict) -> dict[str, Tensor]:
     out = public_functions()[function](**inputs)
     if isinstance(out, Tensor):
         return {"out": out}
+    if function == "query_pooling":  # -inf, of a sample without tokens, has no relative error
+        return {"out": out[0], "lse": out[1].masked_fill(out[1].isneginf(), 0.0)}
     named = (
         out._asdict()
         if hasattr(out, "_fields")

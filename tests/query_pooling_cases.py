@@ -99,3 +99,27 @@ def use_half_precision_plan(monkeypatch, arch):
     for name in ("forward", "backward"):
         module = importlib.import_module(f"mmfused.kernels.query_pooling.{name}")
         monkeypatch.setattr(module, "plan", half_plan)
+
+
+def run_with_lse(inputs, heads, backend, upstream, form="absorbed", **kwargs):
+    """Return the output, the log-sum-exp with 0 for -inf, and the gradients.
+
+    ``upstream``: the gradients of the output and of the log-sum-exp.
+    """
+    leaves = {k: v.detach().requires_grad_(v.requires_grad) for k, v in inputs.items()}
+    wanted = {k: v for k, v in leaves.items() if v.requires_grad}
+    with sums_of(backend):
+        with mmfused.backend(backend):
+            out = query_pooling(**leaves, num_heads=heads, form=form, return_lse=True, **kwargs)
+        outs = dict(zip(("out", "lse"), out, strict=True))
+        upstream = [u.to(part.dtype) for u, part in zip(upstream, out, strict=True)]
+        gradients = torch.autograd.grad(out, list(wanted.values()), upstream)
+    outs["lse"] = outs["lse"].masked_fill(outs["lse"].isneginf(), 0.0)
+    results = outs | {f"d{k}": g for k, g in zip(wanted, gradients, strict=True)}
+    return {name: value.detach() for name, value in results.items()}
+
+
+def upstream_with_lse(inputs, heads):
+    out = upstream_for(inputs)
+    shape = (len(out), heads, inputs["queries"].shape[-2])
+    return out, torch.randn(shape, dtype=torch.float64, device=DEVICE)

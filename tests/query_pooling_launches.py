@@ -17,6 +17,9 @@ def launches() -> Iterator[Callable[[], None]]:
     yield lambda: pool(2, 21, 1100, 3, 1, padding="mask", norm=True, strided=True)
     yield lambda: pool(2, 21, 1100, 3, 1, dropout=0.2)
     yield lambda: pool(3, 70, 36, 5, 1, padding="lengths", norm=True, dtype=FLOAT)
+    yield lambda: pool(3, 70, 36, 3, 2, padding="packed", norm=True, dropout=0.2, lse=True)
+    yield lambda: pool(3, 70, 100, 9, 2, padding="packed", norm=True, lse=True)
+    yield lambda: pool(2, 21, 1100, 3, 1, padding="packed", norm=True, dropout=0.2)
 
 
 def pool(
@@ -32,9 +35,13 @@ def pool(
     dropout=0.0,
     need_dx=True,
     strided=False,
+    lse=False,
     dtype=HALF,
 ) -> None:
-    """Call query pooling forward and backward. With padding, the first sample has no tokens."""
+    """Call query pooling forward and backward. With padding, the first sample has no tokens.
+
+    ``lse``: whether the log-sum-exp is returned and has a gradient.
+    """
     x = (
         randn(length, batch, dim, dtype=dtype).transpose(0, 1)
         if strided
@@ -50,6 +57,10 @@ def pool(
         masks["key_padding_mask"][0] = True
     if padding == "lengths":
         masks["lengths"] = torch.tensor([0, *[length - 5] * (batch - 1)], device=DEVICE)
+    if padding == "packed":  # rows of x are left over
+        x = x.detach().flatten(0, 1).requires_grad_(need_dx)
+        offsets = torch.tensor([2, *[2 + i * (length - 5) for i in range(batch)]], device=DEVICE)
+        masks = dict(cu_seqlens=offsets.int(), max_seqlen=length)
     out = mmfused.query_pooling(
         x,
         q,
@@ -60,6 +71,7 @@ def pool(
         norm_bias=bias,
         dropout_p=dropout,
         dropout_seed=seed(),
+        return_lse=lse,
         **masks,
     )
     backward(out, x, q, w_k, w_v, weight, bias)

@@ -231,14 +231,15 @@ def test_upstream_gradients_may_have_any_layout(layout, backend):
 def test_opcheck(eps, padding):
     inputs, _ = make(padding=padding, dtype=torch.float32, grad=False)
     x, q = inputs["x"], torch.randn(7, 70, device=DEVICE)
-    mask, lengths = inputs.get("key_padding_mask"), inputs.get("lengths")
+    tokens = (inputs.get("key_padding_mask"), inputs.get("lengths"), None, None)
     for dropout in ((0.0, None), (0.3, torch.tensor(5, device=DEVICE))):
-        args = (x, q, mask, lengths, eps, *dropout)
+        args = (x, q, *tokens, eps, *dropout)
         torch.library.opcheck(torch.ops.mmfused.query_pooling_fwd, args)
         z, *saved = torch.ops.mmfused.query_pooling_fwd(*args)
         dksum = torch.randn(z.shape[:2], device=DEVICE) if dropout[0] else None
         for need_dx in (True, False):
-            args = (torch.randn_like(z), dksum, x, q, z, *saved, mask, lengths, need_dx, *dropout)
+            upstream = (torch.randn_like(z), dksum, None)
+            args = (*upstream, x, q, z, *saved, *tokens, need_dx, *dropout)
             torch.library.opcheck(torch.ops.mmfused.query_pooling_bwd, args)
 
 

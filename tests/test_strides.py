@@ -52,9 +52,15 @@ SMALL |= {"one expert": False, "large": 1.0, "sorted by a kernel": True}
 # other are in different variants.
 VARIANTS = {
     "query_pooling": [
-        dict(padding="mask", form="absorbed", per_sample=True),
-        dict(padding="lengths", form="absorbed", per_sample=False, dropout=False),
-        dict(padding="mask", form="projected", per_sample=False, dropout=False),
+        dict(packed=False, padding="mask", form="absorbed", per_sample=True, return_lse=False),
+        dict(packed=False, padding="lengths", form="absorbed", per_sample=False, dropout=False),
+        dict(packed=False, padding="mask", form="projected", per_sample=False, dropout=False),
+        dict(packed=True, form="absorbed", per_sample=False, dropout=False),
+    ],
+    "pooling_weights": [
+        dict(packed=False, padding="mask"),
+        dict(packed=False, padding="lengths"),
+        dict(packed=True),
     ],
     "gated_cross_attention": [
         dict(gate="channel", indicator=True, missing="zero", context_padding="mask"),

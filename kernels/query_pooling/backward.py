@@ -18,6 +18,8 @@ above, except that
     dS = P * (dP - delta + dksum * (1 - ksum))     for a kept probability
     dS = P * (-delta - dksum * ksum)               for a dropped one
 
+The log-sum-exp of the logits has the gradient P, so its upstream gradient dlse adds P * dlse to dS.
+
 There are no atomics: each element of dX is written by one program, and dQ' is computed as partial
 sums, which are added up in a fixed order.
 """
@@ -45,15 +47,16 @@ from ..tiles import (
 )
 from . import gradients, hopper_backward
 from .dropout import keep_words, rows_keep
-from .forward import softmax_of, token_arguments
+from .forward import softmax_of
 from .hopper_tokens import can_describe
 from .plans import Plan, plan
-from .tokens import load_moments, load_normed
+from .tokens import load_moments, load_normed, sample_start, sizes, token_arguments
 
 
 def backward(
     dz: Tensor,
     dksum: Tensor | None,
+    dlse: Tensor | None,
     x: Tensor,
     q: Tensor,
     z: Tensor,
@@ -63,27 +66,33 @@ def backward(
     ksum: Tensor,
     mask: Tensor | None,
     lengths: Tensor | None,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
     need_dx: bool,
     dropout_p: float,
     dropout_seed: Tensor | None,
     tiles: Plan | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return dx (B, N, D), or (0,) if not needed, and dq of q's shape (float32 if q is (R, D)).
+    """Return dx of x's shape, or (0,) if not needed, and dq of q's shape (float32 if q is (R, D)).
 
-    dz (B, R, D) and, with dropout, dksum (B, R) are contiguous. The other tensors are inputs and
-    outputs of the forward.
+    dz (B, R, D) and, with dropout, dksum (B, R) are contiguous, and so is dlse (B, R), the float32
+    gradient of the log-sum-exp, if there is one. The other tensors are inputs and outputs of the
+    forward.
     """
-    batch, length, dim = x.shape
-    rows = q.shape[-2]
+    batch, length = sizes(x, cu_seqlens, max_seqlen)
+    rows, dim = q.shape[-2:]
     shared = q.dim() == 2
     norm = mean.numel() > 0
     if tiles is None:
-        tma = can_describe(x, q, z, dz)
-        tiles = plan(rows, dim, x.dtype, arch_of(x), norm, bool(dropout_p), not shared, tma)
-    dx = x.new_empty(x.shape if need_dx else (0,))
+        tma = cu_seqlens is None and can_describe(x, q, z, dz)
+        options = (norm, bool(dropout_p), not shared, tma, dlse is not None)
+        tiles = plan(rows, dim, x.dtype, arch_of(x), *options)
+    # The kernels do not write the rows of packed tokens that belong to no sample.
+    new = x.new_empty if cu_seqlens is None else x.new_zeros
+    dx = new(x.shape if need_dx else (0,))
     partials = min(batch, tiles.partials) if shared else batch
     dq = q.new_empty(partials, rows, dim, dtype=torch.float32 if shared else q.dtype)
-    tokens = token_arguments(x, mask, lengths)
+    tokens = token_arguments(x, mask, lengths, cu_seqlens, max_seqlen)
     tokens |= dict(mean_ptr=mean, rstd_ptr=rstd, NORM=norm, UPCAST=upcasts(x.dtype), R=rows)
     dropout_words = keep_words(x, dropout_seed, dropout_p, batch, rows, length)
     query = dict(q_ptr=q, dz_ptr=dz, stride_qb=0 if shared else q.stride(0))
@@ -93,6 +102,7 @@ def backward(
         keep_ptr=dropout_words,
         ksum_ptr=ksum,
         dksum_ptr=dksum,
+        dlse_ptr=dlse,
         DROPOUT=dropout_words is not None,
     )
     if "hopper" in tiles.backward:
@@ -110,13 +120,14 @@ def backward(
             **OPTIONS,
         )
     else:
-        _launch_steps(tiles, tokens, query, saved, dx if need_dx else None, dq)
+        _launch_steps(tiles, tokens, batch, query, saved, dx if need_dx else None, dq)
     return dx, dq.sum(0) if shared else dq
 
 
 def _launch_steps(
     tiles: Plan,
     tokens: dict[str, Any],
+    batch: int,
     query: dict[str, Any],
     saved: dict[str, Any],
     dx: Tensor | None,
@@ -124,10 +135,10 @@ def _launch_steps(
 ) -> None:
     """Compute P and dS, then dx if it is needed, then dq."""
     x = tokens["x_ptr"]
-    batch, length, dim = x.shape
-    partials, rows = dq.shape[:2]
-    p = x.new_empty(batch, length, rows)
-    ds = x.new_empty(batch, length, rows)
+    partials, rows, dim = dq.shape
+    length = tokens["N"]
+    p = x.new_empty(*x.shape[:-1], rows)
+    ds = x.new_empty(*x.shape[:-1], rows)
     tile = tiles.backward["dlogits"]
     blocks = triton.cdiv(rows, tile.BR)
     g_x = x.new_empty((batch, blocks, length) if tokens["NORM"] else (0,), dtype=torch.float32)
@@ -188,16 +199,17 @@ def _delta(
     zdz,
     ksum_ptr,
     dksum_ptr,
+    dlse_ptr,
     b,
     rows,
     R,
     DROPOUT: tl.constexpr,
 ):
-    """Return rowsum(dZ * Z), the diagonal of zdz = Z dZ^T, and dropout's terms of dS.
+    """Return rowsum(dZ * Z), the diagonal of zdz = Z dZ^T, and the other terms of dS / P.
 
-    These are dksum * (1 - ksum) for kept tokens and -dksum * ksum for others. If one token has all
-    the weight of a row, delta must equal dP, so that dS is 0. A matrix product rounds delta like
-    dP. On sm_90 a direct sum over a tile of dZ would also be a race with the
+    These are dlse + dksum * (1 - ksum) for kept tokens and dlse - dksum * ksum for others. If one
+    token has all the weight of a row, delta must equal dP, so that they cancel. A matrix product
+    rounds delta like dP. On sm_90 a direct sum over a tile of dZ would also be a race with the
     product that reads the tile (see mmfused/cli/races.py).
     """
     diagonal = tl.arange(0, zdz.shape[0])[:, None] == tl.arange(0, zdz.shape[1])[None, :]
@@ -209,6 +221,10 @@ def _delta(
         ksum = tl.load(ksum_ptr + b * R + rows, mask=rows < R, other=0.0)
         kept = dksum * (1.0 - ksum)
         dropped = -dksum * ksum
+    if dlse_ptr is not None:
+        dlse = tl.load(dlse_ptr + b * R + rows, mask=rows < R, other=0.0)
+        kept += dlse
+        dropped += dlse
     return delta, kept, dropped
 
 
@@ -226,17 +242,22 @@ def _dlogits(
     rows,
     N,
     R,
+    dlse_ptr,
     DROPOUT: tl.constexpr,
 ):
-    """Return kept(P) and dS."""
+    """Return kept(P) and dS.
+
+    dP - delta comes before the other terms. The compiler would start the sum of dP with an added
+    term, which would then be rounded otherwise than delta.
+    """
     pooled = p
     if DROPOUT:
         keep = rows_keep(keep_ptr, b, start, BN, rows, N, R)
         pooled = tl.where(keep, p, 0.0)
-        # dP - delta comes first. The compiler would start the sum of dP with an added term, which
-        # would then be rounded otherwise than delta.
         here = (dp - delta[None, :]) + kept[None, :]
         ds = p * tl.where(keep, here, dropped[None, :] - delta[None, :])
+    elif dlse_ptr is not None:
+        ds = p * ((dp - delta[None, :]) + kept[None, :])
     else:
         ds = p * (dp - delta[None, :])
     return pooled, ds
@@ -245,22 +266,24 @@ def _dlogits(
 @triton.jit
 def _zero_rows(
     ptr,
-    b,
+    row,
     first,
     last,
-    N,
     D: tl.constexpr,
     BN: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """Write dX = 0 for the tokens [first, last), to which no query attends."""
+    """Write dX = 0 for the tokens [first, last), to which no query attends.
+
+    ``row``: the first row of the sample.
+    """
     for start in range(first, last, BN):
         n = start + tl.arange(0, BN)
         for c in tl.static_range((D + BD - 1) // BD):
             cols = c * BD + tl.arange(0, BD)
             zero = tl.zeros([BN, BD], ptr.dtype.element_ty)
             inside = (n[:, None] < last) & (cols[None, :] < D)
-            tl.store(ptr + (b * N + n[:, None]) * D + cols[None, :], zero, mask=inside)
+            tl.store(ptr + (row + n[:, None]) * D + cols[None, :], zero, mask=inside)
 
 
 @triton.jit
@@ -273,10 +296,11 @@ def onepass_backward_kernel(
     mean_ptr,  # (B, N) float32
     rstd_ptr,  # (B, N) float32
     words_ptr,  # (B, W) int64
-    span_ptr,  # lengths (B,) or spans (B, 2)
+    span_ptr,  # lengths (B,), spans (B, 2) or offsets (B + 1,)
     keep_ptr,  # (B, N / 64, R) int64
     ksum_ptr,  # (B, R) float32
     dksum_ptr,  # (B, R) float32
+    dlse_ptr,  # (B, R) float32
     dx_ptr,  # (B, N, D)
     dq_ptr,  # (partials, R, D)
     B,
@@ -315,28 +339,28 @@ def onepass_backward_kernel(
             q += (load_rows_t(q_ptr + b * stride_qb, rows, cols, R, D),)
             dz += (load_rows_t(dz_ptr + b * R * D, rows, cols, R, D),)
             zdz = dot(_load_z(z_ptr, b, rows, cols, R, D, BN), dz[c], zdz, UPCAST)
-        delta, kept, dropped = _delta(zdz, ksum_ptr, dksum_ptr, b, rows, R, DROPOUT)
+        delta, kept, dropped = _delta(zdz, ksum_ptr, dksum_ptr, dlse_ptr, b, rows, R, DROPOUT)
         lo, hi = token_span(b, span_ptr, N, MASK)
+        row, at, count = sample_start(b, span_ptr, N, stride_xb, stride_xn, hi, MASK)
         lo = lo // BN * BN
-        if NEED_DX and MASK != "none":
-            _zero_rows(dx_ptr, b, 0, lo, N, D, BN, BD)
-            _zero_rows(dx_ptr, b, tl.maximum(lo, tl.cdiv(hi, BN) * BN), N, N, D, BN, BD)
+        if NEED_DX and MASK != "none" and MASK != "packed":
+            _zero_rows(dx_ptr, row, 0, lo, D, BN, BD)
+            _zero_rows(dx_ptr, row, tl.maximum(lo, tl.cdiv(hi, BN) * BN), N, D, BN, BD)
         for start in range(lo, hi, BN):
             n, keep = tokens_kept(b, start, BN, hi, words_ptr, W, MASK)
-            mean, rstd = load_moments(mean_ptr, rstd_ptr, b, n, keep, N, NORM)
+            mean, rstd = load_moments(mean_ptr, rstd_ptr, row, n, keep, NORM)
             s = tl.zeros([BN, BR], tl.float32)
             dp = tl.zeros([BN, BR], tl.float32)
             x = ()
             for c in tl.static_range(NC):
                 cols = c * BD + tl.arange(0, BD)
-                at = x_ptr + b * stride_xb
-                x_c = load_normed(at, n, cols, keep, stride_xn, D, mean, rstd, NORM)
+                x_c = load_normed(x_ptr + at, n, cols, keep, stride_xn, D, mean, rstd, NORM)
                 x += (x_c,)
                 s = dot(x_c, q[c], s, UPCAST)
                 dp = dot(x_c, dz[c], dp, UPCAST)
             p = tl.where(keep[:, None], softmax_of(s, sums_ptr, b, rows, R), 0.0)
             p, ds = _dlogits(
-                p, dp, delta, kept, dropped, keep_ptr, b, start, BN, rows, N, R, DROPOUT
+                p, dp, delta, kept, dropped, keep_ptr, b, start, BN, rows, N, R, dlse_ptr, DROPOUT
             )
             p = p.to(x_ptr.dtype.element_ty)
             ds = ds.to(x_ptr.dtype.element_ty)
@@ -350,8 +374,8 @@ def onepass_backward_kernel(
                     if NORM:
                         dx = (dx - x[c].to(tl.float32) * g_x[:, None]) * rstd[:, None]
                     cols = c * BD + tl.arange(0, BD)
-                    inside = (n[:, None] < N) & (cols[None, :] < D)
-                    tl.store(dx_ptr + (b * N + n[:, None]) * D + cols[None, :], dx, mask=inside)
+                    inside = (n[:, None] < count) & (cols[None, :] < D)
+                    tl.store(dx_ptr + (row + n[:, None]) * D + cols[None, :], dx, mask=inside)
                 new_dq += (dot(tl.trans(x[c]), ds, dq[c], UPCAST),)
             dq = new_dq
     for c in tl.static_range(NC):
@@ -369,10 +393,11 @@ def dlogits_kernel(
     mean_ptr,  # (B, N) float32
     rstd_ptr,  # (B, N) float32
     words_ptr,  # (B, W) int64
-    span_ptr,  # lengths (B,) or spans (B, 2)
+    span_ptr,  # lengths (B,), spans (B, 2) or offsets (B + 1,)
     keep_ptr,  # (B, N / 64, R) int64
     ksum_ptr,  # (B, R) float32
     dksum_ptr,  # (B, R) float32
+    dlse_ptr,  # (B, R) float32
     p_ptr,  # (B, N, R)
     ds_ptr,  # (B, N, R)
     g_x_ptr,  # (B, blocks, N) float32
@@ -400,28 +425,31 @@ def dlogits_kernel(
     start = tl.program_id(2) * BN
     n = start + tl.arange(0, BN)
     lo, hi = token_span(b, span_ptr, N, MASK)
+    row, at, count = sample_start(b, span_ptr, N, stride_xb, stride_xn, hi, MASK)
     if (start < hi) & (start + BN > lo):
         _, keep = tokens_kept(b, start, BN, hi, words_ptr, W, MASK)
         s = tl.zeros([BN, BR], tl.float32)
         dp = tl.zeros([BN, BR], tl.float32)
         zdz = tl.zeros([BN, BR], tl.float32)
-        mean, rstd = load_moments(mean_ptr, rstd_ptr, b, n, keep, N, NORM)
+        mean, rstd = load_moments(mean_ptr, rstd_ptr, row, n, keep, NORM)
         for c in range((D + BD - 1) // BD):
             cols = c * BD + tl.arange(0, BD)
-            x = load_normed(x_ptr + b * stride_xb, n, cols, keep, stride_xn, D, mean, rstd, NORM)
+            x = load_normed(x_ptr + at, n, cols, keep, stride_xn, D, mean, rstd, NORM)
             s = dot(x, load_rows_t(q_ptr + b * stride_qb, rows, cols, R, D), s, UPCAST)
             dz = load_rows_t(dz_ptr + b * R * D, rows, cols, R, D)
             dp = dot(x, dz, dp, UPCAST)
             zdz = dot(_load_z(z_ptr, b, rows, cols, R, D, BN), dz, zdz, UPCAST)
-        delta, kept, dropped = _delta(zdz, ksum_ptr, dksum_ptr, b, rows, R, DROPOUT)
+        delta, kept, dropped = _delta(zdz, ksum_ptr, dksum_ptr, dlse_ptr, b, rows, R, DROPOUT)
         p = tl.where(keep[:, None], softmax_of(s, sums_ptr, b, rows, R), 0.0)
-        p, ds = _dlogits(p, dp, delta, kept, dropped, keep_ptr, b, start, BN, rows, N, R, DROPOUT)
+        p, ds = _dlogits(
+            p, dp, delta, kept, dropped, keep_ptr, b, start, BN, rows, N, R, dlse_ptr, DROPOUT
+        )
         p = p.to(x_ptr.dtype.element_ty)
         ds = ds.to(x_ptr.dtype.element_ty)
         if NORM:
             share = (b * tl.num_programs(1) + tl.program_id(1)) * N + n
             tl.store(g_x_ptr + share, tl.sum(p * dp + ds * s, 1) / D, mask=n < N)
-        at = (b * N + n[:, None]) * R + rows[None, :]
-        inside = (n[:, None] < N) & (rows[None, :] < R)
-        tl.store(p_ptr + at, p, mask=inside)
-        tl.store(ds_ptr + at, ds, mask=inside)
+        p_at = (row + n[:, None]) * R + rows[None, :]
+        inside = (n[:, None] < count) & (rows[None, :] < R)
+        tl.store(p_ptr + p_at, p, mask=inside)
+        tl.store(ds_ptr + p_at, ds, mask=inside)

@@ -11,12 +11,17 @@ errors of the products, which are large if the mean is large.
 
 ``sums`` (B, R, 2) holds the softmax statistics of each row: its largest logit m, and the logarithm
 of the sum of exp(logit - m). The log-sum-exp, m plus this logarithm, would have too few digits if m
-is large. In a row without valid tokens m is stored as +inf, which makes the row's probabilities 0.
+is large. In a row without valid tokens m is stored as +inf, which makes the row's probabilities 0,
+and the logarithm as 0. In a row with a NaN the logarithm is NaN.
 
 With DROPOUT only the kept probabilities are pooled, and ksum is the sum of the kept probabilities
 of each row. ``sums`` covers all probabilities, dropped or kept. The output, not Z, is divided by
 1 - dropout_p. So if one token has all the weight and is kept, Z equals this token exactly, which
 backward relies on (see _delta in backward.py).
+
+With MASK "packed" the tokens of all samples lie one after another, without padding: x is (total, D)
+with offsets (B + 1,), and so are all tensors with a row for each token. N is then the largest
+length that the caller allows.
 """
 
 from __future__ import annotations
@@ -36,7 +41,6 @@ from ..tiles import (
     dot,
     load_rows_t,
     load_tokens,
-    pack_padding,
     rounded_product,
     store_rows_t,
     token_span,
@@ -47,7 +51,14 @@ from . import hopper_forward
 from .dropout import keep_words, rows_keep
 from .hopper_tokens import can_describe
 from .plans import Plan, plan
-from .tokens import load_moments, load_normed, load_normed_t
+from .tokens import (
+    load_moments,
+    load_normed,
+    load_normed_t,
+    sample_start,
+    sizes,
+    token_arguments,
+)
 
 
 def forward(
@@ -55,6 +66,8 @@ def forward(
     q: Tensor,
     mask: Tensor | None,
     lengths: Tensor | None,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
     eps: float | None,
     dropout_p: float,
     dropout_seed: Tensor | None,
@@ -62,26 +75,28 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Pool x (B, N, D), whose last stride is 1, with contiguous queries q (R, D) or (B, R, D).
 
-    Return z (B, R, D), sums (B, R, 2), mean and rstd (B, N), and ksum (B, R). Mean and rstd are
-    (0,) without a norm, ksum is (0,) without dropout.
+    Packed tokens are (total, D), with offsets cu_seqlens (B + 1,) in [0, total].
+
+    Return z (B, R, D), sums (B, R, 2), mean and rstd (B, N) or (total,), and ksum (B, R). Mean and
+    rstd are (0,) without a norm, ksum is (0,) without dropout.
     """
-    batch, length, dim = x.shape
-    rows = q.shape[-2]
+    batch, length = sizes(x, cu_seqlens, max_seqlen)
+    rows, dim = q.shape[-2:]
     norm = eps is not None
     per_sample = q.dim() == 3
     if tiles is None:
-        tma = can_describe(x, q)
+        tma = cu_seqlens is None and can_describe(x, q)
         tiles = plan(rows, dim, x.dtype, arch_of(x), norm, bool(dropout_p), per_sample, tma)
     z = x.new_empty(batch, rows, dim)
     sums = x.new_empty(batch, rows, 2, dtype=torch.float32)
-    per_token = (batch, length) if norm else (0,)
-    mean = x.new_empty(per_token, dtype=torch.float32)
-    rstd = x.new_empty(per_token, dtype=torch.float32)
+    # The kernels do not write the rows of packed tokens that belong to no sample.
+    new = x.new_empty if cu_seqlens is None else x.new_zeros
+    mean, rstd = (new(x.shape[:-1] if norm else (0,), dtype=torch.float32) for _ in range(2))
     ksum = x.new_empty((batch, rows) if dropout_p else (0,), dtype=torch.float32)
     dropout_words = keep_words(x, dropout_seed, dropout_p, batch, rows, length)
-    tokens = token_arguments(x, mask, lengths)
+    tokens = token_arguments(x, mask, lengths, cu_seqlens, max_seqlen)
     if eps is not None:
-        _launch_moments(tiles, tokens, mean, rstd, eps)
+        _launch_moments(tiles, tokens, batch, mean, rstd, eps)
     tokens |= dict(mean_ptr=mean, rstd_ptr=rstd, NORM=norm, UPCAST=upcasts(x.dtype), R=rows)
     query = dict(q_ptr=q, stride_qb=q.stride(0) if per_sample else 0)
     out = dict(
@@ -107,36 +122,16 @@ def forward(
     return z, sums, mean, rstd, ksum
 
 
-def token_arguments(
-    x: Tensor,
-    mask: Tensor | None,
-    lengths: Tensor | None,
-) -> dict[str, Any]:
-    """Return the kernel arguments that describe the tokens, for forward and backward."""
-    words, span, num_words, kind = pack_padding(mask, lengths)
-    return dict(
-        x_ptr=x,
-        words_ptr=words,
-        span_ptr=span,
-        N=x.shape[1],
-        W=num_words,
-        stride_xb=x.stride(0),
-        stride_xn=x.stride(1),
-        D=x.shape[2],
-        MASK=kind,
-    )
-
-
 def _launch_moments(
     tiles: Plan,
     tokens: dict[str, Any],
+    batch: int,
     mean: Tensor,
     rstd: Tensor,
     eps: float,
 ) -> None:
-    batch, length = mean.shape
     tile = tiles.forward["moments"]
-    moments_kernel[(batch, triton.cdiv(length, tile.BN))](
+    moments_kernel[(batch, triton.cdiv(tokens["N"], tile.BN))](
         **tokens,
         mean_ptr=mean,
         rstd_ptr=rstd,
@@ -158,7 +153,7 @@ def _launch_logits_and_pool(
 ) -> None:
     x = tokens["x_ptr"]
     batch, rows = sums.shape[:2]
-    logits = x.new_empty(batch, x.shape[1], rows, dtype=torch.float32)
+    logits = x.new_empty(*x.shape[:-1], rows, dtype=torch.float32)
     tile = tiles.forward["logits"]
     logits_kernel[(batch, triton.cdiv(rows, tile.BR))](
         **tokens,
@@ -169,7 +164,7 @@ def _launch_logits_and_pool(
         **OPTIONS,
     )
     tile = tiles.forward["pool"]
-    pool_kernel[(batch, triton.cdiv(rows, tile.BR), triton.cdiv(x.shape[2], tile.BD))](
+    pool_kernel[(batch, triton.cdiv(rows, tile.BR), triton.cdiv(x.shape[-1], tile.BD))](
         **tokens,
         **out,
         s_ptr=logits,
@@ -183,7 +178,7 @@ def _launch_logits_and_pool(
 def moments_kernel(
     x_ptr,  # (B, N, D)
     words_ptr,  # (B, W) int64
-    span_ptr,  # lengths (B,) or spans (B, 2)
+    span_ptr,  # lengths (B,), spans (B, 2) or offsets (B + 1,)
     mean_ptr,  # (B, N) float32
     rstd_ptr,  # (B, N) float32
     N,
@@ -202,13 +197,14 @@ def moments_kernel(
     """
     b = tl.program_id(0).to(tl.int64)
     _, hi = token_span(b, span_ptr, N, MASK)
+    row, at, count = sample_start(b, span_ptr, N, stride_xb, stride_xn, hi, MASK)
     n, keep = tokens_kept(b, tl.program_id(1) * BN, BN, hi, words_ptr, W, MASK)
     mean = tl.zeros([BN], tl.float32)
     m2 = tl.zeros([BN], tl.float32)
     for start in range(0, D, BD):
         cols = start + tl.arange(0, BD)
         width = tl.minimum(BD, D - start).to(tl.float32)
-        x = load_tokens(x_ptr + b * stride_xb, n, cols, keep, stride_xn, D).to(tl.float32)
+        x = load_tokens(x_ptr + at, n, cols, keep, stride_xn, D).to(tl.float32)
         chunk_mean = tl.sum(x, 1) / width
         centred = tl.where(cols[None, :] < D, x - chunk_mean[:, None], 0.0)
         delta = chunk_mean - mean
@@ -217,8 +213,8 @@ def moments_kernel(
         )
         mean += delta * (width / (start + width))
     # Stored for ignored tokens too, because an operator writes all of its outputs.
-    tl.store(mean_ptr + b * N + n, mean, mask=n < N)
-    tl.store(rstd_ptr + b * N + n, 1.0 / tl.sqrt(m2 / D + eps), mask=n < N)
+    tl.store(mean_ptr + row + n, mean, mask=n < count)
+    tl.store(rstd_ptr + row + n, 1.0 / tl.sqrt(m2 / D + eps), mask=n < count)
 
 
 @triton.jit
@@ -251,8 +247,9 @@ def _store_sums(
     total,
 ):
     at = sums_ptr + 2 * (b * R + rows)
-    tl.store(at, tl.where(total > 0, m, float("inf")), mask=rows < R)
-    tl.store(at + 1, tl.where(total > 0, tl.log(total), 0.0), mask=rows < R)
+    empty = total == 0
+    tl.store(at, tl.where(empty, float("inf"), m), mask=rows < R)
+    tl.store(at + 1, tl.log(tl.where(empty, 1.0, total)), mask=rows < R)
 
 
 @triton.jit
@@ -275,7 +272,7 @@ def onepass_forward_kernel(
     x_ptr,  # (B, N, D)
     q_ptr,  # (R, D) or (B, R, D)
     words_ptr,  # (B, W) int64
-    span_ptr,  # lengths (B,) or spans (B, 2)
+    span_ptr,  # lengths (B,), spans (B, 2) or offsets (B + 1,)
     z_ptr,  # (B, R, D)
     sums_ptr,  # (B, R, 2) float32
     mean_ptr,  # (B, N) float32
@@ -314,14 +311,15 @@ def onepass_forward_kernel(
     total = tl.zeros([BR], tl.float32)
     ksum = tl.zeros([BR], tl.float32)
     lo, hi = token_span(b, span_ptr, N, MASK)
+    row, at, count = sample_start(b, span_ptr, N, stride_xb, stride_xn, hi, MASK)
     for start in range(lo // BN * BN, hi, BN):
         n, keep = tokens_kept(b, start, BN, hi, words_ptr, W, MASK)
-        mean, rstd = load_moments(mean_ptr, rstd_ptr, b, n, keep, N, NORM)
+        mean, rstd = load_moments(mean_ptr, rstd_ptr, row, n, keep, NORM)
         s = tl.zeros([BN, BR], tl.float32)
         x = ()
         for c in tl.static_range(NC):
             cols = c * BD + tl.arange(0, BD)
-            x_c = load_normed(x_ptr + b * stride_xb, n, cols, keep, stride_xn, D, mean, rstd, NORM)
+            x_c = load_normed(x_ptr + at, n, cols, keep, stride_xn, D, mean, rstd, NORM)
             x += (x_c,)
             s = dot(x_c, q[c], s, UPCAST)
         p, m, total, alpha = _softmax_step(s, m, total, keep)
@@ -347,7 +345,7 @@ def logits_kernel(
     x_ptr,  # (B, N, D)
     q_ptr,  # (R, D) or (B, R, D)
     words_ptr,  # (B, W) int64
-    span_ptr,  # lengths (B,) or spans (B, 2)
+    span_ptr,  # lengths (B,), spans (B, 2) or offsets (B + 1,)
     s_ptr,  # (B, N, R) float32
     sums_ptr,  # (B, R, 2) float32
     mean_ptr,  # (B, N) float32
@@ -372,17 +370,18 @@ def logits_kernel(
     m = tl.full([BR], float("-inf"), tl.float32)
     total = tl.zeros([BR], tl.float32)
     lo, hi = token_span(b, span_ptr, N, MASK)
+    row, at, count = sample_start(b, span_ptr, N, stride_xb, stride_xn, hi, MASK)
     for start in range(lo // BN * BN, hi, BN):
         n, keep = tokens_kept(b, start, BN, hi, words_ptr, W, MASK)
-        mean, rstd = load_moments(mean_ptr, rstd_ptr, b, n, keep, N, NORM)
+        mean, rstd = load_moments(mean_ptr, rstd_ptr, row, n, keep, NORM)
         s = tl.zeros([BN, BR], tl.float32)
         for c in range((D + BD - 1) // BD):
             cols = c * BD + tl.arange(0, BD)
-            x = load_normed(x_ptr + b * stride_xb, n, cols, keep, stride_xn, D, mean, rstd, NORM)
+            x = load_normed(x_ptr + at, n, cols, keep, stride_xn, D, mean, rstd, NORM)
             s = dot(x, load_rows_t(q_ptr + b * stride_qb, rows, cols, R, D), s, UPCAST)
         _, m, total, _ = _softmax_step(s, m, total, keep)
         inside = keep[:, None] & (rows[None, :] < R)
-        tl.store(s_ptr + (b * N + n[:, None]) * R + rows[None, :], s, mask=inside)
+        tl.store(s_ptr + (row + n[:, None]) * R + rows[None, :], s, mask=inside)
     _store_sums(sums_ptr, b, rows, R, m, total)
 
 
@@ -392,7 +391,7 @@ def pool_kernel(
     s_ptr,  # (B, N, R) float32
     sums_ptr,  # (B, R, 2) float32
     words_ptr,  # (B, W) int64
-    span_ptr,  # lengths (B,) or spans (B, 2)
+    span_ptr,  # lengths (B,), spans (B, 2) or offsets (B + 1,)
     mean_ptr,  # (B, N) float32
     rstd_ptr,  # (B, N) float32
     z_ptr,  # (B, R, D)
@@ -419,17 +418,18 @@ def pool_kernel(
     acc = tl.zeros([BD, BR], tl.float32)
     ksum = tl.zeros([BR], tl.float32)
     lo, hi = token_span(b, span_ptr, N, MASK)
+    row, at, count = sample_start(b, span_ptr, N, stride_xb, stride_xn, hi, MASK)
     for start in range(lo // BN * BN, hi, BN):
         n, keep = tokens_kept(b, start, BN, hi, words_ptr, W, MASK)
         inside = keep[:, None] & (rows[None, :] < R)
-        at = (b * N + n[:, None]) * R + rows[None, :]
-        s = tl.load(s_ptr + at, mask=inside, other=float("-inf"))
+        s_at = (row + n[:, None]) * R + rows[None, :]
+        s = tl.load(s_ptr + s_at, mask=inside, other=float("-inf"))
         p = softmax_of(s, sums_ptr, b, rows, R)
         if DROPOUT:
             p = tl.where(rows_keep(keep_ptr, b, start, BN, rows, N, R), p, 0.0)
             ksum += tl.sum(p, 0)
-        mean, rstd = load_moments(mean_ptr, rstd_ptr, b, n, keep, N, NORM)
-        x = load_normed_t(x_ptr + b * stride_xb, n, cols, keep, stride_xn, D, mean, rstd, NORM)
+        mean, rstd = load_moments(mean_ptr, rstd_ptr, row, n, keep, NORM)
+        x = load_normed_t(x_ptr + at, n, cols, keep, stride_xn, D, mean, rstd, NORM)
         acc = dot(x, p.to(x_ptr.dtype.element_ty), acc, UPCAST)
     store_rows_t(z_ptr + b * R * D, acc, rows, cols, R, D)
     if DROPOUT and tl.program_id(2) == 0:

@@ -87,7 +87,7 @@ def launch(
 @gluon.jit
 def _producer(
     descs,
-    shared,
+    filled,
     span_ptr,
     B,
     N,
@@ -99,7 +99,7 @@ def _producer(
 ):
     """Load z, dz and the tokens of each sample, and the queries."""
     x_desc, q_desc, z_desc, dz_desc = descs
-    ring, q, dz, full, empty, q_full, dz_full, dz_empty = shared
+    ring, q, dz, full, empty, q_full, dz_full, dz_empty = filled
     step = 0
     turn = 0
     if not PER_SAMPLE:
@@ -142,6 +142,30 @@ def _product(
         rows_t = rows.index(i % 2 * (CHUNKS // 2) + i // 2).reshape([BR, BD]).permute([1, 0])
         acc = warpgroup_mma(x, rows_t, acc, is_async=True)
     return warpgroup_mma_wait(0, deps=[acc])
+
+
+@gluon.jit
+def _other_terms(
+    saved,
+    at,
+    inside,
+    ROW: gl.constexpr,
+    DROPOUT: gl.constexpr,
+):
+    """Return the terms of dS / P beside dP - delta, for kept and for dropped probabilities."""
+    _, _, ksum_ptr, dksum_ptr, dlse_ptr = saved
+    kept_term = gl.zeros(at.shape, gl.float32, layout=ROW)
+    dropped_term = kept_term
+    if DROPOUT:
+        dksum = gl.load(dksum_ptr + at, mask=inside, other=0.0)
+        ksum = gl.load(ksum_ptr + at, mask=inside, other=0.0)
+        kept_term = dksum * (1.0 - ksum)
+        dropped_term = -dksum * ksum
+    if dlse_ptr is not None:
+        dlse = gl.load(dlse_ptr + at, mask=inside, other=0.0)
+        kept_term += dlse
+        dropped_term += dlse
+    return kept_term, dropped_term
 
 
 @gluon.jit
@@ -215,13 +239,7 @@ def _store_dq(
 @gluon.jit
 def _consumer(
     half: gl.constexpr,
-    dx_desc,
-    shared,
-    tokens,
-    saved,
-    dq_ptr,
-    B,
-    R,
+    call,
     D: gl.constexpr,
     SLOTS: gl.constexpr,
     CHUNKS: gl.constexpr,
@@ -232,10 +250,11 @@ def _consumer(
     NEED_DX: gl.constexpr,
 ):
     """Compute dX and dQ' for one half of the columns."""
+    dx_desc, shared, tokens, saved, dq_ptr, B, R = call
     ring, q, dz, parts, ds_tiles, stats, full, empty, ready, taken, fixed = shared[:11]
     q_full, dz_full, dz_empty = shared[11:]
     words_ptr, span_ptr, mean_ptr, rstd_ptr, N, W = tokens
-    sums_ptr, keep_ptr, ksum_ptr, dksum_ptr = saved
+    sums_ptr, keep_ptr, _, _, dlse_ptr = saved
     BR: gl.constexpr = ds_tiles.shape[2]
     HALF: gl.constexpr = CHUNKS // 2
     dtype: gl.constexpr = ring.dtype
@@ -274,16 +293,13 @@ def _consumer(
         delta = gl.sum(gl.where(token[:, None] == row[None, :], zdz, 0.0), 0)
         # What is known of each row goes to shared memory, because registers are scarce.
         at = b.to(gl.int64) * R + row
-        stats.index(5 * half).store(
-            gl.load(sums_ptr + 2 * at, mask=row < R, other=float("inf"))
-        )
+        stats.index(5 * half).store(gl.load(sums_ptr + 2 * at, mask=row < R, other=float("inf")))
         stats.index(5 * half + 1).store(gl.load(sums_ptr + 2 * at + 1, mask=row < R, other=0.0))
         stats.index(5 * half + 2).store(delta)
-        if DROPOUT:
-            dksum = gl.load(dksum_ptr + at, mask=row < R, other=0.0)
-            ksum = gl.load(ksum_ptr + at, mask=row < R, other=0.0)
-            stats.index(5 * half + 3).store(dksum * (1.0 - ksum))
-            stats.index(5 * half + 4).store(-dksum * ksum - delta)
+        if DROPOUT or dlse_ptr is not None:
+            kept_term, dropped_term = _other_terms(saved, at, row < R, ROW, DROPOUT)
+            stats.index(5 * half + 3).store(kept_term)
+            stats.index(5 * half + 4).store(dropped_term - delta)
         lo, hi = span_of(b, span_ptr, N, MASK)
         if NEED_DX and MASK != "none":
             step = _store_zeros(half, dx_desc, b, 0, lo, ring, full, empty, step, SLOTS, CHUNKS)
@@ -332,10 +348,11 @@ def _consumer(
                 s = parts.index(0).load(S)
                 mbarrier.arrive(taken.index(0), count=1)
                 p = _probabilities(s, keep, stats.index(5 * half), stats.index(5 * half + 1), ROW)
+            # dP - delta comes first, so that it is 0 if one token has all the weight.
+            if DROPOUT or dlse_ptr is not None:
+                centred += stats.index(5 * half + 3).load(ROW)[None, :]
             if DROPOUT:
                 keep = rows_kept(keep_ptr, b, start, token, row, N, R)
-                # dP - delta comes first, so that it is 0 if one token has all the weight.
-                centred += stats.index(5 * half + 3).load(ROW)[None, :]
                 dropped = stats.index(5 * half + 4).load(ROW)[None, :]
                 ds = p * gl.where(keep, centred, dropped)
                 p = gl.where(keep, p, 0.0)
@@ -414,6 +431,7 @@ def hopper_backward_kernel(
     keep_ptr,  # (B, N / 64, R) int64
     ksum_ptr,  # (B, R) float32
     dksum_ptr,  # (B, R) float32
+    dlse_ptr,  # (B, R) float32
     dq_ptr,  # (partials, R, D)
     B,
     N,
@@ -452,15 +470,19 @@ def hopper_backward_kernel(
     dz_empty = barriers(1, 2)
     shared = (ring, q, dz, parts, ds_tiles, stats, full, empty, ready, taken, fixed)
     shared += (q_full, dz_full, dz_empty)
-    filled = (ring, q, dz, full, empty, q_full, dz_full, dz_empty)
-    descs = (x_desc, q_desc, z_desc, dz_desc)
     tokens = (words_ptr, span_ptr, mean_ptr, rstd_ptr, N, W)
-    saved = (sums_ptr, keep_ptr, ksum_ptr, dksum_ptr)
+    saved = (sums_ptr, keep_ptr, ksum_ptr, dksum_ptr, dlse_ptr)
+    call = (dx_desc, shared, tokens, saved, dq_ptr, B, R)
+    descs = (x_desc, q_desc, z_desc, dz_desc)
+    filled = (ring, q, dz, full, empty, q_full, dz_full, dz_empty)
     gl.warp_specialize(
         [
-            (_consumer, (0, dx_desc, shared, tokens, saved, dq_ptr, B, R, D, SLOTS, CHUNKS, MASK, NORM, DROPOUT, PER_SAMPLE, NEED_DX)),
-            (_consumer, (1, dx_desc, shared, tokens, saved, dq_ptr, B, R, D, SLOTS, CHUNKS, MASK, NORM, DROPOUT, PER_SAMPLE, NEED_DX)),
-            (_producer, (descs, filled, span_ptr, B, N, SLOTS, CHUNKS, MASK, PER_SAMPLE, NEED_DX)),
+            (_consumer, (0, call, D, SLOTS, CHUNKS, MASK, NORM, DROPOUT, PER_SAMPLE, NEED_DX)),
+            (_consumer, (1, call, D, SLOTS, CHUNKS, MASK, NORM, DROPOUT, PER_SAMPLE, NEED_DX)),
+            (
+                _producer,
+                (descs, filled, span_ptr, B, N, SLOTS, CHUNKS, MASK, PER_SAMPLE, NEED_DX),
+            ),
         ],
         [4, 1],
         REGISTERS,

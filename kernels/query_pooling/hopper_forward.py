@@ -77,9 +77,7 @@ def launch(
 
 @gluon.jit
 def _producer(
-    x_desc,
-    q_desc,
-    shared,
+    filled,
     span_ptr,
     items,
     N,
@@ -90,7 +88,7 @@ def _producer(
     PER_SAMPLE: gl.constexpr,
 ):
     """Load the queries and tokens of each item."""
-    ring, q, _, _, full, empty, _, q_full, q_empty = shared
+    x_desc, q_desc, ring, q, full, empty, q_full, q_empty = filled
     BR: gl.constexpr = q_desc.block_type.shape[1]
     step = 0
     turn = 0
@@ -111,12 +109,7 @@ def _producer(
 @gluon.jit
 def _consumer(
     half: gl.constexpr,
-    shared,
-    tokens,
-    out,
-    items,
-    R,
-    blocks,
+    call,
     D: gl.constexpr,
     SLOTS: gl.constexpr,
     CHUNKS: gl.constexpr,
@@ -126,6 +119,7 @@ def _consumer(
     PER_SAMPLE: gl.constexpr,
 ):
     """Pool the tokens of each item, for one half of the columns."""
+    shared, tokens, out, items, R, blocks = call
     ring, q, p_tiles, parts, full, empty, ready, q_full, q_empty = shared
     words_ptr, span_ptr, mean_ptr, rstd_ptr, N, W = tokens
     z_ptr, sums_ptr, keep_ptr, ksum_ptr = out
@@ -231,8 +225,10 @@ def _consumer(
         if half == 0:
             at = b.to(gl.int64) * R + first + row
             inside = first + row < R
-            gl.store(sums_ptr + 2 * at, gl.where(total > 0, m, float("inf")), mask=inside)
-            gl.store(sums_ptr + 2 * at + 1, gl.where(total > 0, gl.log(total), 0.0), mask=inside)
+            no_token = total == 0
+            gl.store(sums_ptr + 2 * at, gl.where(no_token, float("inf"), m), mask=inside)
+            log_total = gl.log(gl.where(no_token, 1.0, total))
+            gl.store(sums_ptr + 2 * at + 1, log_total, mask=inside)
             if DROPOUT:
                 gl.store(ksum_ptr + at, ksum * inverse, mask=inside)
 
@@ -281,20 +277,13 @@ def hopper_forward_kernel(
     shared = (ring, q, p_tiles, parts, full, empty, ready, q_full, q_empty)
     tokens = (words_ptr, span_ptr, mean_ptr, rstd_ptr, N, W)
     out = (z_ptr, sums_ptr, keep_ptr, ksum_ptr)
+    call = (shared, tokens, out, items, R, blocks)
+    filled = (x_desc, q_desc, ring, q, full, empty, q_full, q_empty)
     gl.warp_specialize(
         [
-            (
-                _consumer,
-                (0, shared, tokens, out, items, R, blocks, D, SLOTS, CHUNKS, MASK, NORM, DROPOUT, PER_SAMPLE),
-            ),
-            (
-                _consumer,
-                (1, shared, tokens, out, items, R, blocks, D, SLOTS, CHUNKS, MASK, NORM, DROPOUT, PER_SAMPLE),
-            ),
-            (
-                _producer,
-                (x_desc, q_desc, shared, span_ptr, items, N, blocks, SLOTS, CHUNKS, MASK, PER_SAMPLE),
-            ),
+            (_consumer, (0, call, D, SLOTS, CHUNKS, MASK, NORM, DROPOUT, PER_SAMPLE)),
+            (_consumer, (1, call, D, SLOTS, CHUNKS, MASK, NORM, DROPOUT, PER_SAMPLE)),
+            (_producer, (filled, span_ptr, items, N, blocks, SLOTS, CHUNKS, MASK, PER_SAMPLE)),
         ],
         [4, 1],
         REGISTERS,

@@ -67,7 +67,7 @@ def load_tile(
     CHUNKS: gl.constexpr,
 ):
     """Load the tile of sample b that begins with row ``start``. Return the next step."""
-    for i in range(CHUNKS):
+    for i in gl.static_range(CHUNKS):
         slot = (step + i) % SLOTS
         mbarrier.wait(empty.index(slot), ((step + i) // SLOTS & 1) ^ 1)
         mbarrier.expect(full.index(slot), BN * BD * 2)

@@ -18,10 +18,11 @@ class Case:
     dim: int
     dtype: str = "bfloat16"
     norm: bool = False
-    padding: Literal["none", "padding", "lengths"] = "none"
+    padding: Literal["none", "padding", "lengths", "packed"] = "none"
     per_sample: bool = False  # queries (B, L, D) instead of (L, D)
     need_dx: bool = True  # whether the gradient of x is needed
     dropout: float = 0.0
+    lse: bool = False  # whether the log-sum-exp has a gradient
 
 
 CASES: dict[str, Case] = {
@@ -48,6 +49,13 @@ CASES: dict[str, Case] = {
     "float32 drop": Case(
         rows=32, dim=768, dtype="float32", norm=True, padding="padding", dropout=0.1
     ),
+    "packed": Case(rows=32, dim=768, padding="packed"),
+    "siglip packed": Case(rows=12, dim=768, norm=True, padding="packed"),
+    "bottleneck packed drop": Case(rows=2, dim=768, padding="packed", dropout=0.1),
+    "widest packed": Case(rows=64, dim=4096, norm=True, padding="packed"),
+    "fluid lse": Case(rows=32, dim=768, lse=True),
+    "siglip lse": Case(rows=12, dim=768, norm=True, padding="lengths", lse=True),
+    "siglip lse drop": Case(rows=12, dim=768, norm=True, padding="lengths", dropout=0.1, lse=True),
 }
 
 
@@ -59,7 +67,8 @@ def launch(case: Case) -> None:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     batch, length = 64, 197
-    x = empty(batch, length, case.dim)
+    packed = case.padding == "packed"
+    x = empty(*((batch * length,) if packed else (batch, length)), case.dim)
     leading = () if not case.per_sample else (batch,)
     q = empty(*leading, case.rows, case.dim)
     mask = empty(batch, length, dtype=torch.bool) if case.padding == "padding" else None
@@ -67,6 +76,8 @@ def launch(case: Case) -> None:
     shared: dict[str, Any] = dict(
         mask=mask,
         lengths=lengths,
+        cu_seqlens=empty(batch + 1, dtype=torch.int32) if packed else None,
+        max_seqlen=length if packed else None,
         dropout_p=case.dropout,
         dropout_seed=empty(dtype=torch.int64) if case.dropout else None,
     )
@@ -75,6 +86,7 @@ def launch(case: Case) -> None:
     kernels.backward(
         dz=empty(*z.shape),
         dksum=empty(*z.shape[:2], dtype=torch.float32) if case.dropout else None,
+        dlse=empty(*z.shape[:2], dtype=torch.float32) if case.lse else None,
         x=x,
         q=q,
         z=z,

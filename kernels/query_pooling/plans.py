@@ -76,11 +76,12 @@ def plan(
     dropout: bool = False,
     per_sample: bool = False,
     tma: bool = False,
+    dlse: bool = False,
 ) -> Plan:
     """Choose the kernels of forward and backward, and their tiles.
 
     ``per_sample``: whether each sample has its own queries. ``tma``: whether TMA can load the
-    tokens (see hopper_tokens.can_describe).
+    tokens (see hopper_tokens.can_describe). ``dlse``: whether the log-sum-exp has a gradient.
 
     ``onepass`` reads X once for each block of BR rows, and runs if all columns of Z^T (forward) or
     dQ'^T (backward) fit into registers. For the symbols see forward.py and backward.py.
@@ -98,7 +99,7 @@ def plan(
     else:
         forward["onepass"] = _onepass_forward(rows, dim, arch, big_shared, norm, dropout)
     # With more than 16 rows, too few tokens fit beside dQ'^T to keep the matrix units busy.
-    if hopper and _hopper_backward_fits(rows, dim, norm, dropout, per_sample):
+    if hopper and _hopper_backward_fits(rows, dim, norm, dropout, per_sample, dlse):
         backward = {"hopper": _hopper_backward(rows, dim)}
     elif rows <= 16 and big_shared and dim <= 1024 and not float32:
         tokens = 16 if norm or (dropout and dim > 768) else 32
@@ -123,13 +124,14 @@ def _hopper_backward_fits(
     norm: bool,
     dropout: bool,
     per_sample: bool,
+    dlse: bool,
 ) -> bool:
     """Return whether the kernel for sm_90 can have the rows of a sample, without spills."""
     if rows <= 16:
         return True
-    crowded = norm or (per_sample and dropout)
+    crowded = norm or (dropout and (per_sample or dlse))
     if _TRITON_3_6:
-        crowded = crowded or dropout or per_sample
+        crowded = crowded or dropout or per_sample or dlse
     return rows <= 32 and dim <= 768 and not crowded
 
 

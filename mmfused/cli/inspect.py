@@ -163,6 +163,8 @@ def report_of(job: Job, measured: Measured) -> Report:
     """Return the row of a launch in the table, with the faults of the launch."""
     constants = job.constants
     sizes = "x".join(str(constants[size]) for size in _TILE_SIZES if size in constants)
+    # A Gluon kernel has no stages, but a ring of slots.
+    stages = job.options.get("num_stages") or constants["SLOTS"]
     kernel = job.kernel.removesuffix("_kernel")
     issue = known.issue_of(job.op, kernel, job.arch, job.case)
     redundant = "; ".join(measured.redundant)
@@ -174,7 +176,7 @@ def report_of(job: Job, measured: Measured) -> Report:
         case=job.case,
         kernel=kernel,
         arch=job.arch,
-        tile=f"{sizes} w{job.options['num_warps']} s{job.options['num_stages']}",
+        tile=f"{sizes} w{job.options['num_warps']} s{stages}",
         registers=measured.registers,
         spilled=measured.stack,
         shared=measured.shared,

@@ -34,6 +34,19 @@ def masked_softmax(logits: Tensor, ignore: Tensor | None, dim: int) -> Tensor:
     return logits.to(dtype).masked_fill(ignore, floor).softmax(dim).masked_fill(ignore, 0.0)
 
 
+def masked_logsumexp(logits: Tensor, ignore: Tensor | None, dim: int) -> Tensor:
+    """Compute the log-sum-exp over ``dim`` in float32 or float64.
+
+    A fully masked row has the value -inf and gradient 0.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if ignore is None:
+        return logits.logsumexp(dim)
+    # With -inf instead, the gradient of a fully masked row would be NaN.
+    lse = logits.masked_fill(ignore, torch.finfo(logits.dtype).min).logsumexp(dim)
+    return lse.masked_fill(ignore.all(dim), -math.inf)
+
+
 def check_bool(
     op: str,
     name: str,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...library import active_exporter, launching, once_differentiable, operator
+from .reference import PoolingOptions
 
 
 class Pool(torch.autograd.Function):
@@ -24,35 +26,78 @@ class Pool(torch.autograd.Function):
         q: Tensor,
         mask: Tensor | None,
         lengths: Tensor | None,
+        cu_seqlens: Tensor | None,
+        max_seqlen: int | None,
         eps: float | None,
         dropout_p: float,
         seed: Tensor | None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Run the forward kernels."""
+        return_lse: bool,
+    ) -> tuple[Tensor, ...]:
+        """Run the forward kernels.
+
+        Return z, with dropout ksum, and if asked the log-sum-exp of each row.
+        """
         ctx.q_dtype = q.dtype
-        ctx.dropout_p = dropout_p
+        ctx.dropout_p, ctx.return_lse, ctx.max_seqlen = dropout_p, return_lse, max_seqlen
         x = x if x.stride(-1) == 1 else x.contiguous()
         q = q.to(x.dtype).contiguous()
         lengths = None if lengths is None else lengths.contiguous()
-        z, sums, mean, rstd, ksum = query_pooling_fwd(x, q, mask, lengths, eps, dropout_p, seed)
-        ctx.save_for_backward(x, q, z, sums, mean, rstd, ksum, mask, lengths, seed)
-        return (z, ksum) if dropout_p else z
+        if cu_seqlens is not None:  # so that a wrong offset never makes a kernel leave x
+            cu_seqlens = cu_seqlens.clamp(0, x.shape[0])
+        tokens = (mask, lengths, cu_seqlens)
+        z, *saved = query_pooling_fwd(x, q, *tokens, max_seqlen, eps, dropout_p, seed)
+        ctx.save_for_backward(x, q, z, *saved, *tokens, seed)
+        sums, _, _, ksum = saved
+        out = (z, ksum) if dropout_p else (z,)
+        return (*out, _log_sum_exp(sums)) if return_lse else out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dz: Tensor, dksum: Tensor | None = None) -> tuple[Any, ...]:
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
         """Run the backward kernels."""
         *saved, seed = ctx.saved_tensors
         need_dx, need_dq = ctx.needs_input_grad[:2]
+        dz, *rest = (gradient.contiguous() for gradient in upstream)
         dx, dq = query_pooling_bwd(
-            dz.contiguous(),
-            None if dksum is None else dksum.contiguous(),
+            dz,
+            rest[0] if ctx.dropout_p else None,
+            rest[-1] if ctx.return_lse else None,
             *saved,
+            ctx.max_seqlen,
             need_dx,
             ctx.dropout_p,
             seed,
         )
-        return dx if need_dx else None, dq.to(ctx.q_dtype) if need_dq else None, *[None] * 5
+        return dx if need_dx else None, dq.to(ctx.q_dtype) if need_dq else None, *[None] * 8
+
+
+def pool_fused(
+    x: Tensor,
+    q: Tensor,
+    options: PoolingOptions,
+    eps: float | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return z, ksum and the log-sum-exp, as :func:`.composed.pool_composed` does."""
+    out = Pool.apply(
+        x,
+        q,
+        options.key_padding_mask,
+        None if options.cu_seqlens is not None else options.lengths,
+        options.cu_seqlens,
+        options.max_seqlen,
+        eps,
+        options.dropout_p,
+        options.dropout_seed,
+        options.return_lse,
+    )
+    ksum = out[1] if options.dropout_p else None
+    return out[0], ksum, out[-1] if options.return_lse else None
+
+
+def _log_sum_exp(sums: Tensor) -> Tensor:
+    """Return the log-sum-exp (B, R) of the logits from ``sums``; -inf for a row without tokens."""
+    lse = sums[..., 0] + sums[..., 1]
+    return lse.masked_fill(lse == math.inf, -math.inf)
 
 
 class _ZeroGradient(torch.autograd.Function):
@@ -84,12 +129,15 @@ def _fake_forward(
     q,
     mask,
     lengths,
+    cu_seqlens,
+    max_seqlen,
     eps,
     dropout_p,
     dropout_seed,
 ):
-    (batch, length, dim), rows = x.shape, q.shape[-2]
-    norm = (batch, length) if eps is not None else (0,)
+    rows, dim = q.shape[-2:]
+    batch = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    norm = x.shape[:-1] if eps is not None else (0,)
     ksum = (batch, rows) if dropout_p else (0,)
     shapes = ((batch, rows, 2), norm, norm, ksum)
     z = x.new_empty(batch, rows, dim)
@@ -99,6 +147,7 @@ def _fake_forward(
 def _fake_backward(
     dz,
     dksum,
+    dlse,
     x,
     q,
     z,
@@ -108,6 +157,8 @@ def _fake_backward(
     ksum,
     mask,
     lengths,
+    cu_seqlens,
+    max_seqlen,
     need_dx,
     dropout_p,
     dropout_seed,
@@ -122,13 +173,13 @@ def _forward_flops(
     *rest,
     out_shape,
 ):
-    batch, length, dim = x
-    return 4 * batch * q[-2] * length * dim
+    return 4 * math.prod(x) * q[-2]  # of packed tokens (total, dim), each is in one sample
 
 
 def _backward_flops(
     dz,
     dksum,
+    dlse,
     x,
     q,
     z,
@@ -138,6 +189,8 @@ def _backward_flops(
     ksum,
     mask,
     lengths,
+    cu_seqlens,
+    max_seqlen,
     need_dx,
     *rest,
     out_shape,
@@ -147,8 +200,9 @@ def _backward_flops(
 
 
 @operator(
-    "(Tensor x, Tensor q, Tensor? mask, Tensor? lengths, float? eps, float dropout_p,"
-    " Tensor? dropout_seed) -> (Tensor z, Tensor sums, Tensor mean, Tensor rstd, Tensor ksum)",
+    "(Tensor x, Tensor q, Tensor? mask, Tensor? lengths, Tensor? cu_seqlens, SymInt? max_seqlen,"
+    " float? eps, float dropout_p, Tensor? dropout_seed)"
+    " -> (Tensor z, Tensor sums, Tensor mean, Tensor rstd, Tensor ksum)",
     _fake_forward,
     _forward_flops,
 )
@@ -161,9 +215,10 @@ def query_pooling_fwd(*args: Any) -> tuple[Tensor, ...]:
 
 
 @operator(
-    "(Tensor dz, Tensor? dksum, Tensor x, Tensor q, Tensor z, Tensor sums, Tensor mean,"
-    " Tensor rstd, Tensor ksum, Tensor? mask, Tensor? lengths, bool need_dx, float dropout_p,"
-    " Tensor? dropout_seed) -> (Tensor dx, Tensor dq)",
+    "(Tensor dz, Tensor? dksum, Tensor? dlse, Tensor x, Tensor q, Tensor z, Tensor sums,"
+    " Tensor mean, Tensor rstd, Tensor ksum, Tensor? mask, Tensor? lengths, Tensor? cu_seqlens,"
+    " SymInt? max_seqlen, bool need_dx, float dropout_p, Tensor? dropout_seed)"
+    " -> (Tensor dx, Tensor dq)",
     _fake_backward,
     _backward_flops,
 )

@@ -5,6 +5,7 @@ The equations and symbols are in reference.py.
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -13,15 +14,15 @@ from torch import Tensor
 
 from ...library import active_exporter
 from ...random import keep_mask
-from .._common import masked_softmax
+from .._common import masked_logsumexp, masked_softmax
 from .._sdpa import attention
-from .reference import PoolingOptions, PoolingWeights, merge_heads, split_heads
+from .reference import PoolingOptions, PoolingWeights, attend_reference, merge_heads, split_heads
 
 Form = Literal["absorbed", "projected"]
 
 # form="auto" picks the absorbed form if the projected form needs at least this many times the FLOPs
 # of the absorbed form. The measured break-even on a CPU is 1.2; the value for CUDA is not measured.
-# With dropout, the projected form cannot use torch's attention, and the factor is 1.
+# For dropout and the log-sum-exp, the projected form cannot use torch's attention: the factor is 1.
 ABSORBED_MUST_SAVE = {"cpu": 1.25, "cuda": 2.0}
 
 
@@ -52,16 +53,19 @@ def cheaper_form(
     w_k: Tensor,
     w_v: Tensor,
     num_heads: int,
-    dropout_p: float = 0.0,
+    explicit: bool = False,
 ) -> Form:
-    """Return the form that form="auto" picks for these shapes."""
+    """Return the form that form="auto" picks for these shapes.
+
+    ``explicit``: whether the projected form has to compute the logits without torch's attention.
+    """
     batch, length, dim = x.shape
     if active_exporter():  # an exported graph serves any size, so assume large sizes
         batch, length = 2**20, 2**20
     shared = queries.dim() == 2
     sizes = (queries.shape[-2], w_k.shape[0], w_v.shape[0], num_heads)
     flops = form_flops(batch, length, dim, *sizes, shared)
-    margin = 1.0 if dropout_p else ABSORBED_MUST_SAVE["cpu" if x.device.type == "cpu" else "cuda"]
+    margin = 1.0 if explicit else ABSORBED_MUST_SAVE["cpu" if x.device.type == "cpu" else "cuda"]
     return "absorbed" if flops["absorbed"] * margin <= flops["projected"] else "projected"
 
 
@@ -100,7 +104,7 @@ def project_values(
         out = merge_heads(z @ w_v.transpose(1, 2))
     else:
         out = z.transpose(0, 1).flatten(1, 2) @ w_v.transpose(1, 2)  # (h, B*L, dv)
-        out = out.unflatten(1, (x.shape[0], queries)).permute(1, 2, 0, 3).flatten(2)
+        out = out.unflatten(1, (z.shape[0], queries)).permute(1, 2, 0, 3).flatten(2)
 
     if ksum is not None:
         if b_v is not None:
@@ -112,6 +116,30 @@ def project_values(
         return out
     empty = empty_samples(x, options.key_padding_mask, options.lengths)
     return out + b_v.to(x.dtype) * (1 if empty is None else ~empty[:, None, None])
+
+
+def whole_lse(
+    lse: Tensor,
+    queries: Tensor,
+    weights: PoolingWeights,
+    options: PoolingOptions,
+) -> Tensor:
+    """Return the log-sum-exp (B, h, L) of the logits, from that of the absorbed logits (B, R).
+
+    Adds the terms of b_k and of the norm's bias, which are equal for all tokens.
+    """
+    num_heads = options.num_heads
+    lse = lse.unflatten(1, (num_heads, queries.shape[-2]))
+    shift = None if weights.b_k is None else weights.b_k.to(lse.dtype)
+    if options.norm_bias is not None:
+        moved = weights.w_k.to(lse.dtype) @ options.norm_bias.to(lse.dtype)
+        shift = moved if shift is None else shift + moved
+    if shift is None:
+        return lse
+    q = queries.to(lse.dtype).unflatten(-1, (num_heads, -1))  # (..., L, h, dk)
+    terms = (q * shift.unflatten(0, (num_heads, -1))).sum(-1) * _scale(weights.w_k, options)
+    empty = lse.isneginf()
+    return (lse + terms.transpose(-1, -2)).masked_fill(empty, -math.inf)
 
 
 def _folded_norm(
@@ -128,10 +156,10 @@ def _folded_norm(
         shift = w_v.to(wide) @ options.norm_bias.to(wide)
         b_v = shift if b_v is None else shift + b_v.to(wide)
     norm_weight = options.norm_weight.to(wide)
-    return _centred(w_k.to(wide) * norm_weight), _centred(w_v.to(wide) * norm_weight), b_v
+    return centred(w_k.to(wide) * norm_weight), centred(w_v.to(wide) * norm_weight), b_v
 
 
-def _centred(w: Tensor) -> Tensor:
+def centred(w: Tensor) -> Tensor:
     """Subtract from each row of w its mean.
 
     A normalised token sums to zero, so its projection does not change. The gradient of a normalised
@@ -167,12 +195,14 @@ def pool_composed(
     q: Tensor,
     options: PoolingOptions,
     eps: float | None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Pool tokens x (B, N, D) with absorbed queries q (R, D) or (B, R, D): z = softmax(q x^T) x.
 
-    If ``eps`` is given, the tokens are first normalised to mean 0 and variance 1. Returns z
-    (B, R, D). With dropout, also returns ksum (B, R) in float32 or float64; neither result is
-    divided by 1 - dropout_p.
+    If ``eps`` is given, the tokens are first normalised to mean 0 and variance 1.
+
+    Returns:
+        z (B, R, D), ksum (B, R), which is None without dropout, and the log-sum-exp of the logits
+        (B, R) or None. Both are float32 or float64. z and ksum are not divided by 1 - dropout_p.
     """
     q = q.to(x.dtype)
     ignore = options.ignored(x)
@@ -187,22 +217,24 @@ def pool_composed(
         logits = (q @ x.transpose(1, 2)).transpose(1, 2)  # (B, N, R)
     else:
         logits = x @ q.transpose(-1, -2)
-    probs = masked_softmax(logits, None if ignore is None else ignore[:, :, None], 1)
+    masked = None if ignore is None else ignore[:, :, None]
+    probs = masked_softmax(logits, masked, 1)
+    lse = masked_logsumexp(logits, masked, 1) if options.return_lse else None
     if options.dropout_p:
         shape = (x.shape[0], q.shape[-2], x.shape[1])
         seed = options.dropout_seed
         assert seed is not None
         probs = probs * keep_mask(seed, shape, options.dropout_p).transpose(1, 2)
     z = probs.to(x.dtype).transpose(1, 2) @ x
-    return (z, probs.sum(1)) if options.dropout_p else z
+    return z, probs.sum(1) if options.dropout_p else None, lse
 
 
 def empty_samples(x: Tensor, mask: Tensor | None, lengths: Tensor | None) -> Tensor | None:
     """Return a bool (B,), True for samples without tokens, or None if no sample can be empty.
 
-    Masked tokens do not count.
+    Masked tokens do not count. x is (B, N, D), or packed with its lengths.
     """
-    if not x.shape[1]:
+    if x.dim() == 3 and not x.shape[1]:
         return x.new_ones(x.shape[0], dtype=torch.bool)
     if mask is not None:
         return mask.all(1)
@@ -214,8 +246,8 @@ def projected(
     queries: Tensor,
     weights: PoolingWeights,
     options: PoolingOptions,
-) -> Tensor:
-    """Pool in the projected form."""
+) -> tuple[Tensor, Tensor | None]:
+    """Pool in the projected form. Return what :func:`attend` returns."""
     ignore = options.ignored(x)
     if ignore is not None:
         x = x.masked_fill(ignore[:, :, None], 0.0)
@@ -231,7 +263,7 @@ def projected(
     w_k, w_v, b_v, b_k = weights.to(x.dtype)
     k = F.linear(x, w_k, b_k)
     v = F.linear(x, w_v, b_v)
-    return attend(queries.to(x.dtype), k, v, ignore, _scale(w_k, options), options)
+    return attend(queries.to(x.dtype), k, v, ignore, options)
 
 
 def attend(
@@ -239,23 +271,21 @@ def attend(
     k: Tensor,
     v: Tensor,
     ignore: Tensor | None,
-    scale: float,
     options: PoolingOptions,
-) -> Tensor:
-    """Attend to keys k (B, N, Dk) and values v (B, N, Dv); return (B, L, Dv)."""
+) -> tuple[Tensor, Tensor | None]:
+    """Attend to keys k (B, N, Dk) and values v (B, N, Dv).
+
+    Return the output (B, L, Dv), and the log-sum-exp (B, h, L) or None.
+    """
+    # torch's attention would draw its own dropout mask, and does not return the log-sum-exp.
+    if options.dropout_p or options.return_lse:
+        return attend_reference(queries, k, v, ignore, options)
     q, k, v = split_heads(queries, k, v, options.num_heads)
-    if options.dropout_p:  # torch's attention would draw its own dropout mask
-        seed = options.dropout_seed
-        assert seed is not None
-        masked = None if ignore is None else ignore[:, None, None, :]
-        probs = masked_softmax(q @ k.transpose(-1, -2) * scale, masked, -1)
-        probs = probs * keep_mask(seed, probs.shape, options.dropout_p) / (1 - options.dropout_p)
-        return merge_heads(probs.to(v.dtype) @ v)
     if ignore is None:
-        return merge_heads(attention(q, k, v, scale=scale))
+        return merge_heads(attention(q, k, v, scale=options.scale)), None
     # Some backends of torch's attention do not give output 0 and gradient 0 for a sample without
     # tokens. Here such a sample attends to all its tokens, and its output is set to 0 afterwards.
     empty = ignore.all(1)
     allowed = ~(ignore & ~empty[:, None])[:, None, None, :]
-    out = merge_heads(attention(q, k, v, allowed, scale))
-    return out.masked_fill(empty[:, None, None], 0.0)
+    out = merge_heads(attention(q, k, v, allowed, options.scale))
+    return out.masked_fill(empty[:, None, None], 0.0), None

@@ -21,6 +21,8 @@ from .._common import padding_mask
 from .checks import check_tokens
 from .composed import empty_samples
 from .functional import pool_projected, query_pooling
+from .probabilities import in_chunks, pooling_weights, samples
+from .reference import packed_lengths, unpack
 
 
 class QueryPooling(nn.Module):
@@ -103,36 +105,36 @@ class QueryPooling(nn.Module):
         queries: Tensor | None = None,
         *,
         lengths: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
         dropout_seed: Tensor | None = None,
     ) -> Tensor:
         """Pool tokens.
 
         Args:
-            x: (B, N, kv_dim).
+            x: (B, N, kv_dim), or packed tokens (total, kv_dim).
             key_padding_mask: (B, N) bool, True = ignore.
             queries: (L, dim) or (B, L, dim), used instead of the learned queries.
             lengths: (B,) int, the number of tokens that count; an alternative to the mask.
+            cu_seqlens: (B + 1,) int, the offsets of packed tokens; see :func:`query_pooling`.
+            max_seqlen: a bound on the tokens of a sample, needed with ``cu_seqlens``.
             dropout_seed: see :func:`query_pooling`.
 
         Returns:
             (B, L, dim).
         """
-        queries = self.queries if queries is None else queries
-        if queries is None:
-            raise ValueError(
-                "QueryPooling: queries: got None, expected a tensor because num_queries is None"
-            )
-        check_tokens(x, key_padding_mask, lengths)
+        check_tokens(x, key_padding_mask, lengths, cu_seqlens, max_seqlen)
         device = x.device.type
-        q = queries
-        if self.q_proj is not None:
-            q = linear(queries, *read(self.q_proj, "QueryPooling.q_proj", self.dim, device))
+        q = self._projected_queries(x, queries)
         w_k, b_k = read(self.k_proj, "QueryPooling.k_proj", self.dim, device)
         w_v, b_v = read(self.v_proj, "QueryPooling.v_proj", self.dim, device)
         eps = getattr(self.norm_kv, "eps", 0.0)
         norm = read_norm(self.norm_kv, "QueryPooling.norm_kv", self.kv_dim, device, eps)
         dropout_p = self.dropout if self.training else 0.0
         if any(isinstance(part, Called) for part in (w_k, w_v, norm)):
+            if cu_seqlens is not None and max_seqlen is not None:
+                x, lengths = unpack(x, cu_seqlens, max_seqlen)
+                cu_seqlens = max_seqlen = None
             x = self._normed(x, norm, key_padding_mask, lengths)
             norm = None
         fold = False
@@ -149,7 +151,8 @@ class QueryPooling(nn.Module):
                 reasons=why_no_weights((w_k, w_v)),
             )
         else:
-            fold = self._folds_out_proj(x.shape[0] * queries.shape[-2], dropout_p)
+            batch = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+            fold = self._folds_out_proj(batch * q.shape[-2], dropout_p)
             if fold:
                 w_v, b_v = self._value_to_output(w_v, b_v)
             assert not isinstance(norm, Called)
@@ -164,6 +167,8 @@ class QueryPooling(nn.Module):
                 num_heads=self.num_heads,
                 key_padding_mask=key_padding_mask,
                 lengths=lengths,
+                cu_seqlens=cu_seqlens,
+                max_seqlen=max_seqlen,
                 norm_weight=norm_weight,
                 norm_bias=norm_bias,
                 norm_eps=eps,
@@ -173,8 +178,77 @@ class QueryPooling(nn.Module):
         if self.out_proj is None or fold:
             return out
         out = linear(out, *read(self.out_proj, "QueryPooling.out_proj", None, device))
+        lengths = lengths if cu_seqlens is None else packed_lengths(x, cu_seqlens)
         empty = empty_samples(x, key_padding_mask, lengths)
         return out if empty is None else out.masked_fill(empty[:, None, None], 0.0)
+
+    @torch.no_grad()
+    def pooling_weights(
+        self,
+        x: Tensor,
+        key_padding_mask: Tensor | None = None,
+        queries: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        chunk: int = 32,
+    ) -> Tensor:
+        """Return the probabilities with which :meth:`forward` pools the tokens, without gradients.
+
+        The arguments are those of :meth:`forward`, and ``chunk`` is the number of samples that are
+        computed at a time; see :func:`pooling_weights`.
+
+        Returns:
+            (B, num_heads, L, N) in float32, or in float64 for float64 ``x``, without dropout.
+        """
+        check_tokens(x, key_padding_mask, lengths, cu_seqlens, max_seqlen)
+        device = x.device.type
+        q = self._projected_queries(x, queries)
+        w_k, b_k = read(self.k_proj, "QueryPooling.k_proj", self.dim, device)
+        eps = getattr(self.norm_kv, "eps", 0.0)
+        norm = read_norm(self.norm_kv, "QueryPooling.norm_kv", self.kv_dim, device, eps)
+        tokens = (x, key_padding_mask, lengths, cu_seqlens, max_seqlen)
+        if not isinstance(w_k, Called) and not isinstance(norm, Called):
+            return pooling_weights(
+                x,
+                q,
+                w_k,
+                num_heads=self.num_heads,
+                key_padding_mask=key_padding_mask,
+                lengths=lengths,
+                cu_seqlens=cu_seqlens,
+                max_seqlen=max_seqlen,
+                norm_weight=None if norm is None else norm[0],
+                norm_eps=eps,
+                chunk=chunk,
+            )
+
+        def of_samples(part: slice) -> Tensor:
+            some, mask, counts = samples(*tokens, part)
+            k = linear(self._normed(some, norm, mask, counts), w_k, b_k)
+            return pooling_weights(
+                k,
+                q if q.dim() == 2 else q[part],
+                torch.eye(self.dim, dtype=k.dtype, device=k.device),
+                num_heads=self.num_heads,
+                key_padding_mask=mask,
+                lengths=counts,
+            )
+
+        batch = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        return in_chunks(of_samples, batch, chunk)
+
+    def _projected_queries(self, x: Tensor, queries: Tensor | None) -> Tensor:
+        queries = self.queries if queries is None else queries
+        if queries is None:
+            raise ValueError(
+                "QueryPooling: queries: got None, expected a tensor because num_queries is None"
+            )
+        if self.q_proj is None:
+            return queries
+        device = x.device.type
+        return linear(queries, *read(self.q_proj, "QueryPooling.q_proj", self.dim, device))
 
     def _normed(
         self,
