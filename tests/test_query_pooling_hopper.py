@@ -69,7 +69,7 @@ CASES = [
     Case("float16", 3, 65, 768, 1, 1, "lengths", False, 0.9, True, True),
     Case("float16", 1, 128, 768, 17, 1, "lengths", False, 0.0, False, True),
     Case("bfloat16", 3, 1, 1000, 17, 1, "mask", False, 0.1, False, False),
-    Case("float16", 1, 63, 1000, 17, 1, "none", True, 0.9, True, False),
+    Case("float16", 1, 63, 192, 17, 1, "none", True, 0.9, True, False),
     Case("float16", 1, 197, 1000, 3, 5, "lengths", True, 0.0, False, True),
     Case("bfloat16", 1, 63, 1024, 16, 1, "mask", False, 0.0, False, True),
     Case("bfloat16", 3, 63, 1024, 16, 2, "lengths", False, 0.1, True, True),
@@ -163,9 +163,8 @@ def test_a_common_mean_does_not_reduce_accuracy(dtype, mean):
     check_budget(case, inputs, options)
 
 
-@pytest.mark.parametrize("length", [1, 65])
-def test_lengths_of_32_bits(length):
-    case = Case("float16", 3, length, 64, 3, 1, "lengths")
+def test_lengths_of_32_bits():
+    case = Case("float16", 3, 65, 64, 3, 1, "lengths")
     inputs, options = make(case)
     want = check_budget(case, inputs, options)
     got = run(inputs | {"lengths": inputs["lengths"].int()}, 1, "fused", **options)
@@ -261,9 +260,10 @@ def operators(call, need_dx=True):
     x, q, dz, dksum, mask, lengths, eps, dropout = call
     seed = torch.tensor(SEED, device=DEVICE) if dropout else None
     with launches_made() as launches:
-        z, *saved = torch.ops.mmfused.query_pooling_fwd(x, q, mask, lengths, eps, dropout, seed)
-        options = (mask, lengths, need_dx, dropout, seed)
-        dx, dq = torch.ops.mmfused.query_pooling_bwd(dz, dksum, x, q, z, *saved, *options)
+        padding = (mask, lengths, None, None)
+        z, *saved = torch.ops.mmfused.query_pooling_fwd(x, q, *padding, eps, dropout, seed)
+        rest = (*padding, need_dx, dropout, seed)
+        dx, dq = torch.ops.mmfused.query_pooling_bwd(dz, dksum, None, x, q, z, *saved, *rest)
     assert "hopper_forward_kernel" in {launch.name for launch in launches}
     return dict(z=z, sums=saved[0], ksum=saved[3], dx=dx, dq=dq)
 
@@ -321,10 +321,8 @@ def test_a_sample_without_tokens_has_no_gradients(need):
 
 ALONE = [
     Case("float16", 5, 70, 64, 17, 1, "lengths", False, 0.0, True),
-    Case("bfloat16", 5, 130, 64, 15, 1, "mask", True, 0.0, False),
     Case("bfloat16", 3, 65, 768, 31, 1, "none", False, 0.0, True),
-    Case("float16", 270, 66, 8, 3, 1, "lengths", True, 0.0, True),
-    Case("float16", 140, 9, 64, 33, 1, "mask", False, 0.0, False),
+    Case("bfloat16", 135, 66, 8, 3, 1, "mask", True, 0.0, False),
 ]
 
 
@@ -334,34 +332,42 @@ def test_a_sample_does_not_depend_on_the_others(case):
     call = call_of(case)
     want = operators(call)
     check_equal(operators(call), want)
-    shared = ("q",) if not case.per_sample else ()
-    for b in {0, 1, 2, case.batch // 2 - 1, case.batch - 2, case.batch - 1}:
+    of_samples = ["x", "dz", "mask", "lengths", *(["q"] if case.per_sample else [])]
+    for b in (0, 2, case.batch - 1):
         one = call._asdict()
-        for name in {"x", "q", "dz", "mask", "lengths"} - set(shared):
+        for name in of_samples:
             one[name] = None if one[name] is None else one[name][b : b + 1]
         got = operators(Call(**one))
         for name in ("z", "sums", "dx", *(("dq",) if case.per_sample else ())):
             assert torch.equal(got[name][0], want[name][b]), (name, b)
 
 
-@pytest.mark.parametrize("rows", [16, 32])
-def test_dq_does_not_depend_on_whether_dx_is_computed(rows):
-    call = call_of(Case("bfloat16", 3, 130, 96, rows, 1, "mask"))
+def test_dq_does_not_depend_on_whether_dx_is_computed():
+    call = call_of(Case("bfloat16", 3, 130, 96, 32, 1, "mask"))
     want = operators(call)
     got = operators(call, need_dx=False)
     assert not got["dx"].numel() and torch.equal(got["dq"], want["dq"])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize(
+    "dropout, norm, dtype",
+    [
+        (0.0, False, torch.float16),
+        (0.0, True, torch.bfloat16),
+        (0.3, False, torch.bfloat16),
+        (0.3, True, torch.float16),
+    ],
+)
 def test_logits_have_no_gradient_if_one_token_has_all_the_weight(dropout, norm, dtype):
     """The gradient of the logits is the difference of two equal terms, rounded equally."""
     case = Case(str(dtype)[6:], 5, 70, 192, 5, 3, "lengths", norm, dropout, True)
     call = call_of(case)
     call.lengths[:] = torch.tensor([1, 70, 66, 1, 0], device=DEVICE)
-    got = operators(call._replace(q=call.q * 1e3))
-    assert got["dq"].abs().max() == 0
+    # Query r is ten times a token, which is token 4 r of the longer samples.
+    tokens = [torch.arange(15) * 4 % max(length, 1) for length in call.lengths.tolist()]
+    q = torch.stack([x[at] * 10 for x, at in zip(call.x, tokens, strict=True)])
+    got = operators(call._replace(q=q))
+    assert got["z"][:4].any(-1).float().mean() > 0.5 and got["dq"].abs().max() == 0
     one_token = operators(call_of(case._replace(length=1, padding="none")))
     assert one_token["dq"].abs().max() == 0
 
@@ -385,7 +391,7 @@ def test_a_non_finite_token_or_query_affects_only_its_own_outputs(norm, value):
     x, q = call.x.clone(), call.q.clone()
     x[1, 66, 4] = value
     got = operators(call._replace(x=x))
-    assert not got["z"][1].isfinite().any()
+    assert not got["z"][1, :, 4].isfinite().any()
     for name in ("z", "dx", "dq"):
         assert torch.equal(got[name][0::2], want[name][0::2]), name
     q[1, 2] = value
