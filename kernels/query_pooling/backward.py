@@ -38,6 +38,7 @@ from ..tiles import (
     dot,
     load_rows_t,
     load_tokens,
+    split_dot,
     store_rows_t,
     token_span,
     tokens_kept,
@@ -93,6 +94,7 @@ def backward(
         DROPOUT=dropout_words is not None,
     )
     if "onepass" in tiles.backward:
+        tile = tiles.backward["onepass"]
         onepass_backward_kernel[(partials,)](
             **tokens,
             **query,
@@ -101,7 +103,8 @@ def backward(
             dq_ptr=dq,
             B=batch,
             NEED_DX=need_dx,
-            **asdict(tiles.backward["onepass"]),
+            SPLITS=tile.num_warps,
+            **asdict(tile),
             **OPTIONS,
         )
     else:
@@ -290,6 +293,7 @@ def onepass_backward_kernel(
     NEED_DX: tl.constexpr,
     DROPOUT: tl.constexpr,
     UPCAST: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
     """Compute dX and partial sums of dQ' in one pass over X, for R <= BR. Grid (partials,).
 
@@ -304,13 +308,16 @@ def onepass_backward_kernel(
         b = tl.program_id(0).to(tl.int64) + turn * tl.num_programs(0)
         q = ()
         dz = ()
-        zdz = tl.zeros([BN, BR], tl.float32)
+        zdz = tl.zeros([SPLITS, BN, BR], tl.float32)
         for c in tl.static_range(NC):
             cols = c * BD + tl.arange(0, BD)
             q += (load_rows_t(q_ptr + b * stride_qb, rows, cols, R, D),)
             dz += (load_rows_t(dz_ptr + b * R * D, rows, cols, R, D),)
-            zdz = dot(_load_z(z_ptr, b, rows, cols, R, D, BN), dz[c], zdz, UPCAST)
-        delta, kept, dropped = _delta(zdz, ksum_ptr, dksum_ptr, b, rows, R, DROPOUT)
+            z = _load_z(z_ptr, b, rows, cols, R, D, BN)
+            zdz = split_dot(z, dz[c], zdz, UPCAST)
+        delta, kept, dropped = _delta(
+            tl.sum(zdz, 0), ksum_ptr, dksum_ptr, b, rows, R, DROPOUT
+        )
         lo, hi = token_span(b, span_ptr, N, MASK)
         lo = lo // BN * BN
         if NEED_DX and MASK != "none":
@@ -319,16 +326,18 @@ def onepass_backward_kernel(
         for start in range(lo, hi, BN):
             n, keep = tokens_kept(b, start, BN, hi, words_ptr, W, MASK)
             mean, rstd = load_moments(mean_ptr, rstd_ptr, b, n, keep, N, NORM)
-            s = tl.zeros([BN, BR], tl.float32)
-            dp = tl.zeros([BN, BR], tl.float32)
+            s = tl.zeros([SPLITS, BN, BR], tl.float32)
+            dp = tl.zeros([SPLITS, BN, BR], tl.float32)
             x = ()
             for c in tl.static_range(NC):
                 cols = c * BD + tl.arange(0, BD)
                 at = x_ptr + b * stride_xb
                 x_c = load_normed(at, n, cols, keep, stride_xn, D, mean, rstd, NORM)
                 x += (x_c,)
-                s = dot(x_c, q[c], s, UPCAST)
-                dp = dot(x_c, dz[c], dp, UPCAST)
+                s = split_dot(x_c, q[c], s, UPCAST)
+                dp = split_dot(x_c, dz[c], dp, UPCAST)
+            s = tl.sum(s, 0)
+            dp = tl.sum(dp, 0)
             p = tl.where(keep[:, None], softmax_of(s, sums_ptr, b, rows, R), 0.0)
             p, ds = _dlogits(
                 p, dp, delta, kept, dropped, keep_ptr, b, start, BN, rows, N, R, DROPOUT

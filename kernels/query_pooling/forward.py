@@ -38,6 +38,7 @@ from ..tiles import (
     load_tokens,
     pack_padding,
     rounded_product,
+    split_dot,
     store_rows_t,
     token_span,
     tokens_kept,
@@ -92,6 +93,7 @@ def forward(
             **query,
             **out,
             sums_ptr=sums,
+            SPLITS=tile.num_warps,
             **asdict(tile),
             **OPTIONS,
         )
@@ -289,6 +291,7 @@ def onepass_forward_kernel(
     NORM: tl.constexpr,
     DROPOUT: tl.constexpr,
     UPCAST: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
     """Pool in one pass over X. Grid (B, R / BR).
 
@@ -310,14 +313,14 @@ def onepass_forward_kernel(
     for start in range(lo // BN * BN, hi, BN):
         n, keep = tokens_kept(b, start, BN, hi, words_ptr, W, MASK)
         mean, rstd = load_moments(mean_ptr, rstd_ptr, b, n, keep, N, NORM)
-        s = tl.zeros([BN, BR], tl.float32)
+        parts = tl.zeros([SPLITS, BN, BR], tl.float32)
         x = ()
         for c in tl.static_range(NC):
             cols = c * BD + tl.arange(0, BD)
             x_c = load_normed(x_ptr + b * stride_xb, n, cols, keep, stride_xn, D, mean, rstd, NORM)
             x += (x_c,)
-            s = dot(x_c, q[c], s, UPCAST)
-        p, m, total, alpha = _softmax_step(s, m, total, keep)
+            parts = split_dot(x_c, q[c], parts, UPCAST)
+        p, m, total, alpha = _softmax_step(tl.sum(parts, 0), m, total, keep)
         if DROPOUT:
             p = tl.where(rows_keep(keep_ptr, b, start, BN, rows, N, R), p, 0.0)
             ksum = ksum * alpha + tl.sum(p, 0)
