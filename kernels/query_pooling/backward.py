@@ -38,7 +38,6 @@ from ..tiles import (
     dot,
     load_rows_t,
     load_tokens,
-    split_dot,
     store_rows_t,
     token_span,
     tokens_kept,
@@ -93,22 +92,7 @@ def backward(
         dksum_ptr=dksum,
         DROPOUT=dropout_words is not None,
     )
-    if "onepass" in tiles.backward:
-        tile = tiles.backward["onepass"]
-        onepass_backward_kernel[(partials,)](
-            **tokens,
-            **query,
-            **saved,
-            dx_ptr=dx,
-            dq_ptr=dq,
-            B=batch,
-            NEED_DX=need_dx,
-            SPLITS=tile.num_warps,
-            **asdict(tile),
-            **OPTIONS,
-        )
-    else:
-        _launch_steps(tiles, tokens, query, saved, dx if need_dx else None, dq)
+    _launch_steps(tiles, tokens, query, saved, dx if need_dx else None, dq)
     return dx, dq.sum(0) if shared else dq
 
 
@@ -238,129 +222,6 @@ def _dlogits(
     else:
         ds = p * (dp - delta[None, :])
     return pooled, ds
-
-
-@triton.jit
-def _zero_rows(
-    ptr,
-    b,
-    first,
-    last,
-    N,
-    D: tl.constexpr,
-    BN: tl.constexpr,
-    BD: tl.constexpr,
-):
-    """Write dX = 0 for the tokens [first, last), to which no query attends."""
-    for start in range(first, last, BN):
-        n = start + tl.arange(0, BN)
-        for c in tl.static_range((D + BD - 1) // BD):
-            cols = c * BD + tl.arange(0, BD)
-            zero = tl.zeros([BN, BD], ptr.dtype.element_ty)
-            inside = (n[:, None] < last) & (cols[None, :] < D)
-            tl.store(ptr + (b * N + n[:, None]) * D + cols[None, :], zero, mask=inside)
-
-
-@triton.jit
-def onepass_backward_kernel(
-    x_ptr,  # (B, N, D)
-    q_ptr,  # (R, D) or (B, R, D)
-    z_ptr,  # (B, R, D)
-    dz_ptr,  # (B, R, D)
-    sums_ptr,  # (B, R, 2) float32
-    mean_ptr,  # (B, N) float32
-    rstd_ptr,  # (B, N) float32
-    words_ptr,  # (B, W) int64
-    span_ptr,  # lengths (B,) or spans (B, 2)
-    keep_ptr,  # (B, N / 64, R) int64
-    ksum_ptr,  # (B, R) float32
-    dksum_ptr,  # (B, R) float32
-    dx_ptr,  # (B, N, D)
-    dq_ptr,  # (partials, R, D)
-    B,
-    N,
-    W,
-    R,
-    stride_xb,
-    stride_xn,
-    stride_qb,
-    D: tl.constexpr,
-    BN: tl.constexpr,
-    BR: tl.constexpr,
-    BD: tl.constexpr,
-    MASK: tl.constexpr,
-    NORM: tl.constexpr,
-    NEED_DX: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    UPCAST: tl.constexpr,
-    SPLITS: tl.constexpr,
-):
-    """Compute dX and partial sums of dQ' in one pass over X, for R <= BR. Grid (partials,).
-
-    Program i processes the samples i, i + partials, ... All of dQ'^T stays on chip.
-    """
-    rows = tl.arange(0, BR)
-    NC: tl.constexpr = (D + BD - 1) // BD
-    dq = ()
-    for _ in tl.static_range(NC):
-        dq += (tl.zeros([BD, BR], tl.float32),)
-    for turn in range(0, tl.cdiv(B - tl.program_id(0), tl.num_programs(0))):
-        b = tl.program_id(0).to(tl.int64) + turn * tl.num_programs(0)
-        q = ()
-        dz = ()
-        zdz = tl.zeros([SPLITS, BN, BR], tl.float32)
-        for c in tl.static_range(NC):
-            cols = c * BD + tl.arange(0, BD)
-            q += (load_rows_t(q_ptr + b * stride_qb, rows, cols, R, D),)
-            dz += (load_rows_t(dz_ptr + b * R * D, rows, cols, R, D),)
-            z = _load_z(z_ptr, b, rows, cols, R, D, BN)
-            zdz = split_dot(z, dz[c], zdz, UPCAST)
-        delta, kept, dropped = _delta(
-            tl.sum(zdz, 0), ksum_ptr, dksum_ptr, b, rows, R, DROPOUT
-        )
-        lo, hi = token_span(b, span_ptr, N, MASK)
-        lo = lo // BN * BN
-        if NEED_DX and MASK != "none":
-            _zero_rows(dx_ptr, b, 0, lo, N, D, BN, BD)
-            _zero_rows(dx_ptr, b, tl.maximum(lo, tl.cdiv(hi, BN) * BN), N, N, D, BN, BD)
-        for start in range(lo, hi, BN):
-            n, keep = tokens_kept(b, start, BN, hi, words_ptr, W, MASK)
-            mean, rstd = load_moments(mean_ptr, rstd_ptr, b, n, keep, N, NORM)
-            s = tl.zeros([SPLITS, BN, BR], tl.float32)
-            dp = tl.zeros([SPLITS, BN, BR], tl.float32)
-            x = ()
-            for c in tl.static_range(NC):
-                cols = c * BD + tl.arange(0, BD)
-                at = x_ptr + b * stride_xb
-                x_c = load_normed(at, n, cols, keep, stride_xn, D, mean, rstd, NORM)
-                x += (x_c,)
-                s = split_dot(x_c, q[c], s, UPCAST)
-                dp = split_dot(x_c, dz[c], dp, UPCAST)
-            s = tl.sum(s, 0)
-            dp = tl.sum(dp, 0)
-            p = tl.where(keep[:, None], softmax_of(s, sums_ptr, b, rows, R), 0.0)
-            p, ds = _dlogits(
-                p, dp, delta, kept, dropped, keep_ptr, b, start, BN, rows, N, R, DROPOUT
-            )
-            p = p.to(x_ptr.dtype.element_ty)
-            ds = ds.to(x_ptr.dtype.element_ty)
-            if NORM:
-                g_x = tl.sum(p * dp + ds * s, 1) / D
-            new_dq = ()
-            for c in tl.static_range(NC):
-                if NEED_DX:
-                    dx = dot(p, tl.trans(dz[c]), tl.zeros([BN, BD], tl.float32), UPCAST)
-                    dx = dot(ds, tl.trans(q[c]), dx, UPCAST)
-                    if NORM:
-                        dx = (dx - x[c].to(tl.float32) * g_x[:, None]) * rstd[:, None]
-                    cols = c * BD + tl.arange(0, BD)
-                    inside = (n[:, None] < N) & (cols[None, :] < D)
-                    tl.store(dx_ptr + (b * N + n[:, None]) * D + cols[None, :], dx, mask=inside)
-                new_dq += (dot(tl.trans(x[c]), ds, dq[c], UPCAST),)
-            dq = new_dq
-    for c in tl.static_range(NC):
-        cols = c * BD + tl.arange(0, BD)
-        store_rows_t(dq_ptr + tl.program_id(0).to(tl.int64) * R * D, dq[c], rows, cols, R, D)
 
 
 @triton.jit

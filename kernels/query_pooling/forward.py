@@ -88,7 +88,7 @@ def forward(
     )
     if "onepass" in tiles.forward:
         tile = tiles.forward["onepass"]
-        onepass_forward_kernel[(batch, triton.cdiv(rows, tile.BR))](
+        onepass_forward_kernel[(batch * triton.cdiv(rows, tile.BR),)](
             **tokens,
             **query,
             **out,
@@ -293,12 +293,14 @@ def onepass_forward_kernel(
     UPCAST: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """Pool in one pass over X. Grid (B, R / BR).
+    """Pool in one pass over X. Grid (B R / BR,).
 
-    All columns of Z^T, for BR rows, stay in registers.
+    All columns of Z^T, for BR rows, stay in registers. The blocks of rows of one sample follow each
+    other, so that the later ones find X in L2.
     """
-    b = tl.program_id(0).to(tl.int64)
-    rows = tl.program_id(1) * BR + tl.arange(0, BR)
+    blocks = tl.cdiv(R, BR)
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    rows = tl.program_id(0) % blocks * BR + tl.arange(0, BR)
     NC: tl.constexpr = (D + BD - 1) // BD
     q = ()
     acc = ()
