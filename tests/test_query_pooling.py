@@ -107,8 +107,7 @@ def test_plan_chooses_kernels_by_size_and_architecture(arch):
 
     assert kernels(32, 768)[0] == {"onepass"}
     assert kernels(32, 2048)[0] == {"logits", "pool"}
-    assert kernels(2, 768)[1] == ({"onepass"} if arch in (90, 100) else {"dlogits", "dx", "dq"})
-    assert kernels(256, 768)[1] == {"dlogits", "dx", "dq"}
+    assert kernels(2, 768)[1] == kernels(256, 768)[1] == {"dlogits", "dx", "dq"}
 
 
 NAN_CASES = [

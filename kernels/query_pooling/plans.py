@@ -63,22 +63,26 @@ def plan(
     if dim > (1024 if big_shared else 768) or float32:
         forward |= _tiles_of(("logits", "pool"), rows, big_shared, float32, norm)
     else:
-        forward["onepass"] = _onepass(dim, arch)
-    return Plan(forward, _tiles_of(("dlogits", "dx", "dq"), rows, big_shared, float32, norm))
+        forward["onepass"] = _onepass(dim, arch, dropout)
+    backward = _tiles_of(("dlogits", "dx", "dq"), rows, big_shared, float32, norm, dropout)
+    return Plan(forward, backward)
 
 
-def _onepass(dim: int, arch: int) -> Tile:
+def _onepass(dim: int, arch: int, dropout: bool) -> Tile:
     """Return the tile of the forward that reads X once.
 
     It has few rows and warps, so that a multiprocessor holds several blocks, one of which loads
     while another computes. A tile of 32 rows would halve the reads of X, which L2 serves, but one
     block would fill the registers.
     """
+    chunk = column_chunk(dim)
     if dim > 768:
-        return Tile(32, 16, max(128, column_chunk(dim)), 8, 2)
+        return Tile(32, 16, max(128, chunk), 8, 2)
     if arch in (100, 103):  # Z^T is in tensor memory
-        return Tile(32, 16, column_chunk(dim), 4, 2)
-    return Tile(16, 16, column_chunk(dim), 4, 3 if arch == 90 else 2)
+        return Tile(32, 16, chunk, 4, 2)
+    # With dropout, 4 warps spill up to 24 bytes on sm_80 (Triton 3.6) and sm_120.
+    warps = 8 if dropout and arch != 90 and chunk == 256 else 4
+    return Tile(16, 16, chunk, warps, 3 if arch == 90 else 2, 255 if chunk < 256 else None)
 
 
 def _tiles_of(
@@ -87,6 +91,7 @@ def _tiles_of(
     big_shared: bool,
     float32: bool,
     norm: bool,
+    dropout: bool = False,
 ) -> dict[str, Tile]:
     """Return the tiles of the given kernels, which together read X more than once."""
     if float32:
@@ -98,25 +103,28 @@ def _tiles_of(
     tiles = {
         "logits": Tile(64, few_rows, 64, 4, 3, 255),
         "pool": Tile(tokens, few_rows, 128, 4, 3, 255),
-        "dlogits": _dlogits(rows, big_shared, norm),
+        "dlogits": _dlogits(rows, big_shared, norm, dropout),
         "dx": Tile(64, many_rows, 128, 4, 2),
         "dq": Tile(tokens, few_rows, 128, 4, 3, 255),
     }
     if norm:
         # Fewer elements a thread, because the normalised tokens are computed in registers.
-        tiles["dx"] = Tile(32, 16, 128, 4, 2)
-        tiles["dq"] = Tile(32, 16 if rows <= 16 else 32, 128, 4, 2)
+        tiles["dx"] = Tile(32, 16, 128, 4, 2, 128)
+        tiles["dq"] = Tile(32, 16 if rows <= 16 else 32, 128, 4, 2, 168)
     elif rows <= 16:
         tiles["dx"] = Tile(32, 16, 256 if big_shared else 128, 4, 2)
     return {kernel: tiles[kernel] for kernel in kernels}
 
 
-def _dlogits(rows: int, big_shared: bool, norm: bool) -> Tile:
+def _dlogits(rows: int, big_shared: bool, norm: bool, dropout: bool) -> Tile:
     if rows > 32 and big_shared:
         return Tile(64, 64, 64, 8, 3, 255)
     few_rows = 16 if rows <= 16 else 32
     if norm:
-        return Tile(64, few_rows, 128 if rows <= 16 else 64, 4, 1)
+        if rows <= 16:
+            return Tile(64, 16, 128, 4, 1)
+        # On sm_120, 32 rows with dropout spill 8 bytes.
+        return Tile(64, 16 if dropout and not big_shared else 32, 64, 4, 1)
     if rows <= 8:
         return Tile(32, 16, 64, 2, 3)
     return Tile(64, few_rows, 64, 4, 3 if big_shared else 2)
