@@ -76,6 +76,14 @@ def test_kernels_stay_within_the_budget_at_more_shapes(shape):
     check_budget(inputs, heads)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
+@pytest.mark.parametrize("shape", ["1 token", "31 tokens", "32 tokens", "65 tokens"])
+def test_lengths_around_the_tiles_stay_within_the_budget(shape, norm, dtype):
+    inputs, heads = make(shape, norm=norm, dtype=dtype, per_sample=shape == "32 tokens")
+    check_budget(inputs, heads)
+
+
 def check_budget(inputs, heads):
     upstream = upstream_for(inputs)
     exact = run(cast(inputs, torch.float64), heads, "reference", upstream)

@@ -38,7 +38,6 @@ from ..tiles import (
     dot,
     load_rows_t,
     load_tokens,
-    store_rows_t,
     token_span,
     tokens_kept,
     upcasts,

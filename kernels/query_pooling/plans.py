@@ -109,7 +109,7 @@ def _tiles_of(
     }
     if norm:
         # Fewer elements a thread, because the normalised tokens are computed in registers.
-        tiles["dx"] = Tile(32, 16, 128, 4, 2, 128)
+        tiles["dx"] = Tile(32, 16, 128, 4, 2, 168)
         tiles["dq"] = Tile(32, 16 if rows <= 16 else 32, 128, 4, 2, 168)
     elif rows <= 16:
         tiles["dx"] = Tile(32, 16, 256 if big_shared else 128, 4, 2)
@@ -123,8 +123,9 @@ def _dlogits(rows: int, big_shared: bool, norm: bool, dropout: bool) -> Tile:
     if norm:
         if rows <= 16:
             return Tile(64, 16, 128, 4, 1)
-        # On sm_120, 32 rows with dropout spill 8 bytes.
-        return Tile(64, 16 if dropout and not big_shared else 32, 64, 4, 1)
+        if dropout and not big_shared:  # on sm_120, 32 rows or fewer registers spill 8 bytes
+            return Tile(64, 16, 64, 4, 1, 255)
+        return Tile(64, 32, 64, 4, 1)
     if rows <= 8:
         return Tile(32, 16, 64, 2, 3)
     return Tile(64, few_rows, 64, 4, 3 if big_shared else 2)
