@@ -105,7 +105,7 @@ def _tiles_of(
         "pool": Tile(tokens, few_rows, 128, 4, 3, 255),
         "dlogits": _dlogits(rows, big_shared, norm, dropout),
         "dx": Tile(64, many_rows, 128, 4, 2),
-        "dq": Tile(tokens, few_rows, 128, 4, 3, 255),
+        "dq": Tile(32 if rows <= 8 else tokens, few_rows, 128, 4, 3, 255),
     }
     if norm:
         # Fewer elements a thread, because the normalised tokens are computed in registers.
