@@ -152,6 +152,25 @@ def dot(
 
 
 @triton.jit
+def split_dot(
+    a,
+    b,
+    parts,
+    UPCAST: tl.constexpr,
+):
+    """Return ``parts`` (splits, rows, columns) plus the products of the parts of the inner axis.
+
+    The sum of the parts over the first axis is a @ b. It is for products with too few rows for all
+    warps: with as many parts as warps, each warp computes one. Without parts, several warps would
+    compute the same.
+    """
+    SPLITS: tl.constexpr = parts.shape[0]
+    DEPTH: tl.constexpr = a.shape[1] // SPLITS
+    a = tl.permute(tl.reshape(a, [a.shape[0], SPLITS, DEPTH]), [1, 0, 2])
+    return dot(a, tl.reshape(b, [SPLITS, DEPTH, b.shape[1]]), parts, UPCAST)
+
+
+@triton.jit
 def rounded_product(
     a,
     b,

@@ -24,6 +24,11 @@ SHAPES = {
     "wide": (2, 21, 1056, 3, 2, 16, 12),
     "more samples than partial sums": (130, 9, 64, 2, 1, 8, 8),
     "one query": (2, 33, 64, 1, 4, 16, 16),
+    # Lengths around the tiles' numbers of tokens, and widths of several kinds of column chunks.
+    "1 token": (3, 1, 256, 2, 1, 8, 8),
+    "31 tokens": (2, 31, 768, 2, 1, 8, 8),
+    "32 tokens": (5, 32, 300, 1, 12, 24, 24),
+    "65 tokens": (1, 65, 832, 3, 6, 24, 24),
 }
 PADDINGS = ("none", "mask", "lengths")
 

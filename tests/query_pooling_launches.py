@@ -16,6 +16,8 @@ def launches() -> Iterator[Callable[[], None]]:
     yield lambda: pool(2, 70, 100, 9, 2, padding="lengths", per_sample=True, dropout=0.2)
     yield lambda: pool(2, 21, 1100, 3, 1, padding="mask", norm=True, strided=True)
     yield lambda: pool(2, 21, 1100, 3, 1, dropout=0.2)
+    yield lambda: pool(3, 33, 768, 2, 1, padding="mask", dropout=0.2)
+    yield lambda: pool(1, 33, 832, 1, 12, norm=True)
     yield lambda: pool(3, 70, 36, 5, 1, padding="lengths", norm=True, dtype=FLOAT)
     yield lambda: pool(3, 70, 36, 3, 2, padding="packed", norm=True, dropout=0.2, lse=True)
     yield lambda: pool(3, 70, 100, 9, 2, padding="packed", norm=True, lse=True)

@@ -51,21 +51,19 @@ def pooling_form(form: str) -> MakeContext:
     return lambda: mock.patch.object(function, "cheaper_form", lambda *_: form)
 
 
-def pooling_passes(which: str, reads: str) -> MakeContext:
-    """Make contexts in which pass ``which`` reads X once ("one") or twice ("two")."""
+def pooling_passes(reads: str) -> MakeContext:
+    """Make contexts in which the forward reads X once ("one") or twice ("two")."""
 
     def change(plan, rows, dim, dtype, arch, norm, *_):
         from mmfused.kernels.query_pooling import plans
 
         big_shared, float32 = arch in (90, 100, 103), dtype == torch.float32
         if reads == "one":
-            small = plans.Tile(16, 16 if rows <= 16 else 32, plans.column_chunk(dim), 8, 1)
-            tiles = {"onepass": small}
+            tiles = {"onepass": plans.Tile(16, 16, max(128, plans.column_chunk(dim)), 8, 1)}
         else:
-            kernels = ("logits", "pool") if which == "forward" else ("dlogits", "dx", "dq")
-            tiles = plans._tiles_of(kernels, rows, big_shared, float32, norm)
-        moments = {name: tile for name, tile in getattr(plan, which).items() if name == "moments"}
-        return replace(plan, **{which: moments | tiles})
+            tiles = plans._tiles_of(("logits", "pool"), rows, big_shared, float32, norm)
+        moments = {name: tile for name, tile in plan.forward.items() if name == "moments"}
+        return replace(plan, forward=moments | tiles)
 
     return changed_plan("query_pooling", change)
 
@@ -86,8 +84,7 @@ def pooling_choices() -> list[Choice]:
 
     forms = {form: ("auto", pooling_form(form)) for form in ("absorbed", "projected")}
     passes = {
-        f"{which} reads X {count}": ("fused", pooling_passes(which, word))
-        for which in ("forward", "backward")
+        f"forward reads X {count}": ("fused", pooling_passes(word))
         for count, word in (("once", "one"), ("twice", "two"))
     }
     names = ("fluid", "siglip-head", "bottleneck", "fluid-n512")

@@ -40,7 +40,6 @@ from ..tiles import (
     dot,
     load_rows_t,
     load_tokens,
-    store_rows_t,
     token_span,
     tokens_kept,
     upcasts,
@@ -107,18 +106,6 @@ def backward(
     )
     if "hopper" in tiles.backward:
         hopper_backward.launch(tiles.backward["hopper"], tokens, query, saved, dx, dq)
-    elif "onepass" in tiles.backward:
-        onepass_backward_kernel[(partials,)](
-            **tokens,
-            **query,
-            **saved,
-            dx_ptr=dx,
-            dq_ptr=dq,
-            B=batch,
-            NEED_DX=need_dx,
-            **asdict(tiles.backward["onepass"]),
-            **OPTIONS,
-        )
     else:
         _launch_steps(tiles, tokens, batch, query, saved, dx if need_dx else None, dq)
     return dx, dq.sum(0) if shared else dq
@@ -261,126 +248,6 @@ def _dlogits(
     else:
         ds = p * (dp - delta[None, :])
     return pooled, ds
-
-
-@triton.jit
-def _zero_rows(
-    ptr,
-    row,
-    first,
-    last,
-    D: tl.constexpr,
-    BN: tl.constexpr,
-    BD: tl.constexpr,
-):
-    """Write dX = 0 for the tokens [first, last), to which no query attends.
-
-    ``row``: the first row of the sample.
-    """
-    for start in range(first, last, BN):
-        n = start + tl.arange(0, BN)
-        for c in tl.static_range((D + BD - 1) // BD):
-            cols = c * BD + tl.arange(0, BD)
-            zero = tl.zeros([BN, BD], ptr.dtype.element_ty)
-            inside = (n[:, None] < last) & (cols[None, :] < D)
-            tl.store(ptr + (row + n[:, None]) * D + cols[None, :], zero, mask=inside)
-
-
-@triton.jit
-def onepass_backward_kernel(
-    x_ptr,  # (B, N, D)
-    q_ptr,  # (R, D) or (B, R, D)
-    z_ptr,  # (B, R, D)
-    dz_ptr,  # (B, R, D)
-    sums_ptr,  # (B, R, 2) float32
-    mean_ptr,  # (B, N) float32
-    rstd_ptr,  # (B, N) float32
-    words_ptr,  # (B, W) int64
-    span_ptr,  # lengths (B,), spans (B, 2) or offsets (B + 1,)
-    keep_ptr,  # (B, N / 64, R) int64
-    ksum_ptr,  # (B, R) float32
-    dksum_ptr,  # (B, R) float32
-    dlse_ptr,  # (B, R) float32
-    dx_ptr,  # (B, N, D)
-    dq_ptr,  # (partials, R, D)
-    B,
-    N,
-    W,
-    R,
-    stride_xb,
-    stride_xn,
-    stride_qb,
-    D: tl.constexpr,
-    BN: tl.constexpr,
-    BR: tl.constexpr,
-    BD: tl.constexpr,
-    MASK: tl.constexpr,
-    NORM: tl.constexpr,
-    NEED_DX: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """Compute dX and partial sums of dQ' in one pass over X, for R <= BR. Grid (partials,).
-
-    Program i processes the samples i, i + partials, ... All of dQ'^T stays on chip.
-    """
-    rows = tl.arange(0, BR)
-    NC: tl.constexpr = (D + BD - 1) // BD
-    dq = ()
-    for _ in tl.static_range(NC):
-        dq += (tl.zeros([BD, BR], tl.float32),)
-    for turn in range(0, tl.cdiv(B - tl.program_id(0), tl.num_programs(0))):
-        b = tl.program_id(0).to(tl.int64) + turn * tl.num_programs(0)
-        q = ()
-        dz = ()
-        zdz = tl.zeros([BN, BR], tl.float32)
-        for c in tl.static_range(NC):
-            cols = c * BD + tl.arange(0, BD)
-            q += (load_rows_t(q_ptr + b * stride_qb, rows, cols, R, D),)
-            dz += (load_rows_t(dz_ptr + b * R * D, rows, cols, R, D),)
-            zdz = dot(_load_z(z_ptr, b, rows, cols, R, D, BN), dz[c], zdz, UPCAST)
-        delta, kept, dropped = _delta(zdz, ksum_ptr, dksum_ptr, dlse_ptr, b, rows, R, DROPOUT)
-        lo, hi = token_span(b, span_ptr, N, MASK)
-        row, at, count = sample_start(b, span_ptr, N, stride_xb, stride_xn, hi, MASK)
-        lo = lo // BN * BN
-        if NEED_DX and MASK != "none" and MASK != "packed":
-            _zero_rows(dx_ptr, row, 0, lo, D, BN, BD)
-            _zero_rows(dx_ptr, row, tl.maximum(lo, tl.cdiv(hi, BN) * BN), N, D, BN, BD)
-        for start in range(lo, hi, BN):
-            n, keep = tokens_kept(b, start, BN, hi, words_ptr, W, MASK)
-            mean, rstd = load_moments(mean_ptr, rstd_ptr, row, n, keep, NORM)
-            s = tl.zeros([BN, BR], tl.float32)
-            dp = tl.zeros([BN, BR], tl.float32)
-            x = ()
-            for c in tl.static_range(NC):
-                cols = c * BD + tl.arange(0, BD)
-                x_c = load_normed(x_ptr + at, n, cols, keep, stride_xn, D, mean, rstd, NORM)
-                x += (x_c,)
-                s = dot(x_c, q[c], s, UPCAST)
-                dp = dot(x_c, dz[c], dp, UPCAST)
-            p = tl.where(keep[:, None], softmax_of(s, sums_ptr, b, rows, R), 0.0)
-            p, ds = _dlogits(
-                p, dp, delta, kept, dropped, keep_ptr, b, start, BN, rows, N, R, dlse_ptr, DROPOUT
-            )
-            p = p.to(x_ptr.dtype.element_ty)
-            ds = ds.to(x_ptr.dtype.element_ty)
-            if NORM:
-                g_x = tl.sum(p * dp + ds * s, 1) / D
-            new_dq = ()
-            for c in tl.static_range(NC):
-                if NEED_DX:
-                    dx = dot(p, tl.trans(dz[c]), tl.zeros([BN, BD], tl.float32), UPCAST)
-                    dx = dot(ds, tl.trans(q[c]), dx, UPCAST)
-                    if NORM:
-                        dx = (dx - x[c].to(tl.float32) * g_x[:, None]) * rstd[:, None]
-                    cols = c * BD + tl.arange(0, BD)
-                    inside = (n[:, None] < count) & (cols[None, :] < D)
-                    tl.store(dx_ptr + (row + n[:, None]) * D + cols[None, :], dx, mask=inside)
-                new_dq += (dot(tl.trans(x[c]), ds, dq[c], UPCAST),)
-            dq = new_dq
-    for c in tl.static_range(NC):
-        cols = c * BD + tl.arange(0, BD)
-        store_rows_t(dq_ptr + tl.program_id(0).to(tl.int64) * R * D, dq[c], rows, cols, R, D)
 
 
 @triton.jit

@@ -42,6 +42,7 @@ from ..tiles import (
     load_rows_t,
     load_tokens,
     rounded_product,
+    split_dot,
     store_rows_t,
     token_span,
     tokens_kept,
@@ -109,11 +110,12 @@ def forward(
         hopper_forward.launch(tiles.forward["hopper"], tokens, query, out, sums)
     elif "onepass" in tiles.forward:
         tile = tiles.forward["onepass"]
-        onepass_forward_kernel[(batch, triton.cdiv(rows, tile.BR))](
+        onepass_forward_kernel[(batch * triton.cdiv(rows, tile.BR),)](
             **tokens,
             **query,
             **out,
             sums_ptr=sums,
+            SPLITS=tile.num_warps,
             **asdict(tile),
             **OPTIONS,
         )
@@ -293,13 +295,16 @@ def onepass_forward_kernel(
     NORM: tl.constexpr,
     DROPOUT: tl.constexpr,
     UPCAST: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
-    """Pool in one pass over X. Grid (B, R / BR).
+    """Pool in one pass over X. Grid (B R / BR,).
 
-    All columns of Z^T, for BR rows, stay in registers.
+    All columns of Z^T, for BR rows, stay in registers. The blocks of rows of one sample follow each
+    other, so that the later ones find X in L2.
     """
-    b = tl.program_id(0).to(tl.int64)
-    rows = tl.program_id(1) * BR + tl.arange(0, BR)
+    blocks = tl.cdiv(R, BR)
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    rows = tl.program_id(0) % blocks * BR + tl.arange(0, BR)
     NC: tl.constexpr = (D + BD - 1) // BD
     q = ()
     acc = ()
@@ -315,14 +320,14 @@ def onepass_forward_kernel(
     for start in range(lo // BN * BN, hi, BN):
         n, keep = tokens_kept(b, start, BN, hi, words_ptr, W, MASK)
         mean, rstd = load_moments(mean_ptr, rstd_ptr, row, n, keep, NORM)
-        s = tl.zeros([BN, BR], tl.float32)
+        parts = tl.zeros([SPLITS, BN, BR], tl.float32)
         x = ()
         for c in tl.static_range(NC):
             cols = c * BD + tl.arange(0, BD)
             x_c = load_normed(x_ptr + at, n, cols, keep, stride_xn, D, mean, rstd, NORM)
             x += (x_c,)
-            s = dot(x_c, q[c], s, UPCAST)
-        p, m, total, alpha = _softmax_step(s, m, total, keep)
+            parts = split_dot(x_c, q[c], parts, UPCAST)
+        p, m, total, alpha = _softmax_step(tl.sum(parts, 0), m, total, keep)
         if DROPOUT:
             p = tl.where(rows_keep(keep_ptr, b, start, BN, rows, N, R), p, 0.0)
             ksum = ksum * alpha + tl.sum(p, 0)

@@ -45,8 +45,6 @@ class HopperTile:
     SLOTS: int
 
 
-# On sm_90 Triton 3.6 spills 8 bytes in two cases: with 32 rows of queries and three column chunks
-# of normalised tokens, and with four column chunks of 32 tokens.
 _TRITON_3_6 = triton.__version__.startswith("3.6.")
 # Gluon is experimental: its kernels run where they were compiled and tested.
 _GLUON = triton.__version__.startswith(TRITONS)
@@ -57,7 +55,7 @@ class Plan:
     """The tiles of the kernels that run, by kernel name.
 
     Forward: ``hopper`` or ``onepass``, or ``logits`` then ``pool``. With a norm, ``moments`` runs
-    first. Backward: ``hopper`` or ``onepass``, or ``dlogits``, ``dx`` and ``dq`` in this order.
+    first. Backward: ``hopper``, or ``dlogits``, ``dx`` and ``dq`` in this order.
     """
 
     forward: dict[str, Any]  # Tile; HopperTile for ``hopper``
@@ -83,8 +81,9 @@ def plan(
     ``per_sample``: whether each sample has its own queries. ``tma``: whether TMA can load the
     tokens (see hopper_tokens.can_describe). ``dlse``: whether the log-sum-exp has a gradient.
 
-    ``onepass`` reads X once for each block of BR rows, and runs if all columns of Z^T (forward) or
-    dQ'^T (backward) fit into registers. For the symbols see forward.py and backward.py.
+    ``onepass`` reads X once for each block of BR rows, and runs if all columns of Z^T fit into
+    registers. ``hopper`` reads X once for each block of rows, forward and backward. For the symbols
+    see forward.py and backward.py.
     """
     # These architectures have 227 KB of shared memory. The tiles for others fit into 99 KB.
     big_shared = arch in (90, 100, 103)
@@ -97,16 +96,11 @@ def plan(
     elif dim > (1024 if big_shared else 768) or float32:
         forward |= _tiles_of(("logits", "pool"), rows, big_shared, float32, norm)
     else:
-        forward["onepass"] = _onepass_forward(rows, dim, arch, big_shared, norm, dropout)
-    # With more than 16 rows, too few tokens fit beside dQ'^T to keep the matrix units busy.
+        forward["onepass"] = _onepass(dim, arch, dropout)
     if hopper and _hopper_backward_fits(rows, dim, norm, dropout, per_sample, dlse):
         backward = {"hopper": _hopper_backward(rows, dim)}
-    elif rows <= 16 and big_shared and dim <= 1024 and not float32:
-        tokens = 16 if norm or (dropout and dim > 768) else 32
-        stages = 2 if norm or dropout else 1
-        backward = {"onepass": Tile(tokens, 16, column_chunk(dim), 8, stages)}
     else:
-        backward = _tiles_of(("dlogits", "dx", "dq"), rows, big_shared, float32, norm)
+        backward = _tiles_of(("dlogits", "dx", "dq"), rows, big_shared, float32, norm, dropout)
     return Plan(forward, backward)
 
 
@@ -149,26 +143,21 @@ def _hopper_chunks(dim: int) -> int:
     return 2 * cdiv(dim, 128)
 
 
-def _onepass_forward(
-    rows: int,
-    dim: int,
-    arch: int,
-    big_shared: bool,
-    norm: bool,
-    dropout: bool,
-) -> Tile:
+def _onepass(dim: int, arch: int, dropout: bool) -> Tile:
+    """Return the tile of the forward that reads X once.
+
+    It has few rows and warps, so that a multiprocessor holds several blocks, one of which loads
+    while another computes. A tile of 32 rows would halve the reads of X, which L2 serves, but one
+    block would fill the registers.
+    """
     chunk = column_chunk(dim)
-    tcgen05 = big_shared and arch > 90  # sm_100 and sm_103
-    small = rows <= 16 or not big_shared
-    small = small or (norm and dim > (512 if _TRITON_3_6 else 768))
-    small = small or (dropout and tcgen05 and chunk < 256)
-    if not small:
-        return Tile(32, 32, chunk, 8, 2 if tcgen05 or norm else 3)
-    # On the other architectures, norm and dropout together leave too few registers for 32 tokens.
-    crowded = norm and dropout and not big_shared
-    tokens = 16 if crowded or (_TRITON_3_6 and dim > 768) else 32
-    stages = 1 if crowded else 2
-    return Tile(tokens, 16, chunk, 8, stages, 255 if chunk < 256 else None)
+    if dim > 768:
+        return Tile(32, 16, max(128, chunk), 8, 2)
+    if arch in (100, 103):  # Z^T is in tensor memory
+        return Tile(32, 16, chunk, 4, 2)
+    # With dropout, 4 warps spill up to 24 bytes on sm_80 (Triton 3.6) and sm_120.
+    warps = 8 if dropout and arch != 90 and chunk == 256 else 4
+    return Tile(16, 16, chunk, warps, 3 if arch == 90 else 2, 255 if chunk < 256 else None)
 
 
 def _tiles_of(
@@ -177,6 +166,7 @@ def _tiles_of(
     big_shared: bool,
     float32: bool,
     norm: bool,
+    dropout: bool = False,
 ) -> dict[str, Tile]:
     """Return the tiles of the given kernels, which together read X more than once."""
     if float32:
@@ -185,15 +175,35 @@ def _tiles_of(
     few_rows = 16 if rows <= 16 or not big_shared else 32
     many_rows = 64 if rows > 32 and big_shared else few_rows
     tokens = 64 if big_shared else 32
-    dlogits_warps = 8 if norm or many_rows > 32 else 4
     tiles = {
         "logits": Tile(64, few_rows, 64, 4, 3, 255),
         "pool": Tile(tokens, few_rows, 128, 4, 3, 255),
-        "dlogits": Tile(64, many_rows, 64, dlogits_warps, 3, 255),
-        "dx": Tile(64, many_rows, 128, 4, 2, 255),
-        "dq": Tile(tokens, few_rows, 128, 4, 2 if norm and not big_shared else 3, 255),
+        "dlogits": _dlogits(rows, big_shared, norm, dropout),
+        "dx": Tile(64, many_rows, 128, 4, 2),
+        "dq": Tile(32 if rows <= 8 else tokens, few_rows, 128, 4, 3, 255),
     }
+    if norm:
+        # Fewer elements a thread, because the normalised tokens are computed in registers.
+        tiles["dx"] = Tile(32, 16, 128, 4, 2, 168)
+        tiles["dq"] = Tile(32, 16 if rows <= 16 else 32, 128, 4, 2, 168)
+    elif rows <= 16:
+        tiles["dx"] = Tile(32, 16, 256 if big_shared else 128, 4, 2)
     return {kernel: tiles[kernel] for kernel in kernels}
+
+
+def _dlogits(rows: int, big_shared: bool, norm: bool, dropout: bool) -> Tile:
+    if rows > 32 and big_shared:
+        return Tile(64, 64, 64, 8, 3, 255)
+    few_rows = 16 if rows <= 16 else 32
+    if norm:
+        if rows <= 16:
+            return Tile(64, 16, 128, 4, 1)
+        if dropout and not big_shared:  # on sm_120, 32 rows or fewer registers spill 8 bytes
+            return Tile(64, 16, 64, 4, 1, 255)
+        return Tile(64, 32, 64, 4, 1)
+    if rows <= 8:
+        return Tile(32, 16, 64, 2, 3)
+    return Tile(64, few_rows, 64, 4, 3 if big_shared else 2)
 
 
 def column_chunk(dim: int) -> int:

@@ -8,38 +8,6 @@ from __future__ import annotations
 
 # The issue and, by architectures, the cases of `mmfused inspect`, for an op and a kernel.
 KNOWN: dict[tuple[str, str], tuple[str, dict[str, str]]] = {
-    ("query_pooling", "onepass_forward"): (
-        "issue 22",
-        {
-            "sm_80, sm_86, sm_89, sm_120": (
-                "fluid, fluid frozen, fluid text, fluid code, siglip, bottleneck, tiny, odd, "
-                "fluid drop, code drop, siglip drop, bottleneck drop, odd drop"
-            ),
-            "sm_90": (
-                "fluid, fluid frozen, fluid text, fluid code, siglip, bottleneck, tiny, wide, "
-                "fluid drop, code drop, siglip drop, bottleneck drop, wide drop"
-            ),
-            "sm_100": (
-                "fluid, fluid frozen, fluid text, fluid code, siglip, bottleneck, tiny, wide, "
-                "fluid drop, code drop, siglip drop, bottleneck drop, wide drop, odd drop"
-            ),
-        },
-    ),
-    ("query_pooling", "onepass_backward"): (
-        "issue 22",
-        {
-            "sm_90, sm_100": "siglip, bottleneck, tiny, siglip drop, bottleneck drop",
-        },
-    ),
-    ("query_pooling", "dlogits"): (
-        "issue 22",
-        {
-            "sm_80, sm_86, sm_89, sm_120": (
-                "fluid text, siglip, tiny, odd, wide, widest, siglip drop, wide drop, widest "
-                "drop, odd drop"
-            ),
-        },
-    ),
     ("masked_info_nce", "owner"): (
         "no issue yet",
         {
