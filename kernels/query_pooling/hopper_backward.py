@@ -367,8 +367,10 @@ def _consumer(
             if NEED_DX and NORM:
                 g_x = gl.sum(p * dp + ds * s, 1) / D
                 g_x = gl.convert_layout(g_x, gl.SliceLayout(1, X))
-                n = start + gl.arange(0, BN, layout=gl.SliceLayout(1, X))
-                rstd = gl.load(rstd_ptr + b.to(gl.int64) * N + n, mask=n < N, other=0.0)
+                n = gl.arange(0, BN, layout=gl.SliceLayout(1, X))
+                valid = kept(word, start, hi, n, MASK)  # rstd of an ignored token may be inf
+                at_token = rstd_ptr + b.to(gl.int64) * N + start + n
+                rstd = gl.load(at_token, mask=valid, other=0.0)
             fence_async_shared()
             new_dq = ()
             for i in gl.static_range(HALF):
