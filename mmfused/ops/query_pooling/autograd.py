@@ -71,14 +71,14 @@ class Pool(torch.autograd.Function):
         return dx if need_dx else None, dq.to(ctx.q_dtype) if need_dq else None, *[None] * 8
 
 
-def pool_fused(
+def pool_arguments(
     x: Tensor,
     q: Tensor,
     options: PoolingOptions,
     eps: float | None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return z, ksum and the log-sum-exp, as :func:`.composed.pool_composed` does."""
-    out = Pool.apply(
+) -> tuple[Any, ...]:
+    """Return the arguments of :class:`Pool`."""
+    return (
         x,
         q,
         options.key_padding_mask,
@@ -90,6 +90,13 @@ def pool_fused(
         options.dropout_seed,
         options.return_lse,
     )
+
+
+def pool_results(
+    out: tuple[Tensor, ...],
+    options: PoolingOptions,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return z, ksum and the log-sum-exp from what :class:`Pool` returns."""
     ksum = out[1] if options.dropout_p else None
     return out[0], ksum, out[-1] if options.return_lse else None
 

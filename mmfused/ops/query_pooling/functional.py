@@ -17,7 +17,7 @@ from ...library import (
     wide_unless,
 )
 from ...random import draw_seed
-from .autograd import pool_fused, with_zero_gradient
+from .autograd import Pool, pool_arguments, pool_results, with_zero_gradient
 from .checks import check
 from .composed import (
     Form,
@@ -223,8 +223,11 @@ def query_pooling(
         else:
             q, w_v, b_v = absorb(x, queries, weights, options)
             eps = None if norm_weight is None else norm_eps
-            pool = pool_fused if backend == "fused" else pool_composed
-            z, ksum, lse = pool(x, q, options, eps)
+            if backend == "fused":
+                pooled = Pool.apply(*pool_arguments(x, q, options, eps))
+                z, ksum, lse = pool_results(pooled, options)
+            else:
+                z, ksum, lse = pool_composed(x, q, options, eps)
             out = project_values(x, z, ksum, w_v, b_v, options)
             out = out if b_k is None else with_zero_gradient(out, b_k)
             lse = None if lse is None else whole_lse(lse, queries, weights, options)
