@@ -65,6 +65,11 @@ class Plan:
     partials: int = 128
 
 
+def has_gluon(arch: int, dtype: torch.dtype) -> bool:
+    """Return whether the Gluon kernels serve an architecture and dtype, for shapes that fit."""
+    return arch == 90 and _GLUON and dtype in (torch.float16, torch.bfloat16)
+
+
 def plan(
     rows: int,
     dim: int,
@@ -90,7 +95,7 @@ def plan(
     # Products of float32 use no matrix instructions, and need more registers.
     float32 = dtype == torch.float32
     forward = {"moments": Tile(16, 16, 128, 4, 1)} if norm else {}
-    hopper = arch == 90 and tma and _GLUON and dim <= 1024 and not float32
+    hopper = has_gluon(arch, dtype) and tma and dim <= 1024
     if hopper:
         forward["hopper"] = _hopper_forward(rows, dim)
     elif dim > (1024 if big_shared else 768) or float32:

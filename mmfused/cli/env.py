@@ -134,5 +134,14 @@ def _backend_of(op: str, device: torch.device, dtype: torch.dtype) -> str:
         return f"{op}: {chosen} on {device}, as set"
     reasons = mmfused.library.why_not_fused(device, dtype)
     if not reasons:
-        return f"{op}: fused on {device}"
+        return f"{op}: fused on {device}, {_language_of(op, device, dtype)} kernels"
     return f"{op}: composed on {device}; not fused: {'; '.join(reasons)}"
+
+
+def _language_of(op: str, device: torch.device, dtype: torch.dtype) -> str:
+    from mmfused.kernels.query_pooling.plans import has_gluon
+
+    major, minor = torch.cuda.get_device_capability(device)
+    if op == "query_pooling" and has_gluon(10 * major + minor, dtype):
+        return "Gluon"
+    return "Triton"
