@@ -127,7 +127,7 @@ def _hopper_backward_fits(
 ) -> bool:
     """Return whether the kernel for sm_90 can have the rows of a sample, without spills."""
     if rows <= 16:
-        return True
+        return not (_TRITON_3_6 and dim > 768 and norm and dropout)
     crowded = norm or (dropout and (per_sample or dlse))
     if _TRITON_3_6:
         crowded = crowded or dropout or per_sample or dlse
