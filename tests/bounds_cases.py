@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from mmfused.kernels import tiles
+from mmfused.kernels.recording import is_descriptor
 from mmfused.tools.bounds.cards import A100, H100, Card
 from mmfused.tools.bounds.predict import predict
 from mmfused.tools.bounds.tracing import Traced, traced
@@ -202,6 +203,8 @@ def members(name: str, value: Any) -> dict[str, torch.Tensor]:
     """Return the tensors of an argument by name."""
     if isinstance(value, torch.Tensor):
         return {name: value}
+    if is_descriptor(value):
+        return {name: value.base}
     if not isinstance(value, tuple):
         return {}
     fields = getattr(value, "_fields", range(len(value)))

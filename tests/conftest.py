@@ -135,6 +135,8 @@ def _poisoned(allocate):
 @pytest.fixture(autouse=True)
 def poison_empty_memory(monkeypatch):
     """Fill uninitialized floating-point tensors of mmfused with NaN."""
+    import torch._dynamo  # it lists torch's functions when imported: the original ones
+
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
 

@@ -83,7 +83,7 @@ def test_a_large_product_nears_the_matrix_rate_if_l2_is_fast(cases: dict):
 
 # What each kernel writes; it reads all other tensors.
 WRITES = {
-    "pooling, onepass_forward_kernel": {"z_ptr", "sums_ptr"},
+    "pooling, hopper_forward_kernel": {"z_ptr", "sums_ptr"},
     "info_nce, sweep_kernel": {"row_ptr", "column_ptr"},
     "info_nce, merge_kernel": {"out_ptr"},
     "info_nce, target_kernel": {"out_ptr"},

@@ -149,7 +149,7 @@ def test_plans_compile_without_spills(arch, tmp_path):
     rows = inspect(tmp_path, arch, CASES)
     kernels = {row["kernel"] for row in rows}
     assert kernels >= {
-        "onepass_forward",
+        "hopper_forward" if arch == "sm_90" else "onepass_forward",
         "logits",
         "pool",
         "moments",
@@ -163,7 +163,9 @@ def test_plans_compile_without_spills(arch, tmp_path):
     instruction = {"sm_90": "wgmma", "sm_100": "tcgen05"}.get(arch, "mma")
     for row in rows:
         if row["kernel"] not in ("moments", "pack_mask", "merge"):
-            assert row["instructions"][instruction], row
+            # A tile of 32 tokens is too small for the instructions of sm_90 and sm_100.
+            small = row["tile"].startswith("32x") and row["instructions"]["mma"]
+            assert row["instructions"][instruction] or small, row
 
 
 def test_plans_compile_on_the_oldest_triton(tmp_path, oldest_triton):  # noqa: F811

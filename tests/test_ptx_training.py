@@ -128,9 +128,8 @@ def fused_curve(training, monkeypatch):
 
 def passes_of(kernels):
     """Return the (op, "forward" or "backward") that have kernels, by the modules' names."""
-    modules = {
-        module.removeprefix("mmfused.kernels.").replace("attend_", "") for module, _ in kernels
-    }
+    names = (module.removeprefix("mmfused.kernels.") for module, _ in kernels)
+    modules = {name.replace("attend_", "").replace("hopper_", "") for name in names}
     return {
         tuple(module.split(".")) for module in modules if module.endswith(("forward", "backward"))
     }

@@ -17,7 +17,7 @@ import torch
 from mmfused.benchmarks import report
 from mmfused.cli.compiling import recorded_launches
 from mmfused.kernels import tiles
-from mmfused.library import KERNELS_ON_CPU
+from mmfused.library import INTERPRETED, KERNELS_ON_CPU
 from mmfused.tools import sanitize, sanitize_launches
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -107,6 +107,8 @@ SHARED = {"query_pooling": {"tiles.pack_mask_kernel"}, "grouped_mlp": {"tiles.ti
 def test_launches_reach_every_kernel(op):
     """The launches reach every kernel of ``mmfused inspect`` and every kernel in the sources."""
     wanted = inspected(op, f"sm_{tiles.pretended_arch or 90}")
+    if INTERPRETED:  # the interpreter has no Gluon
+        wanted = {name for name in wanted if ".hopper_" not in name}
     missing_here = inspected(op, "sm_90") - wanted  # plans of another architecture launch them
     reached = set(sanitize_launches.launch(op))
     assert reached >= wanted, wanted - reached

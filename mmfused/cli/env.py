@@ -141,7 +141,7 @@ def _backend_of(op: str, device: torch.device, dtype: torch.dtype) -> str:
 def _language_of(op: str, device: torch.device, dtype: torch.dtype) -> str:
     from mmfused.kernels.query_pooling.plans import has_gluon
 
+    if op != "query_pooling" or device.type != "cuda":
+        return "Triton"
     major, minor = torch.cuda.get_device_capability(device)
-    if op == "query_pooling" and has_gluon(10 * major + minor, dtype):
-        return "Gluon"
-    return "Triton"
+    return "Gluon" if has_gluon(10 * major + minor, dtype) else "Triton"
