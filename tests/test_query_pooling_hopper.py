@@ -410,3 +410,10 @@ def test_an_unaligned_gradient_is_taken_by_other_kernels():
     got = operators(call._replace(dz=dz))
     for name in ("dx", "dq"):
         assert relative_error(got[name], want[name]) < 1e-3, name
+
+
+def test_an_ignored_token_has_gradient_zero_if_its_deviation_is_zero():
+    """With ``norm_eps=0``, 1 / deviation of an ignored token is inf."""
+    call = call_of(Case("float16", 3, 70, 96, 5, 1, "mask", True))
+    dx = operators(call._replace(eps=0.0))["dx"]
+    assert not dx[call.mask].any() and dx[~call.mask].isfinite().all()

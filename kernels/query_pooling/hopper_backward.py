@@ -32,15 +32,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..gluon import barriers, store
 from ..tiles import OPTIONS
+from .hopper_parts import other_terms, probabilities, product, store_dq, store_zeros
 from .hopper_tokens import (
     BD,
     BN,
-    LOG2E,
     descriptor,
     kept,
     load_rows,
     load_tile,
-    must_rewrite,
     rewrite_half,
     rows_kept,
     span_of,
@@ -123,120 +122,6 @@ def _producer(
 
 
 @gluon.jit
-def _product(
-    rows,
-    ring,
-    full,
-    step,
-    BR: gl.constexpr,
-    SLOTS: gl.constexpr,
-    CHUNKS: gl.constexpr,
-    S: gl.constexpr,
-):
-    """Return the product of a tile of tokens and of rows, over all columns."""
-    acc = warpgroup_mma_init(gl.zeros([BN, BR], gl.float32, layout=S))
-    for i in range(CHUNKS):  # unrolled, it would keep too many addresses in registers
-        at = step + i
-        mbarrier.wait(full.index(at % SLOTS), (at // SLOTS) & 1)
-        x = ring.index(at % SLOTS).reshape([BN, BD])
-        rows_t = rows.index(i % 2 * (CHUNKS // 2) + i // 2).reshape([BR, BD]).permute([1, 0])
-        acc = warpgroup_mma(x, rows_t, acc, is_async=True)
-    return warpgroup_mma_wait(0, deps=[acc])
-
-
-@gluon.jit
-def _other_terms(
-    saved,
-    at,
-    inside,
-    ROW: gl.constexpr,
-    DROPOUT: gl.constexpr,
-):
-    """Return the terms of dS / P beside dP - delta, for kept and for dropped probabilities."""
-    _, _, ksum_ptr, dksum_ptr, dlse_ptr = saved
-    kept_term = gl.zeros(at.shape, gl.float32, layout=ROW)
-    dropped_term = kept_term
-    if DROPOUT:
-        dksum = gl.load(dksum_ptr + at, mask=inside, other=0.0)
-        ksum = gl.load(ksum_ptr + at, mask=inside, other=0.0)
-        kept_term = dksum * (1.0 - ksum)
-        dropped_term = -dksum * ksum
-    if dlse_ptr is not None:
-        dlse = gl.load(dlse_ptr + at, mask=inside, other=0.0)
-        kept_term += dlse
-        dropped_term += dlse
-    return kept_term, dropped_term
-
-
-@gluon.jit
-def _probabilities(
-    s,
-    keep,
-    m_tile,
-    log_total_tile,
-    ROW: gl.constexpr,
-):
-    """Return the probabilities of the logits s (tokens, rows)."""
-    s = s - m_tile.load(ROW)[None, :]
-    p = gl.exp2((s - log_total_tile.load(ROW)[None, :]) * LOG2E)
-    return gl.where(keep[:, None], p, 0.0)
-
-
-@gluon.jit
-def _store_zeros(
-    half: gl.constexpr,
-    dx_desc,
-    b,
-    first,
-    last,
-    ring,
-    full,
-    empty,
-    step,
-    SLOTS: gl.constexpr,
-    CHUNKS: gl.constexpr,
-):
-    """Store dX = 0 for the tiles from ``first`` to ``last``, to which no query attends.
-
-    The producer has loaded them from beyond the end of the sample, so that they are 0.
-    """
-    for start in range(first, last, BN):
-        for i in range(CHUNKS // 2):
-            at = step + 2 * i + half
-            mbarrier.wait(full.index(at % SLOTS), (at // SLOTS) & 1)
-            col = (half * (CHUNKS // 2) + i) * BD
-            store(dx_desc, [b, start, col], ring.index(at % SLOTS))
-            tma.store_wait(0)
-            mbarrier.arrive(empty.index(at % SLOTS), count=1)
-        step += CHUNKS
-    return step
-
-
-@gluon.jit
-def _store_dq(
-    half: gl.constexpr,
-    dq_ptr,
-    index,
-    dq,
-    free,
-    R,
-    D: gl.constexpr,
-    CHUNKS: gl.constexpr,
-):
-    """Store one half of dQ'^T as dQ' number ``index``. ``free`` is shared memory."""
-    BR: gl.constexpr = free.shape[1]
-    OUT: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [BR // 16, 64 // BR], [1, 0])
-    row = gl.arange(0, BR, layout=gl.SliceLayout(1, OUT))[:, None]
-    col = half * (CHUNKS // 2) * BD + gl.arange(0, BD, layout=gl.SliceLayout(0, OUT))[None, :]
-    base = dq_ptr + index * R * D
-    for i in gl.static_range(CHUNKS // 2):
-        free.store(dq[i])
-        out = free.permute([1, 0]).load(OUT).to(dq_ptr.dtype.element_ty)
-        inside = (row < R) & (i * BD + col < D)
-        gl.store(base + row * D + i * BD + col, out, mask=inside)
-
-
-@gluon.jit
 def _consumer(
     half: gl.constexpr,
     call,
@@ -281,7 +166,7 @@ def _consumer(
         # delta
         mbarrier.wait(taken.index(half), (tile & 1) ^ 1)
         if half == 1:
-            parts.index(half).store(_product(dz, ring, full, step, BR, SLOTS, CHUNKS, S))
+            parts.index(half).store(product(dz, ring, full, step, BR, SLOTS, CHUNKS, S))
             for i in gl.static_range(CHUNKS):
                 mbarrier.arrive(empty.index((step + i) % SLOTS), count=1)
         mbarrier.arrive(ready.index(half), count=1)
@@ -297,38 +182,22 @@ def _consumer(
         stats.index(5 * half + 1).store(gl.load(sums_ptr + 2 * at + 1, mask=row < R, other=0.0))
         stats.index(5 * half + 2).store(delta)
         if DROPOUT or dlse_ptr is not None:
-            kept_term, dropped_term = _other_terms(saved, at, row < R, ROW, DROPOUT)
+            kept_term, dropped_term = other_terms(saved, at, row < R, ROW, DROPOUT)
             stats.index(5 * half + 3).store(kept_term)
             stats.index(5 * half + 4).store(dropped_term - delta)
         lo, hi = span_of(b, span_ptr, N, MASK)
         if NEED_DX and MASK != "none":
-            step = _store_zeros(half, dx_desc, b, 0, lo, ring, full, empty, step, SLOTS, CHUNKS)
+            step = store_zeros(half, dx_desc, b, 0, lo, ring, full, empty, step, SLOTS, CHUNKS)
         for start in range(lo, hi, BN):
             word = word_of(b, start, words_ptr, W, MASK)
             if MASK != "none" or NORM:
-                if must_rewrite(word, start, hi, N, MASK, NORM):
-                    rewrite_half(
-                        half,
-                        ring,
-                        full,
-                        step,
-                        word,
-                        b,
-                        start,
-                        hi,
-                        N,
-                        mean_ptr,
-                        rstd_ptr,
-                        D,
-                        SLOTS,
-                        CHUNKS,
-                        MASK,
-                        NORM,
-                    )
+                rewrite_half(
+                    half, ring, full, step, word, b, start, hi, tokens, D, SLOTS, CHUNKS, MASK, NORM
+                )
                 # The products need both halves. ``tile - turn`` tiles of tokens came before.
                 mbarrier.arrive(fixed.index(half), count=1)
                 mbarrier.wait(fixed.index(1 - half), (tile - turn) & 1)
-            own = _product(q if half == 0 else dz, ring, full, step, BR, SLOTS, CHUNKS, S)
+            own = product(q if half == 0 else dz, ring, full, step, BR, SLOTS, CHUNKS, S)
             mbarrier.wait(taken.index(half), (tile & 1) ^ 1)
             parts.index(half).store(own)
             mbarrier.arrive(ready.index(half), count=1)
@@ -336,7 +205,7 @@ def _consumer(
             # What needs one product only comes before the wait, so that fewer values are live.
             if half == 0:
                 s = own
-                p = _probabilities(s, keep, stats.index(5 * half), stats.index(5 * half + 1), ROW)
+                p = probabilities(s, keep, stats.index(5 * half), stats.index(5 * half + 1), ROW)
                 mbarrier.wait(ready.index(1), tile & 1)
                 dp = parts.index(1).load(S)
                 mbarrier.arrive(taken.index(1), count=1)
@@ -347,7 +216,7 @@ def _consumer(
                 mbarrier.wait(ready.index(0), tile & 1)
                 s = parts.index(0).load(S)
                 mbarrier.arrive(taken.index(0), count=1)
-                p = _probabilities(s, keep, stats.index(5 * half), stats.index(5 * half + 1), ROW)
+                p = probabilities(s, keep, stats.index(5 * half), stats.index(5 * half + 1), ROW)
             # dP - delta comes first, so that it is 0 if one token has all the weight.
             if DROPOUT or dlse_ptr is not None:
                 centred += stats.index(5 * half + 3).load(ROW)[None, :]
@@ -405,17 +274,17 @@ def _consumer(
         mbarrier.arrive(dz_empty.index(0), count=1)
         if NEED_DX and MASK != "none":
             end = gl.maximum(lo, (hi + BN - 1) // BN * BN)
-            step = _store_zeros(half, dx_desc, b, end, N, ring, full, empty, step, SLOTS, CHUNKS)
+            step = store_zeros(half, dx_desc, b, end, N, ring, full, empty, step, SLOTS, CHUNKS)
         if PER_SAMPLE:
             mbarrier.wait(taken.index(half), (tile & 1) ^ 1)
-            _store_dq(half, dq_ptr, b.to(gl.int64), dq, parts.index(half), R, D, CHUNKS)
+            store_dq(half, dq_ptr, b.to(gl.int64), dq, parts.index(half), R, D, CHUNKS)
             new_dq = ()
             for _ in gl.static_range(HALF):
                 new_dq += (gl.zeros([BD, BR], gl.float32, layout=S),)
             dq = new_dq
     if not PER_SAMPLE:
         mbarrier.wait(taken.index(half), (tile & 1) ^ 1)
-        _store_dq(half, dq_ptr, gl.program_id(0), dq, parts.index(half), R, D, CHUNKS)
+        store_dq(half, dq_ptr, gl.program_id(0), dq, parts.index(half), R, D, CHUNKS)
 
 
 @gluon.jit

@@ -34,7 +34,6 @@ from .hopper_tokens import (
     kept,
     load_rows,
     load_tile,
-    must_rewrite,
     rewrite_half,
     rows_kept,
     span_of,
@@ -148,25 +147,9 @@ def _consumer(
         for start in range(lo, hi, BN):
             word = word_of(b, start, words_ptr, W, MASK)
             if MASK != "none" or NORM:
-                if must_rewrite(word, start, hi, N, MASK, NORM):
-                    rewrite_half(
-                        half,
-                        ring,
-                        full,
-                        step,
-                        word,
-                        b,
-                        start,
-                        hi,
-                        N,
-                        mean_ptr,
-                        rstd_ptr,
-                        D,
-                        SLOTS,
-                        CHUNKS,
-                        MASK,
-                        NORM,
-                    )
+                rewrite_half(
+                    half, ring, full, step, word, b, start, hi, tokens, D, SLOTS, CHUNKS, MASK, NORM
+                )
             s = warpgroup_mma_init(gl.zeros([BN, BR], gl.float32, layout=S))
             for i in range(HALF):
                 at = step + 2 * i + half
@@ -175,14 +158,13 @@ def _consumer(
                 q_t = q.index(half * HALF + i).reshape([BR, BD]).permute([1, 0])
                 s = warpgroup_mma(x, q_t, s, is_async=True)
             s = warpgroup_mma_wait(0, deps=[s])
-            # Two tiles of parts: a consumer that is ahead writes the one that nobody reads now.
+            # In turn two buffers: the other consumer may still read the part of the last tile.
             parity = tile & 1
             parts.index(2 * parity + half).store(s)
             mbarrier.arrive(ready.index(half), count=1)
             mbarrier.wait(ready.index(1 - half), parity)
             other = parts.index(2 * parity + 1 - half).load(S)
-            # The same order in both consumers, so that both have the same bits.
-            s = s + other if half == 0 else other + s
+            s += other
             keep = kept(word, start, hi, token, MASK)
             s = gl.where(keep[:, None], s, float("-inf"))
             m_new = gl.maximum(m, gl.max(s, 0))
@@ -211,7 +193,7 @@ def _consumer(
             tile += 1
         mbarrier.arrive(q_empty.index(0), count=1)
         inverse = gl.where(total > 0, 1.0 / total, 0.0)
-        # Nobody reads these parts: the other consumer waits for the next ones at the earliest.
+        # The buffer of the next tile, which the other consumer does not read yet.
         free = parts.index(2 * (tile & 1) + half)
         out_row = first + gl.arange(0, BR, layout=gl.SliceLayout(1, OUT))
         out_col = half * HALF * BD + gl.arange(0, BD, layout=gl.SliceLayout(0, OUT))

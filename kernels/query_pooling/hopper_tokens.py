@@ -142,7 +142,7 @@ def kept(
 
 
 @gluon.jit
-def must_rewrite(
+def _must_rewrite(
     word,
     start,
     hi,
@@ -150,7 +150,7 @@ def must_rewrite(
     MASK: gl.constexpr,
     NORM: gl.constexpr,
 ):
-    """Return whether ``rewrite_half`` has anything to do in a tile."""
+    """Return whether a tile has ignored tokens, or tokens to normalise."""
     rewrite = gl.to_tensor(NORM)
     if MASK == "lengths":
         rewrite = rewrite | ((start + BN > hi) & (hi < N))
@@ -170,9 +170,7 @@ def rewrite_half(
     b,
     start,
     hi,
-    N,
-    mean_ptr,
-    rstd_ptr,
+    tokens,
     D: gl.constexpr,
     SLOTS: gl.constexpr,
     CHUNKS: gl.constexpr,
@@ -181,30 +179,33 @@ def rewrite_half(
 ):
     """Set ignored tokens, which may be NaN, to 0; with NORM, normalise the others.
 
-    Changes one half of the columns of a tile, in shared memory.
+    Changes one half of the columns of a tile, in shared memory, if there is anything to change.
+    ``tokens``: the arguments that describe them.
     """
+    _, _, mean_ptr, rstd_ptr, N, _ = tokens
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    token = gl.arange(0, BN, layout=gl.SliceLayout(1, ROWS))
-    keep = kept(word, start, hi, token, MASK)
-    if NORM:
-        n = b.to(gl.int64) * N + start + token
-        mean = gl.load(mean_ptr + n, mask=keep, other=0.0)
-        rstd = gl.load(rstd_ptr + n, mask=keep, other=0.0)
-    for i in range(CHUNKS // 2):
-        at = step + 2 * i + half
-        mbarrier.wait(full.index(at % SLOTS), (at // SLOTS) & 1)
-        tile = ring.index(at % SLOTS).reshape([BN, BD])
-        x = tile.load(ROWS)
-        inside = keep[:, None]
+    if _must_rewrite(word, start, hi, N, MASK, NORM):
+        token = gl.arange(0, BN, layout=gl.SliceLayout(1, ROWS))
+        keep = kept(word, start, hi, token, MASK)
         if NORM:
-            y = (x.to(gl.float32) - mean[:, None]) * rstd[:, None]
-            x = y.to(x.dtype)
-            if D % (CHUNKS * BD) != 0:
-                col = (half * (CHUNKS // 2) + i) * BD
-                col += gl.arange(0, BD, layout=gl.SliceLayout(0, ROWS))
-                inside = inside & (col < D)[None, :]
-        tile.store(gl.where(inside, x, 0.0))
-    fence_async_shared()
+            n = b.to(gl.int64) * N + start + token
+            mean = gl.load(mean_ptr + n, mask=keep, other=0.0)
+            rstd = gl.load(rstd_ptr + n, mask=keep, other=0.0)
+        for i in range(CHUNKS // 2):
+            at = step + 2 * i + half
+            mbarrier.wait(full.index(at % SLOTS), (at // SLOTS) & 1)
+            tile = ring.index(at % SLOTS).reshape([BN, BD])
+            x = tile.load(ROWS)
+            inside = keep[:, None]
+            if NORM:
+                y = (x.to(gl.float32) - mean[:, None]) * rstd[:, None]
+                x = y.to(x.dtype)
+                if D % (CHUNKS * BD) != 0:
+                    col = (half * (CHUNKS // 2) + i) * BD
+                    col += gl.arange(0, BD, layout=gl.SliceLayout(0, ROWS))
+                    inside = inside & (col < D)[None, :]
+            tile.store(gl.where(inside, x, 0.0))
+        fence_async_shared()
 
 
 @gluon.jit
