@@ -135,8 +135,11 @@ def _poisoned(allocate):
 @pytest.fixture(autouse=True)
 def poison_empty_memory(monkeypatch):
     """Fill uninitialized floating-point tensors of mmfused with NaN."""
-    import torch._dynamo  # it lists torch's functions when imported: the original ones
+    # Dynamo lists torch's functions at its first use, and again after a process group was made.
+    # The list must hold the original functions.
+    from torch._dynamo.trace_rules import get_torch_obj_rule_map
 
+    get_torch_obj_rule_map()
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
 
