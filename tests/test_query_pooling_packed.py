@@ -268,6 +268,7 @@ def test_opcheck(eps):
 @pytest.mark.parametrize("backend", ["composed", "fused"])
 def test_compiles_to_one_graph_for_any_number_of_rows(monkeypatch, backend):
     monkeypatch.undo()  # the compiler would trace into conftest's patched torch.empty
+
     def call(inputs, max_seqlen):
         return query_pooling(**inputs, max_seqlen=max_seqlen, num_heads=heads, form="absorbed")
 
