@@ -44,11 +44,11 @@ from ..tiles import (
     tokens_kept,
     upcasts,
 )
-from . import gradients, hopper_backward
+from . import gradients, hopper_backward, hopper_pairs
 from .dropout import keep_words, rows_keep
 from .forward import softmax_of
 from .hopper_tokens import can_describe
-from .plans import Plan, plan
+from .plans import PAIR_TOKENS, Plan, plan
 from .tokens import load_moments, load_normed, sample_start, sizes, token_arguments
 
 
@@ -83,13 +83,19 @@ def backward(
     shared = q.dim() == 2
     norm = mean.numel() > 0
     if tiles is None:
-        tma = cu_seqlens is None and can_describe(x, q, z, dz)
-        options = (norm, bool(dropout_p), not shared, tma, dlse is not None)
-        tiles = plan(rows, dim, x.dtype, arch_of(x), *options)
+        options = dict(
+            dropout=bool(dropout_p),
+            per_sample=not shared,
+            tma=cu_seqlens is None and can_describe(x, q, z, dz),
+            dlse=dlse is not None,
+            short=length <= PAIR_TOKENS,
+        )
+        tiles = plan(rows, dim, x.dtype, arch_of(x), norm, **options)
     # The kernels do not write the rows of packed tokens that belong to no sample.
     new = x.new_empty if cu_seqlens is None else x.new_zeros
     dx = new(x.shape if need_dx else (0,))
-    partials = min(batch, tiles.partials) if shared else batch
+    most = triton.cdiv(batch, 2) if "pairs" in tiles.backward else batch
+    partials = min(most, tiles.partials) if shared else batch
     dq = q.new_empty(partials, rows, dim, dtype=torch.float32 if shared else q.dtype)
     tokens = token_arguments(x, mask, lengths, cu_seqlens, max_seqlen)
     tokens |= dict(mean_ptr=mean, rstd_ptr=rstd, NORM=norm, UPCAST=upcasts(x.dtype), R=rows)
@@ -104,7 +110,9 @@ def backward(
         dlse_ptr=dlse,
         DROPOUT=dropout_words is not None,
     )
-    if "hopper" in tiles.backward:
+    if "pairs" in tiles.backward:
+        hopper_pairs.launch_backward(tiles.backward["pairs"], tokens, query, saved, dx, dq)
+    elif "hopper" in tiles.backward:
         hopper_backward.launch(tiles.backward["hopper"], tokens, query, saved, dx, dq)
     else:
         _launch_steps(tiles, tokens, batch, query, saved, dx if need_dx else None, dq)

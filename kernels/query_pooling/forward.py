@@ -48,10 +48,10 @@ from ..tiles import (
     tokens_kept,
     upcasts,
 )
-from . import hopper_forward
+from . import hopper_forward, hopper_pairs
 from .dropout import keep_words, rows_keep
 from .hopper_tokens import can_describe
-from .plans import Plan, plan
+from .plans import PAIR_TOKENS, Plan, plan
 from .tokens import (
     load_moments,
     load_normed,
@@ -86,8 +86,13 @@ def forward(
     norm = eps is not None
     per_sample = q.dim() == 3
     if tiles is None:
-        tma = cu_seqlens is None and can_describe(x, q)
-        tiles = plan(rows, dim, x.dtype, arch_of(x), norm, bool(dropout_p), per_sample, tma)
+        options = dict(
+            dropout=bool(dropout_p),
+            per_sample=per_sample,
+            tma=cu_seqlens is None and can_describe(x, q),
+            short=length <= PAIR_TOKENS,
+        )
+        tiles = plan(rows, dim, x.dtype, arch_of(x), norm, **options)
     z = x.new_empty(batch, rows, dim)
     sums = x.new_empty(batch, rows, 2, dtype=torch.float32)
     # The kernels do not write the rows of packed tokens that belong to no sample.
@@ -106,7 +111,9 @@ def forward(
         ksum_ptr=ksum,
         DROPOUT=dropout_words is not None,
     )
-    if "hopper" in tiles.forward:
+    if "pairs" in tiles.forward:
+        hopper_pairs.launch_forward(tiles.forward["pairs"], tokens, query, out, sums)
+    elif "hopper" in tiles.forward:
         hopper_forward.launch(tiles.forward["hopper"], tokens, query, out, sums)
     elif "onepass" in tiles.forward:
         tile = tiles.forward["onepass"]

@@ -28,13 +28,14 @@ from ..tiles import INTERPRETED
 LOG2E = gl.constexpr(1.4426950408889634)
 BN = gl.constexpr(64)  # tokens of a tile: the height of wgmma, and the bits of a word of the mask
 BD = gl.constexpr(64)  # columns of a chunk: 128 bytes, the width of the swizzle
+ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # a chunk in registers
 
 
-def descriptor(tensor: Tensor, tokens: int) -> TensorDescriptor:
-    """Return a descriptor of (B, N, D) or (R, D) with boxes of (1, tokens, BD)."""
+def descriptor(tensor: Tensor, tokens: int, samples: int = 1) -> TensorDescriptor:
+    """Return a descriptor of (B, N, D) or (R, D) with boxes of (samples, tokens, BD)."""
     if tensor.dim() == 2:
         tensor = tensor[None]
-    block = [1, tokens, BD.value]
+    block = [samples, tokens, BD.value]
     element = gl.float16 if tensor.dtype == torch.float16 else gl.bfloat16
     layout = gl.NVMMASharedLayout.get_default_for(block, element)
     return TensorDescriptor.from_tensor(tensor, block, layout)
@@ -177,35 +178,53 @@ def rewrite_half(
     MASK: gl.constexpr,
     NORM: gl.constexpr,
 ):
-    """Set ignored tokens, which may be NaN, to 0; with NORM, normalise the others.
-
-    Changes one half of the columns of a tile, in shared memory, if there is anything to change.
-    ``tokens``: the arguments that describe them.
-    """
-    _, _, mean_ptr, rstd_ptr, N, _ = tokens
-    ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    """Rewrite one half of the columns of a tile, if there is anything to change."""
+    _, _, _, _, N, _ = tokens
     if _must_rewrite(word, start, hi, N, MASK, NORM):
         token = gl.arange(0, BN, layout=gl.SliceLayout(1, ROWS))
         keep = kept(word, start, hi, token, MASK)
+        n = b.to(gl.int64) * N + start + token
+        rewrite(half, ring, full, step, keep, n, tokens, D, SLOTS, CHUNKS, NORM)
+
+
+@gluon.jit
+def rewrite(
+    half: gl.constexpr,
+    ring,
+    full,
+    step,
+    keep,
+    n,
+    tokens,
+    D: gl.constexpr,
+    SLOTS: gl.constexpr,
+    CHUNKS: gl.constexpr,
+    NORM: gl.constexpr,
+):
+    """Set ignored tokens, which may be NaN, to 0; with NORM, normalise the others.
+
+    Changes one half of the columns of a tile, in shared memory. ``keep`` and ``n``: which tokens of
+    the tile are valid, and where their moments are. ``tokens``: the arguments that describe them.
+    """
+    _, _, mean_ptr, rstd_ptr, _, _ = tokens
+    if NORM:
+        mean = gl.load(mean_ptr + n, mask=keep, other=0.0)
+        rstd = gl.load(rstd_ptr + n, mask=keep, other=0.0)
+    for i in range(CHUNKS // 2):
+        at = step + 2 * i + half
+        mbarrier.wait(full.index(at % SLOTS), (at // SLOTS) & 1)
+        tile = ring.index(at % SLOTS).reshape([BN, BD])
+        x = tile.load(ROWS)
+        inside = keep[:, None]
         if NORM:
-            n = b.to(gl.int64) * N + start + token
-            mean = gl.load(mean_ptr + n, mask=keep, other=0.0)
-            rstd = gl.load(rstd_ptr + n, mask=keep, other=0.0)
-        for i in range(CHUNKS // 2):
-            at = step + 2 * i + half
-            mbarrier.wait(full.index(at % SLOTS), (at // SLOTS) & 1)
-            tile = ring.index(at % SLOTS).reshape([BN, BD])
-            x = tile.load(ROWS)
-            inside = keep[:, None]
-            if NORM:
-                y = (x.to(gl.float32) - mean[:, None]) * rstd[:, None]
-                x = y.to(x.dtype)
-                if D % (CHUNKS * BD) != 0:
-                    col = (half * (CHUNKS // 2) + i) * BD
-                    col += gl.arange(0, BD, layout=gl.SliceLayout(0, ROWS))
-                    inside = inside & (col < D)[None, :]
-            tile.store(gl.where(inside, x, 0.0))
-        fence_async_shared()
+            y = (x.to(gl.float32) - mean[:, None]) * rstd[:, None]
+            x = y.to(x.dtype)
+            if D % (CHUNKS * BD) != 0:
+                col = (half * (CHUNKS // 2) + i) * BD
+                col += gl.arange(0, BD, layout=gl.SliceLayout(0, ROWS))
+                inside = inside & (col < D)[None, :]
+        tile.store(gl.where(inside, x, 0.0))
+    fence_async_shared()
 
 
 @gluon.jit

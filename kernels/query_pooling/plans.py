@@ -45,6 +45,8 @@ class HopperTile:
     SLOTS: int
 
 
+# Samples of at most so many tokens share a tile of the Gluon kernels, two by two.
+PAIR_TOKENS = 32
 _TRITON_3_6 = triton.__version__.startswith("3.6.")
 # Gluon is experimental: its kernels run where they were compiled and tested.
 _GLUON = triton.__version__.startswith(TRITONS)
@@ -54,11 +56,12 @@ _GLUON = triton.__version__.startswith(TRITONS)
 class Plan:
     """The tiles of the kernels that run, by kernel name.
 
-    Forward: ``hopper`` or ``onepass``, or ``logits`` then ``pool``. With a norm, ``moments`` runs
-    first. Backward: ``hopper``, or ``dlogits``, ``dx`` and ``dq`` in this order.
+    Forward: ``pairs``, ``hopper`` or ``onepass``, or ``logits`` then ``pool``. With a norm,
+    ``moments`` runs first. Backward: ``pairs`` or ``hopper``, or ``dlogits``, ``dx`` and ``dq`` in
+    this order.
     """
 
-    forward: dict[str, Any]  # Tile; HopperTile for ``hopper``
+    forward: dict[str, Any]  # Tile; HopperTile for ``pairs`` and ``hopper``
     backward: dict[str, Any]
     # Maximum number of partial sums for the gradient of shared queries. It does not depend on the
     # number of multiprocessors, so that GPUs of one architecture compute the same sums.
@@ -80,15 +83,18 @@ def plan(
     per_sample: bool = False,
     tma: bool = False,
     dlse: bool = False,
+    short: bool = False,
 ) -> Plan:
     """Choose the kernels of forward and backward, and their tiles.
 
     ``per_sample``: whether each sample has its own queries. ``tma``: whether TMA can load the
     tokens (see hopper_tokens.can_describe). ``dlse``: whether the log-sum-exp has a gradient.
+    ``short``: whether samples have at most PAIR_TOKENS tokens.
 
     ``onepass`` reads X once for each block of BR rows, and runs if all columns of Z^T fit into
-    registers. ``hopper`` reads X once for each block of rows, forward and backward. For the symbols
-    see forward.py and backward.py.
+    registers. ``hopper`` reads X once for each block of rows, forward and backward, and so does
+    ``pairs``, for one block of rows and short samples. For the symbols see forward.py and
+    backward.py.
     """
     # These architectures have 227 KB of shared memory. The tiles for others fit into 99 KB.
     big_shared = arch in (90, 100, 103)
@@ -96,14 +102,17 @@ def plan(
     float32 = dtype == torch.float32
     forward = {"moments": Tile(16, 16, 128, 4, 1)} if norm else {}
     hopper = has_gluon(arch, dtype) and tma and dim <= 1024
+    pairs = hopper and short and rows <= 16 and not per_sample
     if hopper:
-        forward["hopper"] = _hopper_forward(rows, dim)
+        forward["pairs" if pairs else "hopper"] = _hopper_forward(rows, dim)
     elif dim > (1024 if big_shared else 768) or float32:
         forward |= _tiles_of(("logits", "pool"), rows, big_shared, float32, norm)
     else:
         forward["onepass"] = _onepass(dim, arch, dropout)
-    if hopper and _hopper_backward_fits(rows, dim, norm, dropout, per_sample, dlse):
-        backward = {"hopper": _hopper_backward(rows, dim)}
+    if pairs and dim <= 768:
+        backward = {"pairs": _hopper_backward(rows, dim, pairs)}
+    elif hopper and _hopper_backward_fits(rows, dim, norm, dropout, per_sample, dlse):
+        backward = {"hopper": _hopper_backward(rows, dim, False)}
     else:
         backward = _tiles_of(("dlogits", "dx", "dq"), rows, big_shared, float32, norm, dropout)
     return Plan(forward, backward)
@@ -134,12 +143,13 @@ def _hopper_backward_fits(
     return rows <= 32 and dim <= 768 and not crowded
 
 
-def _hopper_backward(rows: int, dim: int) -> HopperTile:
+def _hopper_backward(rows: int, dim: int, pairs: bool) -> HopperTile:
     rows = 16 if rows <= 16 else 32
     chunks = _hopper_chunks(dim)
-    # For each row: queries and dZ (16 bits), two parts (32 bits), two tiles of dS (16 bits), and
-    # ten numbers.
-    free = SHARED_MEMORY[90] - 1024 - rows * (256 * chunks + 512 + 256 + 40)
+    # For each row: queries and the dZ of each sample (16 bits), two parts (32 bits), two tiles of
+    # dS (16 bits), and ten numbers.
+    columns = 128 * chunks
+    free = SHARED_MEMORY[90] - 1024 - rows * ((3 if pairs else 2) * columns + 512 + 256 + 40)
     return HopperTile(rows, chunks, min(24, free // 8192))
 
 
