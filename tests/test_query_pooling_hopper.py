@@ -79,6 +79,17 @@ CASES = [
     Case("float16", 130, 65, 64, 16, 1, "lengths", True, 0.0, False, True),
     Case("bfloat16", 270, 10, 8, 3, 1, "mask", False, 0.1, True, True),
     Case("bfloat16", 67, 9, 64, 40, 1, "lengths"),
+    # Two samples in a tile. With 1000 columns in forward only.
+    Case("bfloat16", 1, 1, 8, 1, 1, "none", False, 0.0),
+    Case("float16", 2, 32, 768, 2, 1, "none", False, 0.0),
+    Case("bfloat16", 3, 31, 768, 4, 4, "lengths", True, 0.0),
+    Case("float16", 5, 7, 96, 3, 5, "mask", True, 0.1),
+    Case("bfloat16", 3, 32, 192, 1, 12, "mask", False, 0.1),
+    Case("bfloat16", 4, 32, 64, 16, 1, "lengths", False, 0.9, need_dx=False),
+    Case("float16", 3, 17, 200, 2, 1, "none", True, 0.5, need_dx=False),
+    Case("float16", 3, 29, 1000, 3, 5, "lengths", True, 0.1),
+    Case("bfloat16", 1, 32, 1024, 2, 1, "mask", False, 0.0),
+    Case("float16", 269, 5, 8, 3, 1, "lengths", True, 0.1),
 ]
 
 
@@ -139,9 +150,13 @@ def check_budget(case, inputs, options, hopper=True):
     with launches_made() as launches:
         fused = run(inputs, case.heads, "fused", upstream, **options)
     names = {launch.name for launch in launches}
-    assert ("hopper_forward_kernel" in names) == hopper
+    pairs = case.length <= 32 and case.queries * case.heads <= 16 and not case.per_sample
+    kind = "pairs" if pairs else "hopper"
+    assert (f"{kind}_forward_kernel" in names) == hopper
+    if pairs and hopper and case.dim <= 768:
+        assert "pairs_backward_kernel" in names
     if not hopper:
-        assert "hopper_backward_kernel" not in names
+        assert not names & {"hopper_backward_kernel", "pairs_backward_kernel"}
     assert not over_budget(fused, exact, plain)
     return fused
 
@@ -264,7 +279,8 @@ def operators(call, need_dx=True):
         z, *saved = torch.ops.mmfused.query_pooling_fwd(x, q, *padding, eps, dropout, seed)
         rest = (*padding, need_dx, dropout, seed)
         dx, dq = torch.ops.mmfused.query_pooling_bwd(dz, dksum, None, x, q, z, *saved, *rest)
-    assert "hopper_forward_kernel" in {launch.name for launch in launches}
+    names = {launch.name for launch in launches}
+    assert names & {"hopper_forward_kernel", "pairs_forward_kernel"}
     return dict(z=z, sums=saved[0], ksum=saved[3], dx=dx, dq=dq)
 
 
@@ -290,6 +306,9 @@ POISONED = [
     Case("bfloat16", 5, 197, 96, 5, 3, "mask", True, 0.0, False),
     Case("float16", 3, 65, 192, 33, 1, "mask", False, 0.0, False),
     Case("float16", 3, 64, 192, 31, 1, "lengths", False, 0.0, False),
+    Case("float16", 5, 31, 96, 5, 3, "lengths", False, 0.0, False),
+    Case("bfloat16", 5, 29, 96, 5, 3, "mask", True, 0.1, False),
+    Case("bfloat16", 3, 17, 200, 2, 1, "none", True, 0.1, False),
 ]
 
 
@@ -323,6 +342,8 @@ ALONE = [
     Case("float16", 5, 70, 64, 17, 1, "lengths", False, 0.0, True),
     Case("bfloat16", 3, 65, 768, 31, 1, "none", False, 0.0, True),
     Case("bfloat16", 135, 66, 8, 3, 1, "mask", True, 0.0, False),
+    Case("float16", 5, 31, 96, 3, 5, "lengths", True, 0.0, False),
+    Case("bfloat16", 3, 32, 768, 2, 1, "none", False, 0.0, False),
 ]
 
 
@@ -372,10 +393,11 @@ def test_logits_have_no_gradient_if_one_token_has_all_the_weight(dropout, norm, 
     assert one_token["dq"].abs().max() == 0
 
 
+@pytest.mark.parametrize("length", [70, 30])
 @pytest.mark.parametrize("bad", [-1, 71, 2**40, -(2**40) + 20])
-def test_an_invalid_length_does_not_affect_other_samples(bad):
-    call = call_of(Case("float16", 3, 70, 64, 3, 1, "lengths"))
-    call.lengths[:] = torch.tensor([5, 20, 70], device=DEVICE)
+def test_an_invalid_length_does_not_affect_other_samples(bad, length):
+    call = call_of(Case("float16", 3, length, 64, 3, 1, "lengths"))
+    call.lengths[:] = torch.tensor([5, 20, length], device=DEVICE)
     want = operators(call)
     call.lengths[1] = bad
     got = operators(call)
@@ -401,6 +423,22 @@ def test_a_non_finite_token_or_query_affects_only_its_own_outputs(norm, value):
     for name in ("z", "dq"):
         assert torch.equal(got[name][1, others], want[name][1, others]), name
         assert torch.equal(got[name][0::2], want[name][0::2]), name
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
+@pytest.mark.parametrize("where", ["x", "dz"])
+def test_what_is_not_finite_stays_in_its_sample_of_a_pair(where, norm, value):
+    call = call_of(Case("float16", 5, 30, 96, 5, 3, norm=norm))
+    want = operators(call)
+    for bad in (1, 2):  # the second and the first of a pair
+        tensor = getattr(call, where).clone()
+        tensor[bad, 7, 4] = value
+        got = operators(call._replace(**{where: tensor}))
+        others = [b for b in range(5) if b != bad]
+        assert not got["dx"][bad].isfinite().all()
+        for name in ("z", "sums", "dx"):
+            assert torch.equal(got[name][others], want[name][others]), name
 
 
 def test_an_unaligned_gradient_is_taken_by_other_kernels():

@@ -50,8 +50,9 @@ def launch_forward(
     pairs_forward_kernel[(min(cdiv(x.shape[0], 2), multiprocessors(x)),)](
         x_desc=descriptor(x, TOKENS.value, samples=2),
         q_desc=descriptor(query["q_ptr"], tile.BR),
+        z_desc=descriptor(out["z_ptr"], TOKENS.value, samples=2),
         **_named(tokens),
-        **out,
+        **{name: value for name, value in out.items() if name != "z_ptr"},
         sums_ptr=sums,
         B=x.shape[0],
         **_sizes(tokens, tile),
@@ -192,18 +193,15 @@ def _forward_consumer(
     DROPOUT: gl.constexpr,
 ):
     """Pool the tokens of each pair, for one half of the columns."""
-    shared, tokens, out, B, R = call
+    z_desc, shared, tokens, out, B, R = call
     ring, q, p_tiles, parts, full, empty, ready, q_full = shared
-    z_ptr, sums_ptr, keep_ptr, ksum_ptr = out
+    sums_ptr, keep_ptr, ksum_ptr = out
     BR: gl.constexpr = p_tiles.shape[2]
     HALF: gl.constexpr = CHUNKS // 2
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BR, 16])
-    OUT: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [BR // 16, 64 // BR], [1, 0])
     token = gl.arange(0, BN, layout=gl.SliceLayout(1, S))
     row = gl.arange(0, BR, layout=gl.SliceLayout(0, S))
     second = (token >= TOKENS)[:, None]
-    out_row = gl.arange(0, BR, layout=gl.SliceLayout(1, OUT))[:, None]
-    out_col = half * HALF * BD + gl.arange(0, BD, layout=gl.SliceLayout(0, OUT))[None, :]
     step = 0
     turn = 0
     mbarrier.wait(q_full.index(0), 0)
@@ -252,19 +250,23 @@ def _forward_consumer(
                 p_tile = p_tiles.index(half).slice(sample * TOKENS, TOKENS, dim=0)
                 zeros = gl.zeros([BD, BR], gl.float32, layout=S)
                 z += (warpgroup_mma(x_t, p_tile, zeros, is_async=True),)
-        # The buffer of the next tile, which the other consumer does not read yet.
-        free = parts.index(2 - 2 * parity + half)
+        # A chunk of both samples' Z takes the place of their tokens, and TMA stores it from there.
         for i in gl.static_range(HALF):
-            for sample in gl.static_range(2):
-                z_t = warpgroup_mma_wait(CHUNKS - 1 - 2 * i - sample, deps=[z[2 * i + sample]])
-                if sample == 1:
-                    mbarrier.arrive(empty.index((step + 2 * i + half) % SLOTS), count=1)
-                free.store(z_t * inverse[sample][None, :])
-                z_i = free.permute([1, 0]).load(OUT).to(ring.dtype)
-                col = i * BD + out_col
-                inside = (out_row < R) & (col < D) & (b + sample < B)
-                base = z_ptr + (b + sample).to(gl.int64) * R * D
-                gl.store(base + out_row * D + col, z_i, mask=inside)
+            slot = (step + 2 * i + half) % SLOTS
+            z_0, z_1 = warpgroup_mma_wait(CHUNKS - 2 - 2 * i, deps=[z[2 * i], z[2 * i + 1]])
+            tile = ring.index(slot).reshape([BN, BD])
+            z_0 = (z_0 * inverse[0][None, :]).to(ring.dtype)
+            z_1 = (z_1 * inverse[1][None, :]).to(ring.dtype)
+            tile.slice(0, BR, dim=0).permute([1, 0]).store(z_0)
+            tile.slice(TOKENS, BR, dim=0).permute([1, 0]).store(z_1)
+            fence_async_shared()
+            store(z_desc, [b, 0, (half * HALF + i) * BD], ring.index(slot))
+            if i > 0:  # the store before has read its slot
+                tma.store_wait(1)
+                mbarrier.arrive(empty.index((slot + SLOTS - 2) % SLOTS), count=1)
+            if i == HALF - 1:
+                tma.store_wait(0)
+                mbarrier.arrive(empty.index(slot), count=1)
         # Each consumer stores the sums of one sample.
         at = (b + half).to(gl.int64) * R + row
         inside = (row < R) & (b + half < B)
@@ -283,11 +285,11 @@ def _forward_consumer(
 def pairs_forward_kernel(
     x_desc,  # (B, N, D), boxes of (2, TOKENS, BD)
     q_desc,  # (1, R, D), boxes of (1, BR, BD)
+    z_desc,  # (B, R, D), boxes of (2, TOKENS, BD)
     words_ptr,  # (B, W) int64
     span_ptr,  # lengths (B,)
     mean_ptr,  # (B, N) float32
     rstd_ptr,  # (B, N) float32
-    z_ptr,  # (B, R, D)
     sums_ptr,  # (B, R, 2) float32
     keep_ptr,  # (B, 1, R) int64
     ksum_ptr,  # (B, R) float32
@@ -316,7 +318,7 @@ def pairs_forward_kernel(
     q_full = barriers(1, 1)
     shared = (ring, q, p_tiles, parts, full, empty, ready, q_full)
     tokens = (words_ptr, span_ptr, mean_ptr, rstd_ptr, N, W)
-    call = (shared, tokens, (z_ptr, sums_ptr, keep_ptr, ksum_ptr), B, R)
+    call = (z_desc, shared, tokens, (sums_ptr, keep_ptr, ksum_ptr), B, R)
     filled = (x_desc, q_desc, ring, q, full, empty, q_full)
     gl.warp_specialize(
         [
