@@ -85,6 +85,31 @@ def test_lanes_that_a_branch_divides_meet_again():
     np.testing.assert_array_equal(found[:, 2], 0xFFFFFFFF)
 
 
+def test_divided_lanes_meet_again_at_the_end_of_a_loop_that_lies_before_its_begin():
+    body = """
+        mov.u32 %r1, 0;
+        mov.u32 %r5, 0;
+        bra.uni BODY;
+        END:
+        activemask.b32 %r4;
+        add.u32 %r1, %r1, 1;
+        setp.ge.u32 %p1, %r1, 3;
+        @%p1 bra DONE;
+        BODY:
+        and.b32 %r2, tid, 1;
+        setp.eq.u32 %p2, %r2, 1;
+        @%p2 bra END;
+        add.u32 %r5, %r5, 1;
+        bra.uni END;
+        DONE:
+        activemask.b32 %r6;
+        st.global.v4.u32 [out_at], {%r4, %r5, %r6, 0};"""
+    found = run(body, out=zeros(32, 4))
+    np.testing.assert_array_equal(found[:, 0], 0xFFFFFFFF)
+    np.testing.assert_array_equal(found[:, 1], np.where(LANES % 2 == 1, 0, 3))
+    np.testing.assert_array_equal(found[:, 2], 0xFFFFFFFF)
+
+
 def test_each_lane_runs_a_loop_as_often_as_it_asks_for():
     body = """
         mov.u32 %r1, 0;

@@ -250,6 +250,16 @@ def _forward_consumer(
                 p_tile = p_tiles.index(half).slice(sample * TOKENS, TOKENS, dim=0)
                 zeros = gl.zeros([BD, BR], gl.float32, layout=S)
                 z += (warpgroup_mma(x_t, p_tile, zeros, is_async=True),)
+        # Each consumer stores the sums of one sample, while the products run.
+        at = (b + half).to(gl.int64) * R + row
+        inside = (row < R) & (b + half < B)
+        no_token = total[half] == 0
+        gl.store(sums_ptr + 2 * at, gl.where(no_token, float("inf"), m[half]), mask=inside)
+        log_total = gl.log(gl.where(no_token, 1.0, total[half]))
+        gl.store(sums_ptr + 2 * at + 1, log_total, mask=inside)
+        if DROPOUT:
+            own = gl.where(second, p, 0.0) if half == 1 else gl.where(second, 0.0, p)
+            gl.store(ksum_ptr + at, gl.sum(own, 0) * inverse[half], mask=inside)
         # A chunk of both samples' Z takes the place of their tokens, and TMA stores it from there.
         for i in gl.static_range(HALF):
             slot = (step + 2 * i + half) % SLOTS
@@ -267,16 +277,6 @@ def _forward_consumer(
             if i == HALF - 1:
                 tma.store_wait(0)
                 mbarrier.arrive(empty.index(slot), count=1)
-        # Each consumer stores the sums of one sample.
-        at = (b + half).to(gl.int64) * R + row
-        inside = (row < R) & (b + half < B)
-        no_token = total[half] == 0
-        gl.store(sums_ptr + 2 * at, gl.where(no_token, float("inf"), m[half]), mask=inside)
-        log_total = gl.log(gl.where(no_token, 1.0, total[half]))
-        gl.store(sums_ptr + 2 * at + 1, log_total, mask=inside)
-        if DROPOUT:
-            own = gl.where(second, p, 0.0) if half == 1 else gl.where(second, 0.0, p)
-            gl.store(ksum_ptr + at, gl.sum(own, 0) * inverse[half], mask=inside)
         step += CHUNKS
         turn += 1
 

@@ -65,7 +65,7 @@ class Plan:
     backward: dict[str, Any]
     # Maximum number of partial sums for the gradient of shared queries. It does not depend on the
     # number of multiprocessors, so that GPUs of one architecture compute the same sums.
-    partials: int = 128
+    partials: int
 
 
 def has_gluon(arch: int, dtype: torch.dtype) -> bool:
@@ -115,7 +115,8 @@ def plan(
         backward = {"hopper": _hopper_backward(rows, dim, False)}
     else:
         backward = _tiles_of(("dlogits", "dx", "dq"), rows, big_shared, float32, norm, dropout)
-    return Plan(forward, backward)
+    # ``dq`` has blocks of rows and columns too, which fill the GPU with fewer partial sums.
+    return Plan(forward, backward, 128 if rows <= 32 else max(16, 4096 // rows))
 
 
 def _hopper_forward(rows: int, dim: int) -> HopperTile:
@@ -195,7 +196,7 @@ def _tiles_of(
         "pool": Tile(tokens, few_rows, 128, 4, 3, 255),
         "dlogits": _dlogits(rows, big_shared, norm, dropout),
         "dx": Tile(64, many_rows, 128, 4, 2),
-        "dq": Tile(32 if rows <= 8 else tokens, few_rows, 128, 4, 3, 255),
+        "dq": Tile(32 if rows <= 8 else tokens, many_rows, 128, 4, 3, 255),
     }
     if norm:
         # Fewer elements a thread, because the normalised tokens are computed in registers.

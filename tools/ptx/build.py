@@ -78,7 +78,7 @@ def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
     pointer, integer = ctypes.c_void_p, ctypes.c_int
     lib.ptx_opcodes.restype = ctypes.c_char_p
     lib.ptx_program.restype = pointer
-    arrays = [pointer] * 3
+    arrays = [pointer] * 4
     lib.ptx_program.argtypes = [ctypes.c_char_p, integer, *arrays, integer, integer]
     lib.ptx_free.argtypes = [pointer]
     lib.ptx_run.argtypes = [pointer, pointer, pointer, integer]

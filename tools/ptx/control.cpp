@@ -6,7 +6,7 @@
 
 namespace ptx {
 
-// Lanes at the lowest pc run first, so that lanes which a branch divided meet again after it.
+// Lanes at the earliest place run first, so that lanes which a branch divided meet again after it.
 void Warp::settle() {
   if (active != 0) elsewhere.push_back({pc, active});
   if (elsewhere.empty()) {
@@ -16,13 +16,14 @@ void Warp::settle() {
     machine.release_barriers();
     return;
   }
-  const auto first = [](const Lanes& a, const Lanes& b) { return a.pc < b.pc; };
+  const auto place = [&](const Lanes& lanes) { return machine.code[lanes.pc].place; };
+  const auto first = [&](const Lanes& a, const Lanes& b) { return place(a) < place(b); };
   pc = std::min_element(elsewhere.begin(), elsewhere.end(), first)->pc;
   active = 0;
   for (const Lanes& lanes : elsewhere) active |= lanes.pc == pc ? lanes.mask : 0;
   std::erase_if(elsewhere, [&](const Lanes& lanes) { return lanes.pc == pc; });
   const auto next = std::min_element(elsewhere.begin(), elsewhere.end(), first);
-  merge_pc = next == elsewhere.end() ? std::numeric_limits<int>::max() : next->pc;
+  merge_place = next == elsewhere.end() ? std::numeric_limits<int>::max() : place(*next);
 }
 
 // The given lanes continue at another pc, the other active lanes here.

@@ -27,6 +27,7 @@ struct Instruction {
   int guard;     // byte offset of a predicate, or -1
   bool negated;  // the guard
   int pc;
+  int place;  // in the order in which divided lanes run
   const i32* operands;  // offsets of registers and plain integers, outputs first; -1: not wanted
   int count;
   mutable int tensor;  // the tensor that this instruction touched last: most instructions touch one
@@ -70,7 +71,7 @@ struct Warp : Knowledge {
   int pc = 0;
   u32 active = ALL;  // lanes that execute; all others are in `elsewhere` or have returned
   std::vector<Lanes> elsewhere{};
-  int merge_pc = 0;  // the lowest pc in `elsewhere`
+  int merge_place = 0;  // the lowest place of lanes in `elsewhere`
   int barrier = 0;   // the barrier that the warp waits at
   std::vector<Copy> open_copies{};
   std::deque<std::vector<Copy>> copies{};
@@ -144,6 +145,7 @@ struct Machine {
   GlobalMemory global;
   Faults faults;
   Trace* trace = nullptr;  // what runs is recorded here
+  const Instruction* code = nullptr;
 
   u32 random(u32 below) { return u32(generator() % below); }
   void arrive(Warp& warp, int barrier, int expected, bool waits);

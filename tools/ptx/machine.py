@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from .build import library
 from .families import FAMILIES
+from .order import order_of
 from .parse import Kernel, UnsupportedPtx, read_kernel
 from .registers import place_registers
 from .trace import Trace
@@ -204,9 +205,11 @@ class Program:
             guards.append(-2 - offset if instruction.negated else offset)
             words.extend(_place(op, offsets, places) for op in instruction.operands)
             starts.append(len(words))
+        order = array.array("i", order_of(self.code))
         return library().ptx_program(
             " ".join(i.opcode for i in self.code).encode(),
             len(self.code),
+            order.buffer_info()[0],
             guards.buffer_info()[0],
             starts.buffer_info()[0],
             words.buffer_info()[0],

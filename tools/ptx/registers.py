@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from .translate import Instruction, Operand
 
 _JUMPS = ("bra", "brx.idx", "ret")
+# Begin and end of a basic block, and the numbers of the blocks that may follow it.
+Block = tuple[int, int, list[int]]
 
 
 def place_registers(
@@ -30,7 +32,7 @@ def place_registers(
     bit = {name: 1 << k for k, name in enumerate(names)}
     reads = [_bits(i.operands[i.outputs :], bit) for i in instructions]
     writes = [_bits(i.operands[: i.outputs], bit) for i in instructions]
-    blocks = _basic_blocks(instructions)
+    blocks = basic_blocks(instructions)
     live_in, live_out = _liveness(instructions, blocks, reads, writes)
     first, last = [len(instructions)] * len(names), [-1] * len(names)
     for (begin, end, _), entering, leaving in zip(blocks, live_in, live_out, strict=True):
@@ -62,7 +64,7 @@ def _bits(operands: list[Operand], bit: dict[str, int]) -> int:
     return bits
 
 
-def _basic_blocks(instructions: list[Instruction]) -> list[tuple[int, int, list[int]]]:
+def basic_blocks(instructions: list[Instruction]) -> list[Block]:
     """Return begin, end and the numbers of the following blocks of each basic block."""
     count = len(instructions)
     jumps = [pc for pc, i in enumerate(instructions) if i.opcode in _JUMPS]
@@ -85,7 +87,7 @@ def _basic_blocks(instructions: list[Instruction]) -> list[tuple[int, int, list[
 
 def _liveness(
     instructions: list[Instruction],
-    blocks: list[tuple[int, int, list[int]]],
+    blocks: list[Block],
     reads: list[int],
     writes: list[int],
 ) -> tuple[list[int], list[int]]:

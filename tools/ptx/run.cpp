@@ -67,6 +67,7 @@ class Runner {
   Runner(const Program& program, const Launch& launch, Trace* trace = nullptr)
       : program_(program), launch_(launch) {
     machine_.trace = trace;
+    machine_.code = program.code.data();
     machine_.schedule = launch.schedule;
     machine_.generator.seed(launch.schedule.seed);
     machine_.num_warps = (launch.threads + 31) / 32;
@@ -140,7 +141,7 @@ class Runner {
     const int threads = std::min(32, launch_.threads - 32 * warp.id);
     warp.active = threads == 32 ? ALL : (1u << threads) - 1;
     warp.elsewhere.clear();
-    warp.merge_pc = std::numeric_limits<int>::max();
+    warp.merge_place = std::numeric_limits<int>::max();
     static_cast<Knowledge&>(warp) = {};
     warp.clocks.fill(clock_);
     warp.fenced.fill(clock_);
@@ -230,7 +231,7 @@ class Runner {
       if (machine_.trace != nullptr) machine_.trace->begin(warp.id, instruction.pc);
       if (lanes != 0) instruction.function(warp, instruction, lanes);
       if (machine_.trace != nullptr) machine_.trace->end(warp.id, warp.state == State::blocked);
-      if (warp.pc >= warp.merge_pc && warp.state == State::ready) warp.settle();
+      if (warp.state == State::ready && code[warp.pc].place >= warp.merge_place) warp.settle();
     }
   }
 
@@ -261,10 +262,12 @@ const char* ptx_opcodes() {
   return all.c_str();
 }
 
-// names: opcodes separated by spaces; guards: byte offsets, -1 if none, negated ones as -2 -
-// offset; starts: of each instruction's operands, and their total.
-void* ptx_program(const char* names, int count, const ptx::i32* guards, const ptx::i32* starts,
-                  const ptx::i32* operands, int register_bytes, int granule_shift) {
+// names: opcodes separated by spaces; order: the place of each instruction, see order.py; guards:
+// byte offsets, -1 if none, negated ones as -2 - offset; starts: of each instruction's operands, and
+// their total.
+void* ptx_program(const char* names, int count, const ptx::i32* order, const ptx::i32* guards,
+                  const ptx::i32* starts, const ptx::i32* operands, int register_bytes,
+                  int granule_shift) {
   auto program = std::make_unique<ptx::Program>();
   program->operands.assign(operands, operands + starts[count]);
   program->register_bytes = register_bytes;
@@ -273,7 +276,7 @@ void* ptx_program(const char* names, int count, const ptx::i32* guards, const pt
     const std::size_t length = std::strcspn(names, " ");
     const bool negated = guards[pc] < -1;
     program->code.push_back({ptx::opcodes().at(std::string(names, length)).function,
-                             negated ? -2 - guards[pc] : guards[pc], negated, pc,
+                             negated ? -2 - guards[pc] : guards[pc], negated, pc, order[pc],
                              program->operands.data() + starts[pc], starts[pc + 1] - starts[pc],
                              0});
     names += length + 1;
