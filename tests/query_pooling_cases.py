@@ -98,8 +98,9 @@ def upstream_for(inputs):
 def use_half_precision_plan(monkeypatch, arch):
     """Use the float16 plan of ``arch``, without Gluon, for every dtype and GPU."""
 
-    def half_plan(rows, dim, dtype, own_arch, norm, dropout, **options):
-        return plan(rows, dim, torch.float16, arch, norm, dropout)
+    def half_plan(rows, dim, dtype, own_arch, norm, *, dropout, **options):
+        packed = options["packed"]
+        return plan(rows, dim, torch.float16, arch, norm, dropout, packed=packed)
 
     for name in ("forward", "backward"):
         module = importlib.import_module(f"mmfused.kernels.query_pooling.{name}")

@@ -76,9 +76,12 @@ class Counter(TorchDispatchMode):
         return out
 
 
-def moved(function: Any, name: str, arguments: Any, out: Any) -> int:
-    inputs = [x for x in tree_leaves(arguments) if isinstance(x, Tensor)]
+def moved(function: Any, name: str, arguments: tuple[tuple, dict], out: Any) -> int:
     outputs = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+    # What is passed as ``out=`` is only written.
+    args, kwargs = arguments
+    given = (args, {key: value for key, value in kwargs.items() if key != "out"})
+    inputs = [x for x in tree_leaves(given) if isinstance(x, Tensor)]
     known = {storage(x) for x in inputs}
     if not function._schema.is_mutable and all(storage(x) in known for x in outputs):
         return 0

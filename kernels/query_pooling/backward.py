@@ -44,12 +44,12 @@ from ..tiles import (
     tokens_kept,
     upcasts,
 )
-from . import gradients, hopper_backward, hopper_pairs
+from . import gradients, hopper_backward, hopper_pairs, products
 from .dropout import keep_words, rows_keep
-from .forward import softmax_of
 from .hopper_tokens import can_describe
 from .plans import PAIR_TOKENS, Plan, plan
-from .tokens import load_moments, load_normed, sample_start, sizes, token_arguments
+from .softmax import load_sums, probabilities
+from .tokens import ignored, load_moments, load_normed, sample_start, sizes, token_arguments
 
 
 def backward(
@@ -89,6 +89,7 @@ def backward(
             tma=cu_seqlens is None and can_describe(x, q, z, dz),
             dlse=dlse is not None,
             short=length <= PAIR_TOKENS,
+            packed=cu_seqlens is not None,
         )
         tiles = plan(rows, dim, x.dtype, arch_of(x), norm, **options)
     # The kernels do not write the rows of packed tokens that belong to no sample.
@@ -110,7 +111,10 @@ def backward(
         dlse_ptr=dlse,
         DROPOUT=dropout_words is not None,
     )
-    if "pairs" in tiles.backward:
+    if "softmax" in tiles.backward:
+        rest = (ignored(x, mask, lengths), dx if need_dx else None, dq)
+        products.backward(tiles.backward["softmax"], tokens, query, saved, *rest)
+    elif "pairs" in tiles.backward:
         hopper_pairs.launch_backward(tiles.backward["pairs"], tokens, query, saved, dx, dq)
     elif "hopper" in tiles.backward:
         hopper_backward.launch(tiles.backward["hopper"], tokens, query, saved, dx, dq)
@@ -315,7 +319,8 @@ def dlogits_kernel(
             dp = dot(x, dz, dp, UPCAST)
             zdz = dot(_load_z(z_ptr, b, rows, cols, R, D, BN), dz, zdz, UPCAST)
         delta, kept, dropped = _delta(zdz, ksum_ptr, dksum_ptr, dlse_ptr, b, rows, R, DROPOUT)
-        p = tl.where(keep[:, None], softmax_of(s, sums_ptr, b, rows, R), 0.0)
+        m, log_total = load_sums(sums_ptr, b, rows, R)
+        p = tl.where(keep[:, None], probabilities(s, m, log_total), 0.0)
         p, ds = _dlogits(
             p, dp, delta, kept, dropped, keep_ptr, b, start, BN, rows, N, R, dlse_ptr, DROPOUT
         )

@@ -35,7 +35,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ..tiles import (
-    LOG2E,
     OPTIONS,
     arch_of,
     dot,
@@ -48,11 +47,13 @@ from ..tiles import (
     tokens_kept,
     upcasts,
 )
-from . import hopper_forward, hopper_pairs
+from . import hopper_forward, hopper_pairs, products
 from .dropout import keep_words, rows_keep
 from .hopper_tokens import can_describe
 from .plans import PAIR_TOKENS, Plan, plan
+from .softmax import load_sums, probabilities, softmax_step, store_sums
 from .tokens import (
+    ignored,
     load_moments,
     load_normed,
     load_normed_t,
@@ -91,6 +92,7 @@ def forward(
             per_sample=per_sample,
             tma=cu_seqlens is None and can_describe(x, q),
             short=length <= PAIR_TOKENS,
+            packed=cu_seqlens is not None,
         )
         tiles = plan(rows, dim, x.dtype, arch_of(x), norm, **options)
     z = x.new_empty(batch, rows, dim)
@@ -111,7 +113,9 @@ def forward(
         ksum_ptr=ksum,
         DROPOUT=dropout_words is not None,
     )
-    if "pairs" in tiles.forward:
+    if "softmax" in tiles.forward:
+        products.forward(tiles.forward["softmax"], tokens, q, ignored(x, mask, lengths), out, sums)
+    elif "pairs" in tiles.forward:
         hopper_pairs.launch_forward(tiles.forward["pairs"], tokens, query, out, sums)
     elif "hopper" in tiles.forward:
         hopper_forward.launch(tiles.forward["hopper"], tokens, query, out, sums)
@@ -227,56 +231,6 @@ def moments_kernel(
 
 
 @triton.jit
-def _softmax_step(
-    s,
-    m,
-    total,
-    keep,
-):
-    """Process one tile of the online softmax over the first axis.
-
-    Return unnormalised p, the new maximum and sum, and alpha, the factor that rescales old sums.
-    """
-    s = tl.where(keep[:, None], s, float("-inf"))
-    m_new = tl.maximum(m, tl.max(s, 0))
-    shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-    # Subtract before scaling, because the difference of two close logits is exact.
-    p = tl.exp2((s - shift[None, :]) * LOG2E)
-    alpha = tl.exp2((m - shift) * LOG2E)
-    return p, m_new, total * alpha + tl.sum(p, 0), alpha
-
-
-@triton.jit
-def _store_sums(
-    sums_ptr,
-    b,
-    rows,
-    R,
-    m,
-    total,
-):
-    at = sums_ptr + 2 * (b * R + rows)
-    empty = total == 0
-    tl.store(at, tl.where(empty, float("inf"), m), mask=rows < R)
-    tl.store(at + 1, tl.log(tl.where(empty, 1.0, total)), mask=rows < R)
-
-
-@triton.jit
-def softmax_of(
-    s,
-    sums_ptr,
-    b,
-    rows,
-    R,
-):
-    """Return the probabilities (tokens, rows) of the logits s."""
-    at = sums_ptr + 2 * (b * R + rows)
-    m = tl.load(at, mask=rows < R, other=float("inf"))
-    log_total = tl.load(at + 1, mask=rows < R, other=0.0)
-    return tl.exp2((s - m[None, :] - log_total[None, :]) * LOG2E)
-
-
-@triton.jit
 def onepass_forward_kernel(
     x_ptr,  # (B, N, D)
     q_ptr,  # (R, D) or (B, R, D)
@@ -334,7 +288,7 @@ def onepass_forward_kernel(
             x_c = load_normed(x_ptr + at, n, cols, keep, stride_xn, D, mean, rstd, NORM)
             x += (x_c,)
             parts = split_dot(x_c, q[c], parts, UPCAST)
-        p, m, total, alpha = _softmax_step(tl.sum(parts, 0), m, total, keep)
+        p, m, total, alpha = softmax_step(tl.sum(parts, 0), m, total, keep)
         if DROPOUT:
             p = tl.where(rows_keep(keep_ptr, b, start, BN, rows, N, R), p, 0.0)
             ksum = ksum * alpha + tl.sum(p, 0)
@@ -349,7 +303,7 @@ def onepass_forward_kernel(
     for c in tl.static_range(NC):
         cols = c * BD + tl.arange(0, BD)
         store_rows_t(z_ptr + b * R * D, acc[c] * inverse[None, :], rows, cols, R, D)
-    _store_sums(sums_ptr, b, rows, R, m, total)
+    store_sums(sums_ptr, b, rows, R, m, total)
 
 
 @triton.jit
@@ -391,10 +345,10 @@ def logits_kernel(
             cols = c * BD + tl.arange(0, BD)
             x = load_normed(x_ptr + at, n, cols, keep, stride_xn, D, mean, rstd, NORM)
             s = dot(x, load_rows_t(q_ptr + b * stride_qb, rows, cols, R, D), s, UPCAST)
-        _, m, total, _ = _softmax_step(s, m, total, keep)
+        _, m, total, _ = softmax_step(s, m, total, keep)
         inside = keep[:, None] & (rows[None, :] < R)
         tl.store(s_ptr + (row + n[:, None]) * R + rows[None, :], s, mask=inside)
-    _store_sums(sums_ptr, b, rows, R, m, total)
+    store_sums(sums_ptr, b, rows, R, m, total)
 
 
 @triton.jit
@@ -429,6 +383,7 @@ def pool_kernel(
     cols = tl.program_id(2) * BD + tl.arange(0, BD)
     acc = tl.zeros([BD, BR], tl.float32)
     ksum = tl.zeros([BR], tl.float32)
+    m, log_total = load_sums(sums_ptr, b, rows, R)
     lo, hi = token_span(b, span_ptr, N, MASK)
     row, at, count = sample_start(b, span_ptr, N, stride_xb, stride_xn, hi, MASK)
     for start in range(lo // BN * BN, hi, BN):
@@ -436,7 +391,7 @@ def pool_kernel(
         inside = keep[:, None] & (rows[None, :] < R)
         s_at = (row + n[:, None]) * R + rows[None, :]
         s = tl.load(s_ptr + s_at, mask=inside, other=float("-inf"))
-        p = softmax_of(s, sums_ptr, b, rows, R)
+        p = probabilities(s, m, log_total)
         if DROPOUT:
             p = tl.where(rows_keep(keep_ptr, b, start, BN, rows, N, R), p, 0.0)
             ksum += tl.sum(p, 0)

@@ -45,6 +45,16 @@ class HopperTile:
     SLOTS: int
 
 
+@dataclass(frozen=True)
+class SoftmaxTile:
+    """A tile of BN tokens and BR rows of the kernels in products.py."""
+
+    BN: int
+    BR: int
+    num_warps: int
+    num_stages: int = 1
+
+
 # Samples of at most so many tokens share a tile of the Gluon kernels, two by two.
 PAIR_TOKENS = 32
 _TRITON_3_6 = triton.__version__.startswith("3.6.")
@@ -56,12 +66,13 @@ _GLUON = triton.__version__.startswith(TRITONS)
 class Plan:
     """The tiles of the kernels that run, by kernel name.
 
-    Forward: ``pairs``, ``hopper`` or ``onepass``, or ``logits`` then ``pool``. With a norm,
-    ``moments`` runs first. Backward: ``pairs`` or ``hopper``, or ``dlogits``, ``dx`` and ``dq`` in
-    this order.
+    Forward: ``softmax`` (see products.py), ``pairs``, ``hopper`` or ``onepass``, or ``logits`` then
+    ``pool``. With a norm, ``moments`` runs first. Backward: ``softmax``, ``pairs`` or ``hopper``,
+    or ``dlogits``, ``dx`` and ``dq`` in this order.
     """
 
-    forward: dict[str, Any]  # Tile; HopperTile for ``pairs`` and ``hopper``
+    # Tile; HopperTile for ``pairs`` and ``hopper``, SoftmaxTile for ``softmax``
+    forward: dict[str, Any]
     backward: dict[str, Any]
     # Maximum number of partial sums for the gradient of shared queries. It does not depend on the
     # number of multiprocessors, so that GPUs of one architecture compute the same sums.
@@ -84,22 +95,26 @@ def plan(
     tma: bool = False,
     dlse: bool = False,
     short: bool = False,
+    packed: bool = False,
 ) -> Plan:
     """Choose the kernels of forward and backward, and their tiles.
 
     ``per_sample``: whether each sample has its own queries. ``tma``: whether TMA can load the
     tokens (see hopper_tokens.can_describe). ``dlse``: whether the log-sum-exp has a gradient.
-    ``short``: whether samples have at most PAIR_TOKENS tokens.
+    ``short``: whether samples have at most PAIR_TOKENS tokens. ``packed``: whether they are packed.
 
     ``onepass`` reads X once for each block of BR rows, and runs if all columns of Z^T fit into
     registers. ``hopper`` reads X once for each block of rows, forward and backward, and so does
-    ``pairs``, for one block of rows and short samples. For the symbols see forward.py and
-    backward.py.
+    ``pairs``, for one block of rows and short samples. ``softmax`` runs for many rows, where these
+    would read X too often. For the symbols see forward.py and backward.py.
     """
     # These architectures have 227 KB of shared memory. The tiles for others fit into 99 KB.
     big_shared = arch in (90, 100, 103)
     # Products of float32 use no matrix instructions, and need more registers.
     float32 = dtype == torch.float32
+    if rows > 32 and not (float32 or norm or packed):
+        tiles = {"softmax": SoftmaxTile(64, 32, 4)}
+        return Plan(tiles, tiles, 1)
     forward = {"moments": Tile(16, 16, 128, 4, 1)} if norm else {}
     hopper = has_gluon(arch, dtype) and tma and dim <= 1024
     pairs = hopper and short and rows <= 16 and not per_sample
