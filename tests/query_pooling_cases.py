@@ -99,8 +99,8 @@ def use_half_precision_plan(monkeypatch, arch):
     """Use the float16 plan of ``arch``, without Gluon, for every dtype and GPU."""
 
     def half_plan(rows, dim, dtype, own_arch, norm, *, dropout, **options):
-        packed = options["packed"]
-        return plan(rows, dim, torch.float16, arch, norm, dropout, packed=packed)
+        padded = options["padded"]
+        return plan(rows, dim, torch.float16, arch, norm, dropout, padded=padded)
 
     for name in ("forward", "backward"):
         module = importlib.import_module(f"mmfused.kernels.query_pooling.{name}")

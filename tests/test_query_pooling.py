@@ -109,13 +109,14 @@ def test_half_precision_plans_in_float32(monkeypatch, shape, norm, padding, arch
 def test_plan_chooses_kernels_by_size_and_architecture(arch):
     from mmfused.kernels.query_pooling import plan
 
-    def kernels(rows, dim, dtype=torch.bfloat16):
-        tiles = plan(rows, dim, dtype, arch, False)
+    def kernels(rows, dim, dtype=torch.bfloat16, **options):
+        tiles = plan(rows, dim, dtype, arch, False, **options)
         return set(tiles.forward), set(tiles.backward)
 
-    assert kernels(32, 768)[0] == {"onepass"}
-    assert kernels(32, 2048)[0] == {"logits", "pool"}
-    assert kernels(2, 768)[1] == kernels(256, 768)[1] == {"dlogits", "dx", "dq"}
+    assert kernels(32, 768)[0] == kernels(256, 768, padded=True)[0] == {"onepass"}
+    assert kernels(32, 2048)[0] == kernels(256, 2048, padded=True)[0] == {"logits", "pool"}
+    assert kernels(2, 768)[1] == kernels(256, 768, padded=True)[1] == {"dlogits", "dx", "dq"}
+    assert kernels(33, 768) == kernels(256, 2048) == ({"softmax"}, {"softmax"})
 
 
 NAN_CASES = [
@@ -306,7 +307,7 @@ def test_no_gradient_of_x_is_computed_if_x_needs_none():
         ("one pass", True),
         ("one pass", False),
     ):
-        inputs, heads = make(shape, dtype=torch.float16)
+        inputs, heads = make(shape, dtype=torch.float16, padding="mask")
         inputs["x"].requires_grad_(not frozen)
         with launches_made() as launches:
             run(inputs, heads, "fused")

@@ -47,9 +47,9 @@ from ..tiles import (
 from . import gradients, hopper_backward, hopper_pairs, products
 from .dropout import keep_words, rows_keep
 from .hopper_tokens import can_describe
-from .plans import PAIR_TOKENS, Plan, plan
+from .plans import Plan, plan
 from .softmax import load_sums, probabilities
-from .tokens import ignored, load_moments, load_normed, sample_start, sizes, token_arguments
+from .tokens import load_moments, load_normed, sample_start, sizes, token_arguments
 
 
 def backward(
@@ -88,8 +88,8 @@ def backward(
             per_sample=not shared,
             tma=cu_seqlens is None and can_describe(x, q, z, dz),
             dlse=dlse is not None,
-            short=length <= PAIR_TOKENS,
-            packed=cu_seqlens is not None,
+            length=length,
+            padded=any(given is not None for given in (mask, lengths, cu_seqlens)),
         )
         tiles = plan(rows, dim, x.dtype, arch_of(x), norm, **options)
     # The kernels do not write the rows of packed tokens that belong to no sample.
@@ -112,8 +112,8 @@ def backward(
         DROPOUT=dropout_words is not None,
     )
     if "softmax" in tiles.backward:
-        rest = (ignored(x, mask, lengths), dx if need_dx else None, dq)
-        products.backward(tiles.backward["softmax"], tokens, query, saved, *rest)
+        need = dx if need_dx else None
+        products.backward(tiles.backward["softmax"], x, query, saved, need, dq)
     elif "pairs" in tiles.backward:
         hopper_pairs.launch_backward(tiles.backward["pairs"], tokens, query, saved, dx, dq)
     elif "hopper" in tiles.backward:

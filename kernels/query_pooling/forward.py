@@ -50,10 +50,9 @@ from ..tiles import (
 from . import hopper_forward, hopper_pairs, products
 from .dropout import keep_words, rows_keep
 from .hopper_tokens import can_describe
-from .plans import PAIR_TOKENS, Plan, plan
+from .plans import Plan, plan
 from .softmax import load_sums, probabilities, softmax_step, store_sums
 from .tokens import (
-    ignored,
     load_moments,
     load_normed,
     load_normed_t,
@@ -91,8 +90,8 @@ def forward(
             dropout=bool(dropout_p),
             per_sample=per_sample,
             tma=cu_seqlens is None and can_describe(x, q),
-            short=length <= PAIR_TOKENS,
-            packed=cu_seqlens is not None,
+            length=length,
+            padded=any(given is not None for given in (mask, lengths, cu_seqlens)),
         )
         tiles = plan(rows, dim, x.dtype, arch_of(x), norm, **options)
     z = x.new_empty(batch, rows, dim)
@@ -114,7 +113,7 @@ def forward(
         DROPOUT=dropout_words is not None,
     )
     if "softmax" in tiles.forward:
-        products.forward(tiles.forward["softmax"], tokens, q, ignored(x, mask, lengths), out, sums)
+        products.forward(tiles.forward["softmax"], x, q, out, sums)
     elif "pairs" in tiles.forward:
         hopper_pairs.launch_forward(tiles.forward["pairs"], tokens, query, out, sums)
     elif "hopper" in tiles.forward:

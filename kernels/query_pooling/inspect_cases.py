@@ -55,6 +55,9 @@ CASES: dict[str, Case] = {
     "float32 drop": Case(
         rows=32, dim=768, dtype="float32", norm=True, padding="padding", dropout=0.1
     ),
+    "many rows": Case(rows=256, dim=768),
+    "many rows drop": Case(rows=256, dim=768, per_sample=True, dropout=0.1, lse=True),
+    "many rows long": Case(rows=64, dim=768, dtype="float16", dropout=0.1, length=577),
     "packed": Case(rows=32, dim=768, padding="packed"),
     "siglip packed": Case(rows=12, dim=768, norm=True, padding="packed"),
     "bottleneck packed drop": Case(rows=2, dim=768, padding="packed", dropout=0.1),

@@ -47,16 +47,21 @@ class HopperTile:
 
 @dataclass(frozen=True)
 class SoftmaxTile:
-    """A tile of BN tokens and BR rows of the kernels in products.py."""
+    """A tile of BN tokens and BR rows of the kernels in products.py.
+
+    WHOLE: whether it holds all tokens of a sample, so that they are read once.
+    """
 
     BN: int
     BR: int
+    WHOLE: bool
     num_warps: int
-    num_stages: int = 1
+    num_stages: int
 
 
 # Samples of at most so many tokens share a tile of the Gluon kernels, two by two.
 PAIR_TOKENS = 32
+LONG = 2**20  # tokens of a sample
 _TRITON_3_6 = triton.__version__.startswith("3.6.")
 # Gluon is experimental: its kernels run where they were compiled and tested.
 _GLUON = triton.__version__.startswith(TRITONS)
@@ -94,14 +99,15 @@ def plan(
     per_sample: bool = False,
     tma: bool = False,
     dlse: bool = False,
-    short: bool = False,
-    packed: bool = False,
+    length: int = LONG,
+    padded: bool = False,
 ) -> Plan:
     """Choose the kernels of forward and backward, and their tiles.
 
     ``per_sample``: whether each sample has its own queries. ``tma``: whether TMA can load the
     tokens (see hopper_tokens.can_describe). ``dlse``: whether the log-sum-exp has a gradient.
-    ``short``: whether samples have at most PAIR_TOKENS tokens. ``packed``: whether they are packed.
+    ``length``: the number of tokens of a sample. ``padded``: whether there may be tokens to ignore,
+    or tokens are packed.
 
     ``onepass`` reads X once for each block of BR rows, and runs if all columns of Z^T fit into
     registers. ``hopper`` reads X once for each block of rows, forward and backward, and so does
@@ -112,12 +118,12 @@ def plan(
     big_shared = arch in (90, 100, 103)
     # Products of float32 use no matrix instructions, and need more registers.
     float32 = dtype == torch.float32
-    if rows > 32 and not (float32 or norm or packed):
-        tiles = {"softmax": SoftmaxTile(64, 32, 4)}
+    if rows > 32 and not (float32 or norm or padded):
+        tiles = {"softmax": _softmax(length)}
         return Plan(tiles, tiles, 1)
     forward = {"moments": Tile(16, 16, 128, 4, 1)} if norm else {}
     hopper = has_gluon(arch, dtype) and tma and dim <= 1024
-    pairs = hopper and short and rows <= 16 and not per_sample
+    pairs = hopper and length <= PAIR_TOKENS and rows <= 16 and not per_sample
     if hopper:
         forward["pairs" if pairs else "hopper"] = _hopper_forward(rows, dim)
     elif dim > (1024 if big_shared else 768) or float32:
@@ -132,6 +138,13 @@ def plan(
         backward = _tiles_of(("dlogits", "dx", "dq"), rows, big_shared, float32, norm, dropout)
     # ``dq`` has blocks of rows and columns too, which fill the GPU with fewer partial sums.
     return Plan(forward, backward, 128 if rows <= 32 else max(16, 4096 // rows))
+
+
+def _softmax(length: int) -> SoftmaxTile:
+    if length <= 256:  # more would not fit into registers
+        tokens = max(16, triton.next_power_of_2(length))
+        return SoftmaxTile(tokens, 16, True, max(1, tokens // 64), 1)
+    return SoftmaxTile(64, 32, False, 4, 1)
 
 
 def _hopper_forward(rows: int, dim: int) -> HopperTile:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -21,13 +20,6 @@ def sizes(x: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> tuple
         return x.shape[0], x.shape[1]
     assert max_seqlen is not None
     return cu_seqlens.shape[0] - 1, max_seqlen
-
-
-def ignored(x: Tensor, mask: Tensor | None, lengths: Tensor | None) -> Tensor | None:
-    """Return which tokens of x (B, N, D) to ignore, (B, N) bool, or None."""
-    if lengths is None:
-        return mask
-    return torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
 
 
 def token_arguments(
