@@ -61,24 +61,50 @@ def test_the_interpreter_has_no_kernels_for_sm_90():
 @pytest.mark.parametrize("dim", range(8, 1025, 8))
 def test_tiles_for_sm_90_fit_into_shared_memory(dim):
     """Count the bytes that the kernels allocate, and 16 more for each to be aligned."""
-    for rows in (1, 16, 17, 32, 33, 96):
-        tiles = plan_for_tma(rows, dim, padded=True)
-        for tile in (tiles.forward["hopper"], tiles.backward.get("hopper")):
-            if tile is None:
-                continue
-            assert isinstance(tile, HopperTile)
-            height, chunks, slots = tile.BR, tile.CHUNKS, tile.SLOTS
-            assert height in (16, 32) and chunks % 2 == 0 and 0 <= chunks * 64 - dim < 128
-            assert slots >= chunks, "all chunks of a tile are needed at once"
-            queries = height * chunks * 64 * 2  # 16 bits
-            logits = 64 * height  # values of a tile
-            if tile is tiles.forward["hopper"]:
-                rest = queries + 2 * logits * 2 + 4 * logits * 4  # P; parts of S
-                barriers = 2 * slots + 4
-            else:
-                assert rows <= height
-                rest = 2 * queries + 2 * logits * 2 + 2 * logits * 4  # q, dZ; dS; S and dP
-                rest += 10 * height * 4
-                barriers = 2 * slots + 9
-            total = slots * 64 * 64 * 2 + rest + (barriers + 10) * 16
-            assert total <= SHARED_MEMORY[90]
+    for rows, length in itertools.product((1, 16, 17, 32, 33, 96), (32, 33)):
+        tiles = plan_for_tma(rows, dim, padded=True, length=length)
+        pairs = rows <= 16 and length == 32
+        assert ("pairs" in tiles.forward) == pairs
+        assert ("pairs" in tiles.backward) == (pairs and dim <= 768)
+        tile = tiles.forward["pairs" if pairs else "hopper"]
+        queries, logits = sizes_of(tile, dim)
+        parts = 2 * logits * 2 + 4 * logits * 4  # two tiles of P, four of S
+        assert used(tile, queries + parts, barriers=4) <= SHARED_MEMORY[90]
+        for kind, copies in (("pairs", 3), ("hopper", 2)):  # the queries, and dZ of each sample
+            if kind in tiles.backward:
+                tile = tiles.backward[kind]
+                queries, logits = sizes_of(tile, dim)
+                assert rows <= tile.BR
+                parts = 2 * logits * 2 + 2 * logits * 4  # two tiles of dS; S and dP
+                rest = copies * queries + parts + 10 * tile.BR * 4
+                assert used(tile, rest, barriers=9) <= SHARED_MEMORY[90]
+
+
+def sizes_of(tile, dim):
+    """Return the bytes of the queries in 16 bits, and the number of logits of a tile."""
+    assert isinstance(tile, HopperTile)
+    assert tile.BR in (16, 32) and tile.CHUNKS % 2 == 0 and 0 <= tile.CHUNKS * 64 - dim < 128
+    return tile.BR * tile.CHUNKS * 64 * 2, 64 * tile.BR
+
+
+def used(tile, rest, barriers):
+    """Return the bytes of shared memory that a kernel allocates."""
+    assert tile.SLOTS >= tile.CHUNKS, "all chunks of a tile are needed at once"
+    return tile.SLOTS * 64 * 64 * 2 + rest + (2 * tile.SLOTS + barriers + 10) * 16
+
+
+@pytest.mark.parametrize("length", [1, 16, 17, 63, 64, 65, 256, 257, 1000])
+def test_a_softmax_tile_holds_all_tokens_if_it_can(length):
+    tiles = plan(33, 768, torch.float16, 80, False, length=length)
+    tile = tiles.forward["softmax"]
+    assert tile.WHOLE == (length <= 256)
+    assert not tile.WHOLE or tile.BN // 2 < max(length, 9) <= max(tile.BN, 16)
+
+
+def test_which_calls_with_many_rows_take_the_products():
+    def kernels(rows=33, dtype=torch.bfloat16, norm=False, **options):
+        return set(plan(rows, 768, dtype, 90, norm, **options).backward)
+
+    assert kernels() == kernels(per_sample=True, dropout=True, dlse=True) == {"softmax"}
+    for options in (dict(rows=32), dict(dtype=torch.float32), dict(norm=True), dict(padded=True)):
+        assert kernels(**options) == {"dlogits", "dx", "dq"}
