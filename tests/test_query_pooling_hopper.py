@@ -8,7 +8,7 @@ import torch
 from query_pooling_cases import DEVICE, cast, run
 
 import mmfused.kernels.tiles
-from mmfused.kernels.query_pooling import plan
+from mmfused.kernels.query_pooling import hopper_backward, plan
 from mmfused.kernels.recording import launches_made
 from mmfused.library import INTERPRETED
 from mmfused.testing import over_budget, relative_error
@@ -401,6 +401,31 @@ def test_a_non_finite_token_or_query_affects_only_its_own_outputs(norm, value):
     for name in ("z", "dq"):
         assert torch.equal(got[name][1, others], want[name][1, others]), name
         assert torch.equal(got[name][0::2], want[name][0::2]), name
+
+
+GRADIENTS = {
+    "rows first": lambda dz: dz.transpose(0, 1).contiguous().transpose(0, 1),
+    "columns first": lambda dz: dz.mT.contiguous().mT,
+    "one for all": lambda dz: dz[:1, :1, :1].expand_as(dz),  # of a sum
+}
+
+
+@pytest.mark.parametrize("layout", GRADIENTS)
+def test_a_strided_gradient(monkeypatch, layout):
+    call = call_of(Case("float16", 3, 70, 96, 5, 1, "mask"))
+    dz = GRADIENTS[layout](call.dz)
+    assert not dz.is_contiguous()
+    want = operators(call._replace(dz=dz.contiguous()))
+    launch, given = hopper_backward.launch, []
+
+    def noted(tile, tokens, query, *rest):
+        given.append(query["dz_ptr"])
+        launch(tile, tokens, query, *rest)
+
+    monkeypatch.setattr(hopper_backward, "launch", noted)
+    check_equal(operators(call._replace(dz=dz)), want)
+    copied = given[0].data_ptr() != dz.data_ptr()
+    assert copied == (layout != "rows first")  # TMA cannot load the others
 
 
 def test_an_unaligned_gradient_is_taken_by_other_kernels():
