@@ -130,7 +130,7 @@ class HeadProduct(torch.autograd.Function):
         a = a.transpose(0, 1)
         if torch.compiler.is_compiling():  # it cannot trace an output with such strides
             out = _product(a, b, scale).transpose(0, 1)
-            return (out if bias is None else out + bias.to(out.dtype)).contiguous()
+            return out if bias is None else out + bias.to(out.dtype)
         out = a.new_empty(a.shape[1], a.shape[0], b.shape[2])
         heads = out.transpose(0, 1)
         if bias is None:

@@ -101,8 +101,10 @@ def project_values(
     """
     num_heads = options.num_heads
     w_v = w_v.to(x.dtype)
-    empty = empty_samples(x, options.key_padding_mask, options.lengths)
-    bias = None if ksum is not None or empty is not None else b_v  # for all rows alike
+    empty = None
+    if b_v is not None and ksum is None:
+        empty = empty_samples(x, options.key_padding_mask, options.lengths)
+    bias = b_v if ksum is None and empty is None else None  # if it is the same for all rows
     if num_heads == 1:
         out = F.linear(z, w_v, None if bias is None else bias.to(x.dtype))
     else:
@@ -194,8 +196,8 @@ def _folded_norm(
     if options.norm_bias is not None:
         shift = w_v.to(wide) @ options.norm_bias.to(wide)
         b_v = shift if b_v is None else shift + b_v.to(wide)
-    norm_weight = options.norm_weight.to(wide)
-    return centred(w_k.to(wide) * norm_weight), centred(w_v.to(wide) * norm_weight), b_v
+    norm_weight = options.norm_weight.to(wide)  # w_k and w_v are promoted
+    return centred(w_k * norm_weight), centred(w_v * norm_weight), b_v
 
 
 def centred(w: Tensor) -> Tensor:
