@@ -79,8 +79,8 @@ def absorb(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return the absorbed queries q' (R, D) or (B, R, D), the weight w_v and the bias b_v.
 
-    The LayerNorm's weight and bias are folded into the results. ``fused``: whether the pooling
-    itself has no second derivatives, see :func:`_head_product`.
+    The LayerNorm's weight and bias are folded into the results. ``fused``: whether the kernels pool
+    the tokens.
     """
     w_k, w_v, b_v = _folded_norm(x, weights, options)
     return _absorbed_queries(x, queries, w_k, options, fused), w_v, b_v
@@ -155,7 +155,8 @@ def _head_product(
     """
     if fused and not active_exporter():
         return HeadProduct.apply(a, b, bias, scale)
-    out = (a.transpose(0, 1) * scale @ b).transpose(0, 1)
+    a = a.transpose(0, 1)
+    out = ((a if scale == 1.0 else a * scale) @ b).transpose(0, 1)
     return out if bias is None else out + bias.to(out.dtype)
 
 
@@ -170,17 +171,17 @@ def whole_lse(
     Adds the terms of b_k and of the norm's bias, which are equal for all tokens.
     """
     num_heads = options.num_heads
-    lse = split_rows(lse, options)  # (B, L, h)
+    lse = split_rows(lse, options).transpose(1, 2).contiguous()  # (B, h, L)
     shift = None if weights.b_k is None else weights.b_k.to(lse.dtype)
     if options.norm_bias is not None:
         moved = weights.w_k.to(lse.dtype) @ options.norm_bias.to(lse.dtype)
         shift = moved if shift is None else shift + moved
     if shift is None:
-        return lse.transpose(1, 2)
+        return lse
     q = queries.to(lse.dtype).unflatten(-1, (num_heads, -1))  # (..., L, h, dk)
     terms = (q * shift.unflatten(0, (num_heads, -1))).sum(-1) * _scale(weights.w_k, options)
     empty = lse.isneginf()
-    return (lse + terms).masked_fill(empty, -math.inf).transpose(1, 2)
+    return (lse + terms.transpose(-1, -2)).masked_fill(empty, -math.inf)
 
 
 def _folded_norm(
