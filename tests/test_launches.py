@@ -246,7 +246,7 @@ def test_a_launch_knows_its_op_and_its_line():
         assert re.match(r"kernels/query_pooling/\w+\.py:\d+$", launch.source)
         assert launch.kernel.name == launch.name and launch.grid
     # torch's own backward: the line of the forward that made the node of the graph
-    products = [launch for launch in backward if launch.name == "bmm"]
+    products = [launch for launch in backward if launch.name == "mm"]
     assert {launch.source.split(":")[0] for launch in products} == {
         "mmfused/ops/query_pooling/composed.py"
     }

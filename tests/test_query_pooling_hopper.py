@@ -8,7 +8,7 @@ import torch
 from query_pooling_cases import DEVICE, cast, run
 
 import mmfused.kernels.tiles
-from mmfused.kernels.query_pooling import plan
+from mmfused.kernels.query_pooling import hopper_backward, plan
 from mmfused.kernels.recording import launches_made
 from mmfused.library import INTERPRETED
 from mmfused.testing import over_budget, relative_error
@@ -439,6 +439,33 @@ def test_what_is_not_finite_stays_in_its_sample_of_a_pair(where, norm, value):
         assert not got["dx"][bad].isfinite().all()
         for name in ("z", "sums", "dx"):
             assert torch.equal(got[name][others], want[name][others]), name
+
+
+GRADIENTS = {
+    "rows first": lambda dz: dz.transpose(0, 1).contiguous().transpose(0, 1),
+    "columns first": lambda dz: dz.mT.contiguous().mT,
+    "one for all": lambda dz: dz[:1, :1, :1].expand_as(dz),  # of a sum
+}
+
+
+@pytest.mark.parametrize("queries", [5, 48])  # 48 are too many for the Gluon backward
+@pytest.mark.parametrize("layout", GRADIENTS)
+def test_a_strided_gradient(monkeypatch, layout, queries):
+    call = call_of(Case("float16", 3, 70, 96, queries, 1, "mask"))
+    dz = GRADIENTS[layout](call.dz)
+    assert not dz.is_contiguous()
+    want = operators(call._replace(dz=dz.contiguous()))
+    launch, given = hopper_backward.launch, []
+
+    def noted(tile, tokens, query, *rest):
+        given.append(query["dz_ptr"])
+        launch(tile, tokens, query, *rest)
+
+    monkeypatch.setattr(hopper_backward, "launch", noted)
+    check_equal(operators(call._replace(dz=dz)), want)
+    assert len(given) == (queries == 5)
+    for passed in given:  # TMA can load the first of the layouts, the others are copied
+        assert (passed.data_ptr() == dz.data_ptr()) == (layout == "rows first")
 
 
 def test_an_unaligned_gradient_is_taken_by_other_kernels():

@@ -72,16 +72,20 @@ class Counter(TorchDispatchMode):
         if packet in flop_registry:
             share = self.live if packet.__name__ in GROUPED else 1
             self.flops += share * flop_registry[packet](*args, **kwargs, out_val=out)
-        self.bytes += moved(function, packet.__name__, (args, kwargs), out)
+        self.bytes += moved(function, packet.__name__, args, kwargs, out)
         return out
 
 
-def moved(function: Any, name: str, arguments: tuple[tuple, dict], out: Any) -> int:
-    outputs = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
-    # What is passed as ``out=`` is only written.
-    args, kwargs = arguments
-    given = (args, {key: value for key, value in kwargs.items() if key != "out"})
+def moved(
+    function: Any,
+    name: str,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    out: Any,
+) -> int:
+    given = args, {key: value for key, value in kwargs.items() if key != "out"}  # only written
     inputs = [x for x in tree_leaves(given) if isinstance(x, Tensor)]
+    outputs = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
     known = {storage(x) for x in inputs}
     if not function._schema.is_mutable and all(storage(x) in known for x in outputs):
         return 0

@@ -74,14 +74,16 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """Return dx of x's shape, or (0,) if not needed, and dq of q's shape (float32 if q is (R, D)).
 
-    dz (B, R, D) and, with dropout, dksum (B, R) are contiguous, and so is dlse (B, R), the float32
-    gradient of the log-sum-exp, if there is one. The other tensors are inputs and outputs of the
-    forward.
+    dz (B, R, D) may have any strides. dksum (B, R), the gradient of ksum with dropout, and dlse
+    (B, R), the float32 gradient of the log-sum-exp, if there is one, are contiguous. The other
+    tensors are inputs and outputs of the forward.
     """
     batch, length = sizes(x, cu_seqlens, max_seqlen)
     rows, dim = q.shape[-2:]
     shared = q.dim() == 2
     norm = mean.numel() > 0
+    if dz.stride(-1) != 1 or not can_describe(dz):
+        dz = dz.contiguous()
     if tiles is None:
         options = dict(
             dropout=bool(dropout_p),
@@ -119,6 +121,7 @@ def backward(
     elif "hopper" in tiles.backward:
         hopper_backward.launch(tiles.backward["hopper"], tokens, query, saved, dx, dq)
     else:
+        query["dz_ptr"] = dz.contiguous()
         _launch_steps(tiles, tokens, batch, query, saved, dx if need_dx else None, dq)
     return dx, dq.sum(0) if shared else dq
 

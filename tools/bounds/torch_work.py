@@ -67,7 +67,7 @@ def flops_of(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: 
 
 def bytes_of(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
     """Return the bytes of the tensors that an operator reads and writes, each once."""
-    return moved(function, function._overloadpacket.__name__, (args, kwargs), out)
+    return moved(function, function._overloadpacket.__name__, args, kwargs, out)
 
 
 # ---- outputs without computing -------------------------------------------------------------------

@@ -57,7 +57,8 @@ class Pool(torch.autograd.Function):
         """Run the backward kernels."""
         *saved, seed = ctx.saved_tensors
         need_dx, need_dq = ctx.needs_input_grad[:2]
-        dz, *rest = (gradient.contiguous() for gradient in upstream)
+        dz, *rest = upstream
+        rest = [gradient.contiguous() for gradient in rest]
         dx, dq = query_pooling_bwd(
             dz,
             rest[0] if ctx.dropout_p else None,
@@ -105,6 +106,62 @@ def _log_sum_exp(sums: Tensor) -> Tensor:
     """Return the log-sum-exp (B, R) of the logits from ``sums``; -inf for a row without tokens."""
     lse = sums[..., 0] + sums[..., 1]
     return lse.masked_fill(lse == math.inf, -math.inf)
+
+
+class HeadProduct(torch.autograd.Function):
+    """Multiply each head's part of a (M, h, K) by b (h, K, N), and by ``scale``; add the bias.
+
+    Returns (M, h, N). Unlike torch's products of batches, the result and the gradient of ``a`` have
+    this order in memory, so they need no copy to merge the heads. The gradient of ``b`` has the
+    order of ``b``, and ``scale`` takes no launch.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        a: Tensor,
+        b: Tensor,
+        bias: Tensor | None,
+        scale: float,
+    ) -> Tensor:
+        """Return the product; bias is (h, N)."""
+        ctx.save_for_backward(a, b)
+        ctx.scale = scale
+        a = a.transpose(0, 1)
+        if torch.compiler.is_compiling():  # it cannot trace an output with such strides
+            out = _product(a, b, scale).transpose(0, 1)
+            return out if bias is None else out + bias.to(out.dtype)
+        out = a.new_empty(a.shape[1], a.shape[0], b.shape[2])
+        heads = out.transpose(0, 1)
+        if bias is None:
+            _product(a, b, scale, heads)
+        else:
+            out.copy_(bias)
+            torch.baddbmm(heads, a, b, alpha=scale, out=heads)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients, which can be differentiated again."""
+        a, b = ctx.saved_tensors
+        da = db = None
+        if ctx.needs_input_grad[0]:
+            da = HeadProduct.apply(grad, b.mT, None, ctx.scale)
+        if ctx.needs_input_grad[1]:
+            a, grad_t = a.transpose(0, 1), grad.permute(1, 2, 0)
+            if b.stride(-1) == 1:
+                db = _product(a.mT, grad_t.mT, ctx.scale)
+            else:
+                db = _product(grad_t, a, ctx.scale).mT
+        return da, db, grad.sum(0) if ctx.needs_input_grad[2] else None, None
+
+
+def _product(a: Tensor, b: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
+    """Return scale * (a @ b) of batches of matrices, in one launch."""
+    if scale == 1.0:
+        return torch.bmm(a, b, out=out)
+    nothing = a.new_empty(())  # beta=0 ignores it
+    return torch.baddbmm(nothing, a, b, beta=0, alpha=scale, out=out)
 
 
 class _ZeroGradient(torch.autograd.Function):

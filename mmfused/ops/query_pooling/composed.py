@@ -16,6 +16,7 @@ from ...library import active_exporter
 from ...random import keep_mask
 from .._common import masked_logsumexp, masked_softmax
 from .._sdpa import attention
+from .autograd import HeadProduct
 from .reference import PoolingOptions, PoolingWeights, attend_reference, merge_heads, split_heads
 
 Form = Literal["absorbed", "projected"]
@@ -74,13 +75,15 @@ def absorb(
     queries: Tensor,
     weights: PoolingWeights,
     options: PoolingOptions,
+    fused: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return the absorbed queries q' (R, D) or (B, R, D), the weight w_v and the bias b_v.
 
-    The LayerNorm's weight and bias are folded into the results.
+    The LayerNorm's weight and bias are folded into the results. ``fused``: whether the kernels pool
+    the tokens.
     """
     w_k, w_v, b_v = _folded_norm(x, weights, options)
-    return _absorbed_queries(x, queries, w_k, options), w_v, b_v
+    return _absorbed_queries(x, queries, w_k, options, fused), w_v, b_v
 
 
 def project_values(
@@ -90,32 +93,71 @@ def project_values(
     w_v: Tensor,
     b_v: Tensor | None,
     options: PoolingOptions,
+    fused: bool,
 ) -> Tensor:
     """Project the pooled tokens z (B, R, D) to the output (B, L, Dv).
 
-    ``ksum`` (B, R) is None without dropout.
+    ``ksum`` (B, R) is None without dropout. ``fused``: see :func:`absorb`.
     """
     num_heads = options.num_heads
-    queries = z.shape[1] // num_heads
-    w_v = w_v.to(x.dtype).unflatten(0, (num_heads, -1))  # (h, dv, D)
-    z = z.unflatten(1, (num_heads, queries))  # (B, h, L, D)
-    if active_exporter() == "onnx":
-        # If B = num_heads, ONNX's optimizer confuses these two sizes in the other branch.
-        out = merge_heads(z @ w_v.transpose(1, 2))
+    w_v = w_v.to(x.dtype)
+    empty = None
+    if b_v is not None and ksum is None:
+        empty = empty_samples(x, options.key_padding_mask, options.lengths)
+    bias = b_v if ksum is None and empty is None else None  # if it is the same for all rows
+    if num_heads == 1:
+        out = F.linear(z, w_v, None if bias is None else bias.to(x.dtype))
     else:
-        out = z.transpose(0, 1).flatten(1, 2) @ w_v.transpose(1, 2)  # (h, B*L, dv)
-        out = out.unflatten(1, (z.shape[0], queries)).permute(1, 2, 0, 3).flatten(2)
+        z = split_rows(z, options)  # (B, L, h, D)
+        w_v = w_v.unflatten(0, (num_heads, -1)).mT  # (h, D, dv)
+        if active_exporter() == "onnx":
+            # If B = num_heads, ONNX's optimizer confuses these two sizes in the other branch.
+            out = merge_heads(z.transpose(1, 2) @ w_v)
+            out = out if bias is None else out + bias.to(x.dtype)
+        else:
+            bias = None if bias is None else bias.unflatten(0, (num_heads, -1))
+            out = _head_product(z.flatten(0, 1), w_v, bias, 1.0, fused)
+            out = out.unflatten(0, z.shape[:2]).flatten(2)
 
     if ksum is not None:
         if b_v is not None:
-            per_head = ksum.unflatten(1, (num_heads, -1)).transpose(1, 2)[..., None]  # (B, L, h, 1)
+            per_head = split_rows(ksum, options)[..., None]  # (B, L, h, 1)
             bias = b_v.to(ksum.dtype).unflatten(0, (num_heads, -1))
             out = out + (per_head * bias).flatten(2)
         return (out / (1 - options.dropout_p)).to(x.dtype)
-    if b_v is None:
+    if b_v is None or empty is None:
         return out
-    empty = empty_samples(x, options.key_padding_mask, options.lengths)
-    return out + b_v.to(x.dtype) * (1 if empty is None else ~empty[:, None, None])
+    return out + b_v.to(x.dtype) * ~empty[:, None, None]
+
+
+def split_rows(rows: Tensor, options: PoolingOptions) -> Tensor:
+    """View (B, R, ...) as (B, L, num_heads, ...).
+
+    The heads of a query are side by side, so that the rows of one head in the whole batch have one
+    stride. Not with dropout, whose mask belongs to (B, num_heads, L, N).
+    """
+    if options.dropout_p:
+        return rows.unflatten(1, (options.num_heads, -1)).transpose(1, 2)
+    return rows.unflatten(1, (-1, options.num_heads))
+
+
+def _head_product(
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    fused: bool,
+) -> Tensor:
+    """Multiply each head's part of a (M, h, K) by b (h, K, N), and by ``scale``; add the bias.
+
+    ``fused``: with an autograd function that saves launches, but that not all of torch can trace
+    (exporters, forward-mode derivatives).
+    """
+    if fused and not active_exporter():
+        return HeadProduct.apply(a, b, bias, scale)
+    a = a.transpose(0, 1)
+    out = ((a if scale == 1.0 else a * scale) @ b).transpose(0, 1)
+    return out if bias is None else out + bias.to(out.dtype)
 
 
 def whole_lse(
@@ -129,7 +171,7 @@ def whole_lse(
     Adds the terms of b_k and of the norm's bias, which are equal for all tokens.
     """
     num_heads = options.num_heads
-    lse = lse.unflatten(1, (num_heads, queries.shape[-2]))
+    lse = split_rows(lse, options).transpose(1, 2).contiguous()  # (B, h, L)
     shift = None if weights.b_k is None else weights.b_k.to(lse.dtype)
     if options.norm_bias is not None:
         moved = weights.w_k.to(lse.dtype) @ options.norm_bias.to(lse.dtype)
@@ -155,8 +197,8 @@ def _folded_norm(
     if options.norm_bias is not None:
         shift = w_v.to(wide) @ options.norm_bias.to(wide)
         b_v = shift if b_v is None else shift + b_v.to(wide)
-    norm_weight = options.norm_weight.to(wide)
-    return centred(w_k.to(wide) * norm_weight), centred(w_v.to(wide) * norm_weight), b_v
+    norm_weight = options.norm_weight.to(wide)  # w_k and w_v are promoted
+    return centred(w_k * norm_weight), centred(w_v * norm_weight), b_v
 
 
 def centred(w: Tensor) -> Tensor:
@@ -173,15 +215,18 @@ def _absorbed_queries(
     queries: Tensor,
     w_k: Tensor,
     options: PoolingOptions,
+    fused: bool,
 ) -> Tensor:
     """Return the absorbed queries q' (R, D) or (B, R, D)."""
     # The product of shared queries is small, so it is computed in float32 or float64.
     wide = torch.promote_types(x.dtype, torch.float32)
     dtype = wide if queries.dim() == 2 else x.dtype
     heads = (options.num_heads, -1)
-    q = queries.to(dtype).unflatten(-1, heads).transpose(-2, -3)  # (..., h, L, dk)
-    scale = _scale(w_k, options)
-    return ((q * scale) @ w_k.to(dtype).unflatten(0, heads)).flatten(-3, -2)
+    q = queries.to(dtype).unflatten(-1, heads)  # (..., L, h, dk)
+    w_k = w_k.to(dtype).unflatten(0, heads)
+    out = _head_product(q.flatten(0, -3), w_k, None, _scale(w_k.flatten(0, 1), options), fused)
+    out = out.unflatten(0, queries.shape[:-1])  # (..., L, h, D)
+    return (out.transpose(-3, -2) if options.dropout_p else out).flatten(-3, -2)
 
 
 def _scale(w_k: Tensor, options: PoolingOptions) -> float:

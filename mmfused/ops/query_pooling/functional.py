@@ -221,14 +221,15 @@ def query_pooling(
         elif form == "projected":
             out, lse = projected(x, queries, weights, options)
         else:
-            q, w_v, b_v = absorb(x, queries, weights, options)
+            fused = backend == "fused"
+            q, w_v, b_v = absorb(x, queries, weights, options, fused)
             eps = None if norm_weight is None else norm_eps
-            if backend == "fused":
+            if fused:
                 pooled = Pool.apply(*pool_arguments(x, q, options, eps))
                 z, ksum, lse = pool_results(pooled, options)
             else:
                 z, ksum, lse = pool_composed(x, q, options, eps)
-            out = project_values(x, z, ksum, w_v, b_v, options)
+            out = project_values(x, z, ksum, w_v, b_v, options, fused)
             out = out if b_k is None else with_zero_gradient(out, b_k)
             lse = None if lse is None else whole_lse(lse, queries, weights, options)
     if lengths is not None:

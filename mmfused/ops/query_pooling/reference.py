@@ -24,7 +24,8 @@ multiplies the queries by W_K, and the pooled tokens Z by W_V:
     Z    = softmax(S) X
     O_h  = Z_h W_V,h^T + b_V,h
 
-Q', S and Z have R = num_heads * L rows: the L rows of head 0, then those of head 1, and so on.
+Q', S and Z have R = num_heads * L rows: the rows of query 0, one for each head, then those of query
+1, and so on. With dropout they are sorted by heads first, like the mask M below.
 
 The two forms are mathematically equivalent. b_K adds the same number to all logits of a row. This
 does not change the softmax, so the gradient of b_K is exactly zero. The rows of softmax(S) sum to
