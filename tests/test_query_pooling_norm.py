@@ -59,6 +59,15 @@ def test_half_precision_plans_in_float32_at_any_mean(monkeypatch, shape, arch, m
     check_budget(shifted(inputs, mean), heads, "fused", "absorbed")
 
 
+def test_many_queries_of_each_sample_whose_rows_are_not_aligned(monkeypatch):
+    """Triton loads the queries through registers then, but still copies dZ and Z ahead."""
+    import query_pooling_cases as cases
+
+    monkeypatch.setitem(cases.SHAPES, "41 rows", (2, 63, 200, 41, 1, 16, 16))
+    inputs, heads = make("41 rows", norm=True, per_sample=True, dtype=torch.float16)
+    check_budget(inputs, heads, "fused", "absorbed")
+
+
 @pytest.mark.parametrize("dim", [1, 2, 3])
 @pytest.mark.parametrize("backend, form, dtype", BACKENDS_FORMS_DTYPES, ids=str)
 def test_tokens_of_few_columns(monkeypatch, backend, form, dtype, dim):
