@@ -98,7 +98,7 @@ def upstream_for(inputs):
 def use_half_precision_plan(monkeypatch, arch):
     """Use the float16 plan of ``arch``, without Gluon, for every dtype and GPU."""
 
-    def half_plan(rows, dim, dtype, own_arch, norm, dropout, *rest):
+    def half_plan(rows, dim, dtype, own_arch, norm, dropout, *rest, **options):
         return plan(rows, dim, torch.float16, arch, norm, dropout)
 
     for name in ("forward", "backward"):

@@ -38,9 +38,11 @@ from ..tiles import (
     LOG2E,
     OPTIONS,
     arch_of,
+    cdiv,
     dot,
     load_rows_t,
     load_tokens,
+    multiprocessors,
     rounded_product,
     split_dot,
     store_rows_t,
@@ -87,7 +89,10 @@ def forward(
     per_sample = q.dim() == 3
     if tiles is None:
         tma = cu_seqlens is None and can_describe(x, q)
-        tiles = plan(rows, dim, x.dtype, arch_of(x), norm, bool(dropout_p), per_sample, tma)
+        # Packed samples of any length have one plan: their bits do not depend on the bound.
+        bound = None if cu_seqlens is not None else length
+        options = dict(per_sample=per_sample, tma=tma, length=bound)
+        tiles = plan(rows, dim, x.dtype, arch_of(x), norm, bool(dropout_p), **options)
     z = x.new_empty(batch, rows, dim)
     sums = x.new_empty(batch, rows, 2, dtype=torch.float32)
     # The kernels do not write the rows of packed tokens that belong to no sample.
@@ -108,6 +113,18 @@ def forward(
     )
     if "hopper" in tiles.forward:
         hopper_forward.launch(tiles.forward["hopper"], tokens, query, out, sums)
+    elif "short" in tiles.forward:
+        tile = tiles.forward["short"]
+        short_forward_kernel[(_short_programs(x, batch, triton.cdiv(rows, tile.BR)),)](
+            **tokens,
+            **query,
+            **out,
+            sums_ptr=sums,
+            B=batch,
+            SPLITS=tile.num_warps,
+            **asdict(tile),
+            **OPTIONS,
+        )
     elif "onepass" in tiles.forward:
         tile = tiles.forward["onepass"]
         onepass_forward_kernel[(batch * triton.cdiv(rows, tile.BR),)](
@@ -122,6 +139,15 @@ def forward(
     else:
         _launch_logits_and_pool(tiles, tokens, query, out, sums)
     return z, sums, mean, rstd, ksum
+
+
+def _short_programs(x: Tensor, batch: int, blocks: int) -> int:
+    """Return the number of programs that pool short samples: two for each multiprocessor.
+
+    Where this does not divide the samples there are fewer, so that all have the same number.
+    """
+    samples = cdiv(batch * blocks, 2 * multiprocessors(x))
+    return blocks * cdiv(batch, max(1, samples))
 
 
 def _launch_moments(
@@ -267,6 +293,76 @@ def softmax_of(
     m = tl.load(at, mask=rows < R, other=float("inf"))
     log_total = tl.load(at + 1, mask=rows < R, other=0.0)
     return tl.exp2((s - m[None, :] - log_total[None, :]) * LOG2E)
+
+
+@triton.jit
+def short_forward_kernel(
+    x_ptr,  # (B, N, D)
+    q_ptr,  # (R, D)
+    words_ptr,  # (B, W) int64
+    span_ptr,  # lengths (B,) or spans (B, 2)
+    z_ptr,  # (B, R, D)
+    sums_ptr,  # (B, R, 2) float32
+    mean_ptr,  # (B, N) float32
+    rstd_ptr,  # (B, N) float32
+    keep_ptr,  # (B, N / 64, R) int64
+    ksum_ptr,  # (B, R) float32
+    N,
+    W,
+    R,
+    B,
+    stride_xb,
+    stride_xn,
+    stride_qb,
+    D: tl.constexpr,
+    BN: tl.constexpr,
+    BR: tl.constexpr,
+    BD: tl.constexpr,
+    MASK: tl.constexpr,
+    NORM: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    UPCAST: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """Pool samples of at most BN tokens, which share their queries. Grid (programs,).
+
+    The number of programs is a multiple of the blocks of rows, R / BR. Each program loads its
+    queries once, and then pools several samples. On sm_90 it loads the tokens of the next sample
+    while it computes one. No value is carried from one sample to the next, so that a NaN stays in
+    its sample.
+    """
+    blocks = tl.cdiv(R, BR)
+    rows = tl.program_id(0) % blocks * BR + tl.arange(0, BR)
+    NC: tl.constexpr = (D + BD - 1) // BD
+    q = ()
+    for c in tl.static_range(NC):
+        q += (load_rows_t(q_ptr, rows, c * BD + tl.arange(0, BD), R, D),)
+    for sample in range(tl.program_id(0) // blocks, B, tl.num_programs(0) // blocks):
+        b = tl.cast(sample, tl.int64)
+        _, hi = token_span(b, span_ptr, N, MASK)
+        row, at, count = sample_start(b, span_ptr, N, stride_xb, stride_xn, hi, MASK)
+        n, keep = tokens_kept(b, 0, BN, hi, words_ptr, W, MASK)
+        mean, rstd = load_moments(mean_ptr, rstd_ptr, row, n, keep, NORM)
+        parts = tl.zeros([SPLITS, BN, BR], tl.float32)
+        x = ()
+        for c in tl.static_range(NC):
+            cols = c * BD + tl.arange(0, BD)
+            x_c = load_normed(x_ptr + at, n, cols, keep, stride_xn, D, mean, rstd, NORM)
+            x += (x_c,)
+            parts = split_dot(x_c, q[c], parts, UPCAST)
+        m = tl.full([BR], float("-inf"), tl.float32)
+        total = tl.zeros([BR], tl.float32)
+        p, m, total, _ = _softmax_step(tl.sum(parts, 0), m, total, keep)
+        inverse = tl.where(total > 0, 1.0 / total, 0.0)
+        if DROPOUT:
+            p = tl.where(rows_keep(keep_ptr, b, 0, BN, rows, N, R), p, 0.0)
+            tl.store(ksum_ptr + b * R + rows, tl.sum(p, 0) * inverse, mask=rows < R)
+        p = p.to(x_ptr.dtype.element_ty)
+        for c in tl.static_range(NC):
+            cols = c * BD + tl.arange(0, BD)
+            z = dot(tl.trans(x[c]), p, tl.zeros([BD, BR], tl.float32), UPCAST)
+            store_rows_t(z_ptr + b * R * D, z * inverse[None, :], rows, cols, R, D)
+        _store_sums(sums_ptr, b, rows, R, m, total)
 
 
 @triton.jit

@@ -23,6 +23,7 @@ class Case:
     need_dx: bool = True  # whether the gradient of x is needed
     dropout: float = 0.0
     lse: bool = False  # whether the log-sum-exp has a gradient
+    length: int = 197
 
 
 CASES: dict[str, Case] = {
@@ -31,7 +32,8 @@ CASES: dict[str, Case] = {
     "fluid text": Case(rows=32, dim=768, dtype="float16", norm=True, padding="padding"),
     "fluid code": Case(rows=256, dim=768, padding="padding", per_sample=True),
     "siglip": Case(rows=12, dim=768, norm=True, padding="lengths"),
-    "bottleneck": Case(rows=2, dim=768),
+    "bottleneck": Case(rows=2, dim=768, length=32),
+    "short": Case(rows=32, dim=768, norm=True, padding="padding", length=16),
     "tiny": Case(rows=16, dim=192, norm=True, padding="lengths"),
     "odd": Case(rows=21, dim=100, norm=True, padding="padding"),
     "wide": Case(rows=32, dim=1024, norm=True, padding="padding"),
@@ -42,7 +44,7 @@ CASES: dict[str, Case] = {
     "siglip drop": Case(
         rows=12, dim=768, dtype="float16", norm=True, padding="lengths", dropout=0.1
     ),
-    "bottleneck drop": Case(rows=2, dim=768, dropout=0.1),
+    "bottleneck drop": Case(rows=2, dim=768, norm=True, dropout=0.1, length=32),
     "wide drop": Case(rows=32, dim=1024, norm=True, padding="padding", dropout=0.1),
     "widest drop": Case(rows=64, dim=4096, norm=True, padding="lengths", dropout=0.1),
     "odd drop": Case(rows=21, dim=100, dtype="float16", norm=True, padding="padding", dropout=0.1),
@@ -66,7 +68,7 @@ def launch(case: Case) -> None:
     def empty(*shape: int, dtype: torch.dtype = compute) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    batch, length = 64, 197
+    batch, length = 64, case.length
     packed = case.padding == "packed"
     x = empty(*((batch * length,) if packed else (batch, length)), case.dim)
     leading = () if not case.per_sample else (batch,)

@@ -45,6 +45,8 @@ class HopperTile:
     SLOTS: int
 
 
+# Samples of at most so many tokens are ``short``.
+SHORT = 32
 _TRITON_3_6 = triton.__version__.startswith("3.6.")
 # Gluon is experimental: its kernels run where they were compiled and tested.
 _GLUON = triton.__version__.startswith(TRITONS)
@@ -54,7 +56,7 @@ _GLUON = triton.__version__.startswith(TRITONS)
 class Plan:
     """The tiles of the kernels that run, by kernel name.
 
-    Forward: ``hopper`` or ``onepass``, or ``logits`` then ``pool``. With a norm, ``moments`` runs
+    Forward: ``hopper``, ``short`` or ``onepass``, or ``logits`` then ``pool``. With a norm, ``moments`` runs
     first. Backward: ``hopper``, or ``dlogits``, ``dx`` and ``dq`` in this order.
     """
 
@@ -80,11 +82,13 @@ def plan(
     per_sample: bool = False,
     tma: bool = False,
     dlse: bool = False,
+    length: int | None = None,
 ) -> Plan:
     """Choose the kernels of forward and backward, and their tiles.
 
     ``per_sample``: whether each sample has its own queries. ``tma``: whether TMA can load the
     tokens (see hopper_tokens.can_describe). ``dlse``: whether the log-sum-exp has a gradient.
+    ``length``: the number of tokens of a sample, None if they are packed.
 
     ``onepass`` reads X once for each block of BR rows, and runs if all columns of Z^T fit into
     registers. ``hopper`` reads X once for each block of rows, forward and backward. For the symbols
@@ -101,7 +105,11 @@ def plan(
     elif dim > (1024 if big_shared else 768) or float32:
         forward |= _tiles_of(("logits", "pool"), rows, big_shared, float32, norm)
     else:
-        forward["onepass"] = _onepass(dim, arch, dropout)
+        is_short = length is not None and length <= SHORT and not per_sample
+        if is_short and dim <= 768 and arch not in (100, 103):
+            forward["short"] = _short(dim, arch, dropout, length)
+        else:
+            forward["onepass"] = _onepass(dim, arch, dropout)
     if hopper and _hopper_backward_fits(rows, dim, norm, dropout, per_sample, dlse):
         backward = {"hopper": _hopper_backward(rows, dim)}
     else:
@@ -163,6 +171,13 @@ def _onepass(dim: int, arch: int, dropout: bool) -> Tile:
     # With dropout, 4 warps spill up to 24 bytes on sm_80 (Triton 3.6) and sm_120.
     warps = 8 if dropout and arch != 90 and chunk == 256 else 4
     return Tile(16, 16, chunk, warps, 3 if arch == 90 else 2, 255 if chunk < 256 else None)
+
+
+def _short(dim: int, arch: int, dropout: bool, length: int) -> Tile:
+    """Return the tile that holds all tokens of a short sample."""
+    chunk = column_chunk(dim)
+    tokens = 16 if length <= 16 else 32
+    return Tile(tokens, 16, chunk, 4, 3 if tokens == 16 else 2)
 
 
 def _tiles_of(
