@@ -56,8 +56,8 @@ _GLUON = triton.__version__.startswith(TRITONS)
 class Plan:
     """The tiles of the kernels that run, by kernel name.
 
-    Forward: ``hopper``, ``short`` or ``onepass``, or ``logits`` then ``pool``. With a norm, ``moments`` runs
-    first. Backward: ``hopper``, or ``dlogits``, ``dx`` and ``dq`` in this order.
+    Forward: ``hopper``, ``short`` or ``onepass``, or ``logits`` then ``pool``. With a norm,
+    ``moments`` runs first. Backward: ``hopper``, or ``dlogits``, ``dx`` and ``dq`` in this order.
     """
 
     forward: dict[str, Any]  # Tile; HopperTile for ``hopper``
@@ -91,8 +91,9 @@ def plan(
     ``length``: the number of tokens of a sample, None if they are packed.
 
     ``onepass`` reads X once for each block of BR rows, and runs if all columns of Z^T fit into
-    registers. ``hopper`` reads X once for each block of rows, forward and backward. For the symbols
-    see forward.py and backward.py.
+    registers. So does ``short``, for samples whose tokens fit into one tile. ``hopper`` reads X
+    once for each block of rows, forward and backward. For the symbols see forward.py and
+    backward.py.
     """
     # These architectures have 227 KB of shared memory. The tiles for others fit into 99 KB.
     big_shared = arch in (90, 100, 103)
@@ -107,7 +108,7 @@ def plan(
     else:
         is_short = length is not None and length <= SHORT and not per_sample
         if is_short and dim <= 768 and arch not in (100, 103):
-            forward["short"] = _short(dim, arch, dropout, length)
+            forward["short"] = _short(dim, length)
         else:
             forward["onepass"] = _onepass(dim, arch, dropout)
     if hopper and _hopper_backward_fits(rows, dim, norm, dropout, per_sample, dlse):
@@ -173,11 +174,14 @@ def _onepass(dim: int, arch: int, dropout: bool) -> Tile:
     return Tile(16, 16, chunk, warps, 3 if arch == 90 else 2, 255 if chunk < 256 else None)
 
 
-def _short(dim: int, arch: int, dropout: bool, length: int) -> Tile:
-    """Return the tile that holds all tokens of a short sample."""
-    chunk = column_chunk(dim)
-    tokens = 16 if length <= 16 else 32
-    return Tile(tokens, 16, chunk, 4, 3 if tokens == 16 else 2)
+def _short(dim: int, length: int) -> Tile:
+    """Return the tile that holds all tokens of a short sample.
+
+    Two blocks fit onto a multiprocessor, by their registers and, on sm_90, their shared memory.
+    """
+    if length <= 16:
+        return Tile(16, 16, column_chunk(dim), 4, 3)
+    return Tile(32, 16, column_chunk(dim), 4, 2)
 
 
 def _tiles_of(
