@@ -118,7 +118,10 @@ def test_plan_chooses_kernels_by_size_and_architecture(arch):
 
     assert kernels(32, 768)[0] == kernels(32, 768, length=33)[0] == {"onepass"}
     for length in (1, 16, 17, 32):
-        assert kernels(32, 768, length=length)[0] == {"onepass" if arch == 100 else "short"}
+        short = {"onepass" if arch == 100 else "short"}
+        assert kernels(32, 768, length=length)[0] == short
+        with_dropout = kernels(32, 768, length=length, dropout=True)[0]
+        assert with_dropout == (short if length <= 16 or arch == 80 else {"onepass"})
         assert kernels(32, 768, length=length, per_sample=True)[0] == {"onepass"}
         assert kernels(32, 2048, length=length)[0] == {"logits", "pool"}
     assert kernels(32, 2048)[0] == {"logits", "pool"}

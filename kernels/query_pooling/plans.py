@@ -45,8 +45,6 @@ class HopperTile:
     SLOTS: int
 
 
-# Samples of at most so many tokens are ``short``.
-SHORT = 32
 _TRITON_3_6 = triton.__version__.startswith("3.6.")
 # Gluon is experimental: its kernels run where they were compiled and tested.
 _GLUON = triton.__version__.startswith(TRITONS)
@@ -106,11 +104,8 @@ def plan(
     elif dim > (1024 if big_shared else 768) or float32:
         forward |= _tiles_of(("logits", "pool"), rows, big_shared, float32, norm)
     else:
-        is_short = length is not None and length <= SHORT and not per_sample
-        if is_short and dim <= 768 and arch not in (100, 103):
-            forward["short"] = _short(dim, length)
-        else:
-            forward["onepass"] = _onepass(dim, arch, dropout)
+        short = None if per_sample else _short(dim, arch, norm or dropout, length)
+        forward |= {"short": short} if short else {"onepass": _onepass(dim, arch, dropout)}
     if hopper and _hopper_backward_fits(rows, dim, norm, dropout, per_sample, dlse):
         backward = {"hopper": _hopper_backward(rows, dim)}
     else:
@@ -174,11 +169,17 @@ def _onepass(dim: int, arch: int, dropout: bool) -> Tile:
     return Tile(16, 16, chunk, warps, 3 if arch == 90 else 2, 255 if chunk < 256 else None)
 
 
-def _short(dim: int, length: int) -> Tile:
-    """Return the tile that holds all tokens of a short sample.
+def _short(dim: int, arch: int, crowded: bool, length: int | None) -> Tile | None:
+    """Return the tile that holds all tokens of a short sample; None if samples are longer.
 
     Two blocks fit onto a multiprocessor, by their registers and, on sm_90, their shared memory.
+    ``crowded``: whether there is a norm or dropout, with which 32 tokens spill up to 48 bytes on
+    sm_86, sm_89 and sm_90. On sm_120 they do in any case.
     """
+    tokens = 32 if arch in (80, 87) or (arch in (86, 89, 90) and not crowded) else 16
+    # Z^T is in tensor memory on sm_100, for which this kernel was not counted.
+    if length is None or length > tokens or dim > 768 or arch in (100, 103):
+        return None
     if length <= 16:
         return Tile(16, 16, column_chunk(dim), 4, 3)
     return Tile(32, 16, column_chunk(dim), 4, 2)
