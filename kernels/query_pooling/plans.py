@@ -181,7 +181,7 @@ def _short(dim: int, arch: int, crowded: bool, length: int | None) -> Tile | Non
     if length is None or length > tokens or dim > 768 or arch in (100, 103):
         return None
     if length <= 16:
-        return Tile(16, 16, column_chunk(dim), 4, 3)
+        return Tile(16, 16, column_chunk(dim), 4, 3, 255)
     return Tile(32, 16, column_chunk(dim), 4, 2)
 
 
