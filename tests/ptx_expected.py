@@ -152,6 +152,7 @@ EXACT |= {
     "brev.b32": lambda a: int(f"{a:032b}"[::-1], 2),
     "bfe.u32": lambda a, b, c: _bfe(a, b, c, False),
     "bfe.s32": lambda a, b, c: _bfe(a, b, c, True),
+    "bfe.u64": lambda a, b, c: a >> (b & 255) & (1 << (c & 255)) - 1,
     "bfi.b32": lambda a, b, c, d: _bfi(a, b, c, d, 32),
     "bfi.b64": lambda a, b, c, d: _bfi(a, b, c, d, 64),
     "prmt.b32": _prmt,

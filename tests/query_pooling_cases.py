@@ -21,6 +21,9 @@ SHAPES = {
     "one pass": (3, 37, 70, 5, 1, 24, 20),
     "row blocks": (2, 65, 96, 9, 4, 32, 48),
     "head dim 96": (2, 19, 192, 3, 2, 192, 192),
+    # Samples that fit into one tile: more of them than programs, and several blocks of rows.
+    "short": (19, 21, 70, 5, 1, 24, 20),
+    "short row blocks": (7, 32, 96, 9, 4, 32, 48),
     "wide": (2, 21, 1056, 3, 2, 16, 12),
     "more samples than partial sums": (130, 9, 64, 2, 1, 8, 8),
     "one query": (2, 33, 64, 1, 4, 16, 16),
@@ -98,9 +101,9 @@ def upstream_for(inputs):
 def use_half_precision_plan(monkeypatch, arch):
     """Use the float16 plan of ``arch``, without Gluon, for every dtype and GPU."""
 
-    def half_plan(rows, dim, dtype, own_arch, norm, *, dropout, **options):
-        padded = options["padded"]
-        return plan(rows, dim, torch.float16, arch, norm, dropout, padded=padded)
+    def half_plan(rows, dim, dtype, own_arch, norm, *, dropout, length, padded, **options):
+        options = dict(dropout=dropout, length=length, padded=padded)
+        return plan(rows, dim, torch.float16, arch, norm, **options)
 
     for name in ("forward", "backward"):
         module = importlib.import_module(f"mmfused.kernels.query_pooling.{name}")

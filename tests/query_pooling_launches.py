@@ -13,6 +13,7 @@ from mmfused.tools.sanitize_launches import DEVICE, FLOAT, HALF, backward, choos
 def launches() -> Iterator[Callable[[], None]]:
     yield lambda: pool(3, 70, 36, 3, 2, padding="mask", norm=True, dropout=0.2)
     yield lambda: pool(3, 37, 64, 2, 1, need_dx=False)
+    yield lambda: pool(5, 21, 36, 9, 2, padding="mask", norm=True, dropout=0.2)
     yield lambda: pool(2, 70, 100, 9, 2, padding="lengths", per_sample=True, dropout=0.2)
     yield lambda: pool(2, 21, 1100, 3, 1, padding="mask", norm=True, strided=True)
     yield lambda: pool(2, 21, 1100, 3, 1, dropout=0.2)

@@ -63,14 +63,17 @@ def test_reference_equals_multihead_attention():
 @pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
 @pytest.mark.parametrize(
-    "shape, per_sample", [("one pass", False), ("row blocks", True), ("wide", False)]
+    "shape, per_sample",
+    [("one pass", False), ("short", False), ("row blocks", True), ("wide", False)],
 )
 def test_kernels_stay_within_the_budget(shape, per_sample, norm, padding, dtype):
     inputs, heads = make(shape, per_sample=per_sample, norm=norm, padding=padding, dtype=dtype)
     check_budget(inputs, heads)
 
 
-@pytest.mark.parametrize("shape", ["head dim 96", "more samples than partial sums", "one query"])
+@pytest.mark.parametrize(
+    "shape", ["head dim 96", "more samples than partial sums", "one query", "short row blocks"]
+)
 def test_kernels_stay_within_the_budget_at_more_shapes(shape):
     inputs, heads = make(shape, padding="mask", dtype=torch.float32)
     check_budget(inputs, heads)
@@ -95,7 +98,7 @@ def check_budget(inputs, heads):
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
-@pytest.mark.parametrize("shape", ["one pass", "row blocks"])
+@pytest.mark.parametrize("shape", ["one pass", "row blocks", "short", "short row blocks"])
 def test_half_precision_plans_in_float32(monkeypatch, shape, norm, padding, arch):
     """Run the plans for 16 bits on float32 inputs: 16-bit rounding could hide errors."""
     if CUDA:
@@ -114,9 +117,40 @@ def test_plan_chooses_kernels_by_size_and_architecture(arch):
         return set(tiles.forward), set(tiles.backward)
 
     assert kernels(32, 768)[0] == kernels(256, 768, padded=True)[0] == {"onepass"}
+    assert kernels(32, 768, length=33)[0] == {"onepass"}
+    for length in (1, 16, 17, 32):
+        short = {"onepass" if arch == 100 else "short"}
+        assert kernels(32, 768, length=length)[0] == short
+        with_dropout = kernels(32, 768, length=length, dropout=True)[0]
+        assert with_dropout == (short if length <= 16 or arch == 80 else {"onepass"})
+        assert kernels(32, 768, length=length, per_sample=True)[0] == {"onepass"}
+        assert kernels(32, 2048, length=length)[0] == {"logits", "pool"}
     assert kernels(32, 2048)[0] == kernels(256, 2048, padded=True)[0] == {"logits", "pool"}
     assert kernels(2, 768)[1] == kernels(256, 768, padded=True)[1] == {"dlogits", "dx", "dq"}
     assert kernels(33, 768) == kernels(256, 2048) == ({"softmax"}, {"softmax"})
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3], ids=["kept", "dropped"])
+@pytest.mark.parametrize("shape", ["one pass", "short", "short row blocks"])
+def test_a_sample_does_not_depend_on_the_others(shape, p):
+    """Not even its bits do, and neither do NaNs in the other samples reach it."""
+    inputs, heads = make(shape, norm=True, padding="mask", dtype=torch.float16, grad=False)
+    options = dict(num_heads=heads, return_lse=True, dropout_p=p)
+    options |= dict(dropout_seed=torch.zeros((), dtype=torch.int64, device=DEVICE)) if p else {}
+
+    def pool(samples):
+        parts = {name: inputs[name][samples] for name in ("x", "key_padding_mask")}
+        with mmfused.backend("fused"):
+            return query_pooling(**(inputs | parts), **options)
+
+    want = pool(slice(0, 4))  # dropout depends on the index of a sample
+    for got in (pool(slice(0, 2)), pool(slice(None))):
+        for value, other in zip(got, want, strict=True):
+            assert torch.equal(value[:2], other[:2])
+    inputs["x"][2] = math.nan
+    assert not pool(slice(None))[0][2].isfinite().any()
+    for value, other in zip(pool(slice(None)), want, strict=True):
+        assert torch.equal(value[:2], other[:2])
 
 
 NAN_CASES = [

@@ -90,7 +90,8 @@ def test_reference_drops_attention_probabilities():
 @pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
 @pytest.mark.parametrize(
-    "shape, per_sample", [("one pass", False), ("row blocks", True), ("wide", False)]
+    "shape, per_sample",
+    [("one pass", False), ("short", False), ("row blocks", True), ("wide", False)],
 )
 def test_kernels_stay_within_the_budget(shape, per_sample, norm, padding, dtype):
     inputs, heads = make(shape, per_sample=per_sample, norm=norm, padding=padding, dtype=dtype)
@@ -122,7 +123,7 @@ def check_budget(inputs, heads, p=P, factor=2.0):
 
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
-@pytest.mark.parametrize("shape", ["one pass", "row blocks"])
+@pytest.mark.parametrize("shape", ["one pass", "row blocks", "short"])
 def test_half_precision_plans_in_float32(monkeypatch, shape, norm, arch):
     if CUDA:
         pytest.skip("a 16-bit plan may not fit a GPU in float32; the interpreter runs it")

@@ -79,7 +79,7 @@ CASES = [
     Case("float16", 130, 65, 64, 16, 1, "lengths", True, 0.0, False, True),
     Case("bfloat16", 270, 10, 8, 3, 1, "mask", False, 0.1, True, True),
     Case("bfloat16", 67, 9, 64, 40, 1, "lengths"),
-    # Two samples in a tile. With 1000 columns in forward only.
+    # Short samples. In backward, those of up to 768 columns have tiles of two samples.
     Case("bfloat16", 1, 1, 8, 1, 1, "none", False, 0.0),
     Case("float16", 2, 32, 768, 2, 1, "none", False, 0.0),
     Case("bfloat16", 3, 31, 768, 4, 4, "lengths", True, 0.0),
@@ -150,13 +150,14 @@ def check_budget(case, inputs, options, hopper=True):
     with launches_made() as launches:
         fused = run(inputs, case.heads, "fused", upstream, **options)
     names = {launch.name for launch in launches}
-    pairs = case.length <= 32 and case.queries * case.heads <= 16 and not case.per_sample
-    kind = "pairs" if pairs else "hopper"
-    assert (f"{kind}_forward_kernel" in names) == hopper
-    if pairs and hopper and case.dim <= 768:
-        assert "pairs_backward_kernel" in names
+    limit = 16 if case.norm or case.dropout else 32
+    short = case.length <= limit and case.dim <= 768 and not case.per_sample
+    assert ("hopper_forward_kernel" in names) == (hopper and not short)
+    pairs = case.length <= 32 and case.dim <= 768 and not case.per_sample
+    pairs = pairs and case.queries * case.heads <= 16
+    assert ("pairs_backward_kernel" in names) == (hopper and pairs)
     if not hopper:
-        assert not names & {"hopper_backward_kernel", "pairs_backward_kernel"}
+        assert "hopper_backward_kernel" not in names
     assert not over_budget(fused, exact, plain)
     return fused
 
@@ -280,7 +281,7 @@ def operators(call, need_dx=True):
         rest = (*padding, need_dx, dropout, seed)
         dx, dq = torch.ops.mmfused.query_pooling_bwd(dz, dksum, None, x, q, z, *saved, *rest)
     names = {launch.name for launch in launches}
-    assert names & {"hopper_forward_kernel", "pairs_forward_kernel"}
+    assert names & {"hopper_forward_kernel", "short_forward_kernel"}
     return dict(z=z, sums=saved[0], ksum=saved[3], dx=dx, dq=dq)
 
 

@@ -50,7 +50,7 @@ def test_a_common_mean_does_not_reduce_accuracy(shape, padding, backend, form, d
 
 @pytest.mark.parametrize("mean", MEANS)
 @pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("shape", ["one pass", "row blocks"])
+@pytest.mark.parametrize("shape", ["one pass", "row blocks", "short"])
 def test_half_precision_plans_in_float32_at_any_mean(monkeypatch, shape, arch, mean):
     if DEVICE == "cuda":
         pytest.skip("a 16-bit plan may not fit a GPU in float32; the interpreter runs it")

@@ -117,7 +117,7 @@ def backward(
         need = dx if need_dx else None
         products.backward(tiles.backward["softmax"], x, query, saved, need, dq)
     elif "pairs" in tiles.backward:
-        hopper_pairs.launch_backward(tiles.backward["pairs"], tokens, query, saved, dx, dq)
+        hopper_pairs.launch(tiles.backward["pairs"], tokens, query, saved, dx, dq)
     elif "hopper" in tiles.backward:
         hopper_backward.launch(tiles.backward["hopper"], tokens, query, saved, dx, dq)
     else:

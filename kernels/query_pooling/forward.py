@@ -47,10 +47,10 @@ from ..tiles import (
     tokens_kept,
     upcasts,
 )
-from . import hopper_forward, hopper_pairs, products
+from . import hopper_forward, products, short
 from .dropout import keep_words, rows_keep
 from .hopper_tokens import can_describe
-from .plans import Plan, plan
+from .plans import LONG, Plan, plan
 from .softmax import load_sums, probabilities, softmax_step, store_sums
 from .tokens import (
     load_moments,
@@ -90,7 +90,8 @@ def forward(
             dropout=bool(dropout_p),
             per_sample=per_sample,
             tma=cu_seqlens is None and can_describe(x, q),
-            length=length,
+            # Packed samples of any length have one plan: their bits do not depend on the bound.
+            length=length if cu_seqlens is None else LONG,
             padded=any(given is not None for given in (mask, lengths, cu_seqlens)),
         )
         tiles = plan(rows, dim, x.dtype, arch_of(x), norm, **options)
@@ -114,8 +115,8 @@ def forward(
     )
     if "softmax" in tiles.forward:
         products.forward(tiles.forward["softmax"], x, q, out, sums)
-    elif "pairs" in tiles.forward:
-        hopper_pairs.launch_forward(tiles.forward["pairs"], tokens, query, out, sums)
+    elif "short" in tiles.forward:
+        short.launch(tiles.forward["short"], tokens, query, out, sums)
     elif "hopper" in tiles.forward:
         hopper_forward.launch(tiles.forward["hopper"], tokens, query, out, sums)
     elif "onepass" in tiles.forward:

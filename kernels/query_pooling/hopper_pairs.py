@@ -1,11 +1,10 @@
-"""Query pooling on sm_90 for short samples: tiles of two samples, of up to 32 tokens each.
+"""Backward of query pooling on sm_90 for short samples, of up to 32 tokens and 16 rows.
 
-The kernels are those of hopper_forward.py and hopper_backward.py, except that a tile holds all
-tokens of two samples. All samples have the same queries, at most 16 rows. What a sample's tokens
-are multiplied with never belongs to the other sample, so that a NaN stays in its sample:
+As hopper_backward.py, except that a tile holds all tokens of two samples, which have the same
+queries. What a sample's tokens are multiplied with never belongs to the other sample, so that a NaN
+stays in its sample:
 
     S^T = X Q'^T             one product, because the queries are shared
-    Z^T = X^T P^T            a product for each half of the tokens
     dP^T = X dZ^T            a product for each sample's dZ; each token takes its own sample's
     dX = P^T dZ + dS^T Q'    the same
     dQ'^T += X^T dS^T        one product, because dQ' is a sum over samples
@@ -28,9 +27,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..gluon import barriers, store
-from ..tiles import OPTIONS, cdiv, multiprocessors
-from .hopper_backward import REGISTERS as BACKWARD_REGISTERS
-from .hopper_forward import REGISTERS as FORWARD_REGISTERS
+from ..tiles import OPTIONS
+from .hopper_backward import REGISTERS
 from .hopper_parts import other_terms, product, store_dq
 from .hopper_tokens import BD, BN, LOG2E, ROWS, descriptor, load_rows, load_tile, rewrite
 from .plans import PAIR_TOKENS, HopperTile
@@ -38,28 +36,7 @@ from .plans import PAIR_TOKENS, HopperTile
 TOKENS = gl.constexpr(PAIR_TOKENS)
 
 
-def launch_forward(
-    tile: HopperTile,
-    tokens: dict[str, Any],
-    query: dict[str, Any],
-    out: dict[str, Any],
-    sums: Tensor,
-) -> None:
-    """Launch the kernel with the arguments of ``onepass_forward_kernel``."""
-    x = tokens["x_ptr"]
-    pairs_forward_kernel[(min(cdiv(x.shape[0], 2), multiprocessors(x)),)](
-        x_desc=descriptor(x, TOKENS.value, samples=2),
-        q_desc=descriptor(query["q_ptr"], tile.BR),
-        z_desc=descriptor(out["z_ptr"], TOKENS.value, samples=2),
-        **_named(tokens),
-        **{name: value for name, value in out.items() if name != "z_ptr"},
-        sums_ptr=sums,
-        B=x.shape[0],
-        **_sizes(tokens, tile),
-    )
-
-
-def launch_backward(
+def launch(
     tile: HopperTile,
     tokens: dict[str, Any],
     query: dict[str, Any],
@@ -70,29 +47,24 @@ def launch_backward(
     """Launch the kernel with the arguments of ``hopper_backward.launch``."""
     x = tokens["x_ptr"]
     need_dx = dx.numel() > 0
+    named = {name: tokens[name] for name in ("words_ptr", "span_ptr", "mean_ptr", "rstd_ptr")}
+    named |= {name: value for name, value in saved.items() if name != "z_ptr"}
     pairs_backward_kernel[(dq.shape[0],)](
         x_desc=descriptor(x, TOKENS.value, samples=2),
         q_desc=descriptor(query["q_ptr"], tile.BR),
         z_desc=descriptor(saved["z_ptr"], TOKENS.value, samples=2),
         dz_desc=descriptor(query["dz_ptr"], tile.BR),
         dx_desc=descriptor(dx, TOKENS.value, samples=2) if need_dx else None,
-        **_named(tokens),
-        **{name: value for name, value in saved.items() if name != "z_ptr"},
+        **named,
         dq_ptr=dq,
         B=x.shape[0],
-        **_sizes(tokens, tile),
+        **{name: tokens[name] for name in ("N", "W", "R", "D", "MASK", "NORM")},
+        SLOTS=tile.SLOTS,
+        CHUNKS=tile.CHUNKS,
         NEED_DX=need_dx,
+        num_warps=4,
+        **OPTIONS,
     )
-
-
-def _named(tokens: dict[str, Any]) -> dict[str, Any]:
-    return {name: tokens[name] for name in ("words_ptr", "span_ptr", "mean_ptr", "rstd_ptr")}
-
-
-def _sizes(tokens: dict[str, Any], tile: HopperTile) -> dict[str, Any]:
-    """Return the sizes, and the options of the launch."""
-    sizes = {name: tokens[name] for name in ("N", "W", "R", "D", "MASK", "NORM")}
-    return sizes | dict(SLOTS=tile.SLOTS, CHUNKS=tile.CHUNKS, num_warps=4) | OPTIONS
 
 
 @gluon.jit
@@ -167,172 +139,7 @@ def _rows_kept(
 
 
 @gluon.jit
-def _forward_producer(
-    filled,
-    B,
-    SLOTS: gl.constexpr,
-    CHUNKS: gl.constexpr,
-):
-    """Load the queries, and the tokens of each pair."""
-    x_desc, q_desc, ring, q, full, empty, q_full = filled
-    load_rows(q_desc, 0, 0, q_full.index(0), q, CHUNKS)
-    step = 0
-    for pair in range(gl.program_id(0), (B + 1) // 2, gl.num_programs(0)):
-        step = load_tile(x_desc, 2 * pair, 0, ring, full, empty, step, SLOTS, CHUNKS)
-
-
-@gluon.jit
-def _forward_consumer(
-    half: gl.constexpr,
-    call,
-    D: gl.constexpr,
-    SLOTS: gl.constexpr,
-    CHUNKS: gl.constexpr,
-    MASK: gl.constexpr,
-    NORM: gl.constexpr,
-    DROPOUT: gl.constexpr,
-):
-    """Pool the tokens of each pair, for one half of the columns."""
-    z_desc, shared, tokens, out, B, R = call
-    ring, q, p_tiles, parts, full, empty, ready, q_full = shared
-    sums_ptr, keep_ptr, ksum_ptr = out
-    BR: gl.constexpr = p_tiles.shape[2]
-    HALF: gl.constexpr = CHUNKS // 2
-    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BR, 16])
-    token = gl.arange(0, BN, layout=gl.SliceLayout(1, S))
-    row = gl.arange(0, BR, layout=gl.SliceLayout(0, S))
-    second = (token >= TOKENS)[:, None]
-    step = 0
-    turn = 0
-    mbarrier.wait(q_full.index(0), 0)
-    for pair in range(gl.program_id(0), (B + 1) // 2, gl.num_programs(0)):
-        b = 2 * pair
-        if MASK != "none" or NORM:
-            _rewrite_pair(half, ring, full, step, b, tokens, B, D, SLOTS, CHUNKS, MASK, NORM)
-        s = warpgroup_mma_init(gl.zeros([BN, BR], gl.float32, layout=S))
-        for i in range(HALF):
-            at = step + 2 * i + half
-            mbarrier.wait(full.index(at % SLOTS), (at // SLOTS) & 1)
-            x = ring.index(at % SLOTS).reshape([BN, BD])
-            q_t = q.index(half * HALF + i).reshape([BR, BD]).permute([1, 0])
-            s = warpgroup_mma(x, q_t, s, is_async=True)
-        s = warpgroup_mma_wait(0, deps=[s])
-        # In turn two buffers: the other consumer may still read the part of the last tile.
-        parity = turn & 1
-        parts.index(2 * parity + half).store(s)
-        mbarrier.arrive(ready.index(half), count=1)
-        mbarrier.wait(ready.index(1 - half), parity)
-        other = parts.index(2 * parity + 1 - half).load(S)
-        s += other
-        s = gl.where(_kept(b, token, tokens, B, MASK)[:, None], s, float("-inf"))
-        m = (
-            gl.max(gl.where(second, float("-inf"), s), 0),
-            gl.max(gl.where(second, s, float("-inf")), 0),
-        )
-        shift = _of_token(second, m[0], m[1])
-        shift = gl.where(shift == float("-inf"), 0.0, shift)
-        p = gl.exp2((s - shift) * LOG2E)
-        total = (gl.sum(gl.where(second, 0.0, p), 0), gl.sum(gl.where(second, p, 0.0), 0))
-        inverse = (
-            gl.where(total[0] > 0, 1.0 / total[0], 0.0),
-            gl.where(total[1] > 0, 1.0 / total[1], 0.0),
-        )
-        if DROPOUT:
-            p = gl.where(_rows_kept(keep_ptr, b, token, row, B, R), p, 0.0)
-        p_tiles.index(half).store(p.to(ring.dtype))
-        fence_async_shared()
-        z = ()
-        for i in gl.static_range(HALF):
-            slot = (step + 2 * i + half) % SLOTS
-            x = ring.index(slot).reshape([BN, BD])
-            for sample in gl.static_range(2):
-                x_t = x.slice(sample * TOKENS, TOKENS, dim=0).permute([1, 0])
-                p_tile = p_tiles.index(half).slice(sample * TOKENS, TOKENS, dim=0)
-                zeros = gl.zeros([BD, BR], gl.float32, layout=S)
-                z += (warpgroup_mma(x_t, p_tile, zeros, is_async=True),)
-        # Each consumer stores the sums of one sample, while the products run.
-        at = (b + half).to(gl.int64) * R + row
-        inside = (row < R) & (b + half < B)
-        no_token = total[half] == 0
-        gl.store(sums_ptr + 2 * at, gl.where(no_token, float("inf"), m[half]), mask=inside)
-        log_total = gl.log(gl.where(no_token, 1.0, total[half]))
-        gl.store(sums_ptr + 2 * at + 1, log_total, mask=inside)
-        if DROPOUT:
-            own = gl.where(second, p, 0.0) if half == 1 else gl.where(second, 0.0, p)
-            gl.store(ksum_ptr + at, gl.sum(own, 0) * inverse[half], mask=inside)
-        # A chunk of both samples' Z takes the place of their tokens, and TMA stores it from there.
-        for i in gl.static_range(HALF):
-            slot = (step + 2 * i + half) % SLOTS
-            z_0, z_1 = warpgroup_mma_wait(CHUNKS - 2 - 2 * i, deps=[z[2 * i], z[2 * i + 1]])
-            tile = ring.index(slot).reshape([BN, BD])
-            z_0 = (z_0 * inverse[0][None, :]).to(ring.dtype)
-            z_1 = (z_1 * inverse[1][None, :]).to(ring.dtype)
-            tile.slice(0, BR, dim=0).permute([1, 0]).store(z_0)
-            tile.slice(TOKENS, BR, dim=0).permute([1, 0]).store(z_1)
-            fence_async_shared()
-            store(z_desc, [b, 0, (half * HALF + i) * BD], ring.index(slot))
-            if i > 0:  # the store before has read its slot
-                tma.store_wait(1)
-                mbarrier.arrive(empty.index((slot + SLOTS - 2) % SLOTS), count=1)
-            if i == HALF - 1:
-                tma.store_wait(0)
-                mbarrier.arrive(empty.index(slot), count=1)
-        step += CHUNKS
-        turn += 1
-
-
-@gluon.jit
-def pairs_forward_kernel(
-    x_desc,  # (B, N, D), boxes of (2, TOKENS, BD)
-    q_desc,  # (1, R, D), boxes of (1, BR, BD)
-    z_desc,  # (B, R, D), boxes of (2, TOKENS, BD)
-    words_ptr,  # (B, W) int64
-    span_ptr,  # lengths (B,)
-    mean_ptr,  # (B, N) float32
-    rstd_ptr,  # (B, N) float32
-    sums_ptr,  # (B, R, 2) float32
-    keep_ptr,  # (B, 1, R) int64
-    ksum_ptr,  # (B, R) float32
-    B,
-    N,
-    W,
-    R,
-    D: gl.constexpr,
-    SLOTS: gl.constexpr,
-    CHUNKS: gl.constexpr,
-    MASK: gl.constexpr,
-    NORM: gl.constexpr,
-    DROPOUT: gl.constexpr,
-):
-    """Pool in one pass over X, for N <= TOKENS and R <= BR. Program i processes every i-th pair."""
-    BR: gl.constexpr = q_desc.block_type.shape[1]
-    P: gl.constexpr = gl.NVMMASharedLayout(2 * BR, 16, rank=2)
-    PARTS: gl.constexpr = gl.SwizzledSharedLayout(8, 1, BR // 8, [1, 0])
-    ring = gl.allocate_shared_memory(x_desc.dtype, [SLOTS, 2, TOKENS, BD], x_desc.layout)
-    q = gl.allocate_shared_memory(q_desc.dtype, [CHUNKS, 1, BR, BD], q_desc.layout)
-    p_tiles = gl.allocate_shared_memory(x_desc.dtype, [2, BN, BR], P)
-    parts = gl.allocate_shared_memory(gl.float32, [4, BN, BR], PARTS)
-    full = barriers(SLOTS, 1)
-    empty = barriers(SLOTS, 1)
-    ready = barriers(2, 1)
-    q_full = barriers(1, 1)
-    shared = (ring, q, p_tiles, parts, full, empty, ready, q_full)
-    tokens = (words_ptr, span_ptr, mean_ptr, rstd_ptr, N, W)
-    call = (z_desc, shared, tokens, (sums_ptr, keep_ptr, ksum_ptr), B, R)
-    filled = (x_desc, q_desc, ring, q, full, empty, q_full)
-    gl.warp_specialize(
-        [
-            (_forward_consumer, (0, call, D, SLOTS, CHUNKS, MASK, NORM, DROPOUT)),
-            (_forward_consumer, (1, call, D, SLOTS, CHUNKS, MASK, NORM, DROPOUT)),
-            (_forward_producer, (filled, B, SLOTS, CHUNKS)),
-        ],
-        [4, 1],
-        FORWARD_REGISTERS,
-    )
-
-
-@gluon.jit
-def _backward_producer(
+def _producer(
     descs,
     filled,
     B,
@@ -378,7 +185,7 @@ def _sums_of(
 
 
 @gluon.jit
-def _backward_consumer(
+def _consumer(
     half: gl.constexpr,
     call,
     D: gl.constexpr,
@@ -576,10 +383,10 @@ def pairs_backward_kernel(
     filled = (ring, q, dz, full, empty, q_full, dz_full, dz_empty)
     gl.warp_specialize(
         [
-            (_backward_consumer, (0, call, D, SLOTS, CHUNKS, MASK, NORM, DROPOUT, NEED_DX)),
-            (_backward_consumer, (1, call, D, SLOTS, CHUNKS, MASK, NORM, DROPOUT, NEED_DX)),
-            (_backward_producer, (descs, filled, B, SLOTS, CHUNKS)),
+            (_consumer, (0, call, D, SLOTS, CHUNKS, MASK, NORM, DROPOUT, NEED_DX)),
+            (_consumer, (1, call, D, SLOTS, CHUNKS, MASK, NORM, DROPOUT, NEED_DX)),
+            (_producer, (descs, filled, B, SLOTS, CHUNKS)),
         ],
         [4, 1],
-        BACKWARD_REGISTERS,
+        REGISTERS,
     )

@@ -34,10 +34,10 @@ CASES: dict[str, Case] = {
     "siglip": Case(rows=12, dim=768, norm=True, padding="lengths"),
     "bottleneck": Case(rows=2, dim=768, length=32),
     "bottleneck frozen": Case(rows=2, dim=768, need_dx=False, length=32),
+    "short": Case(rows=32, dim=768, norm=True, padding="padding", length=16),
     "short text": Case(
         rows=12, dim=768, dtype="float16", norm=True, padding="padding", lse=True, length=30
     ),
-    "short wide drop": Case(rows=16, dim=1024, padding="lengths", dropout=0.1, length=32),
     "tiny": Case(rows=16, dim=192, norm=True, padding="lengths"),
     "odd": Case(rows=21, dim=100, norm=True, padding="padding"),
     "wide": Case(rows=32, dim=1024, norm=True, padding="padding"),

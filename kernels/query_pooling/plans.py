@@ -71,7 +71,7 @@ _GLUON = triton.__version__.startswith(TRITONS)
 class Plan:
     """The tiles of the kernels that run, by kernel name.
 
-    Forward: ``softmax`` (see products.py), ``pairs``, ``hopper`` or ``onepass``, or ``logits`` then
+    Forward: ``softmax`` (see products.py), ``short``, ``hopper`` or ``onepass``, or ``logits`` then
     ``pool``. With a norm, ``moments`` runs first. Backward: ``softmax``, ``pairs`` or ``hopper``,
     or ``dlogits``, ``dx`` and ``dq`` in this order.
     """
@@ -110,9 +110,9 @@ def plan(
     or tokens are packed.
 
     ``onepass`` reads X once for each block of BR rows, and runs if all columns of Z^T fit into
-    registers. ``hopper`` reads X once for each block of rows, forward and backward, and so does
-    ``pairs``, for one block of rows and short samples. ``softmax`` runs for many rows, where these
-    would read X too often. For the symbols see forward.py and backward.py.
+    registers. So do ``short``, for samples whose tokens fit into one tile, and ``hopper``, forward
+    and backward. ``pairs`` is a ``hopper`` for short samples. ``softmax`` runs for many rows, where
+    these would read X too often. For the symbols see forward.py and backward.py.
     """
     # These architectures have 227 KB of shared memory. The tiles for others fit into 99 KB.
     big_shared = arch in (90, 100, 103)
@@ -123,15 +123,17 @@ def plan(
         return Plan(tiles, tiles, 1)
     forward = {"moments": Tile(16, 16, 128, 4, 1)} if norm else {}
     hopper = has_gluon(arch, dtype) and tma and dim <= 1024
-    pairs = hopper and length <= PAIR_TOKENS and rows <= 16 and not per_sample
-    if hopper:
-        forward["pairs" if pairs else "hopper"] = _hopper_forward(rows, dim)
+    short = None if float32 or per_sample else _short(dim, arch, norm or dropout, length)
+    if short is not None:
+        forward["short"] = short
+    elif hopper:
+        forward["hopper"] = _hopper_forward(rows, dim)
     elif dim > (1024 if big_shared else 768) or float32:
         forward |= _tiles_of(("logits", "pool"), rows, big_shared, float32, norm)
     else:
         forward["onepass"] = _onepass(dim, arch, dropout)
-    if pairs and dim <= 768:
-        backward = {"pairs": _hopper_backward(rows, dim, pairs)}
+    if hopper and not per_sample and rows <= 16 and length <= PAIR_TOKENS and dim <= 768:
+        backward = {"pairs": _hopper_backward(rows, dim, True)}
     elif hopper and _hopper_backward_fits(rows, dim, norm, dropout, per_sample, dlse):
         backward = {"hopper": _hopper_backward(rows, dim, False)}
     else:
@@ -202,6 +204,22 @@ def _onepass(dim: int, arch: int, dropout: bool) -> Tile:
     # With dropout, 4 warps spill up to 24 bytes on sm_80 (Triton 3.6) and sm_120.
     warps = 8 if dropout and arch != 90 and chunk == 256 else 4
     return Tile(16, 16, chunk, warps, 3 if arch == 90 else 2, 255 if chunk < 256 else None)
+
+
+def _short(dim: int, arch: int, crowded: bool, length: int) -> Tile | None:
+    """Return the tile that holds all tokens of a short sample; None if samples are longer.
+
+    Two blocks fit onto a multiprocessor, by their registers and, on sm_90, their shared memory.
+    ``crowded``: whether there is a norm or dropout, with which 32 tokens spill up to 48 bytes on
+    sm_86, sm_89 and sm_90. On sm_120 they do in any case.
+    """
+    tokens = 32 if arch in (80, 87) or (arch in (86, 89, 90) and not crowded) else 16
+    # Z^T is in tensor memory on sm_100, for which this kernel was not counted.
+    if length > tokens or dim > 768 or arch in (100, 103):
+        return None
+    if length <= 16:
+        return Tile(16, 16, column_chunk(dim), 4, 3, 255)
+    return Tile(32, 16, column_chunk(dim), 4, 2)
 
 
 def _tiles_of(

@@ -111,6 +111,10 @@ u32 extract(u32 a, u32 from, u32 length, bool is_signed) {
 }
 OPCODE("bfe.u32", (u32 a, u32 b, u32 c) { return extract(a, b, c, false); })
 OPCODE("bfe.s32", (u32 a, u32 b, u32 c) { return extract(a, b, c, true); })
+OPCODE("bfe.u64", (u64 a, u32 b, u32 c) -> u64 {
+  const u32 from = b & 255, length = c & 255;
+  return (from > 63 ? 0 : a >> from) & (length > 63 ? ~u64(0) : (u64(1) << length) - 1);
+})
 
 // Put the low `length` bits of a into b at bit `to`.
 template <class T> T insert(T a, T b, u32 to, u32 length) {
