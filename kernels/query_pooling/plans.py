@@ -56,7 +56,8 @@ class SoftmaxTile:
     BR: int
     WHOLE: bool
     num_warps: int
-    num_stages: int
+    num_stages: int = 1
+    maxnreg: int = 255  # with its own limit, ptxas spills up to 16 bytes
 
 
 # Samples of at most so many tokens share a tile of the Gluon kernels, two by two.
@@ -145,8 +146,8 @@ def plan(
 def _softmax(length: int) -> SoftmaxTile:
     if length <= 256:  # more would not fit into registers
         tokens = max(16, triton.next_power_of_2(length))
-        return SoftmaxTile(tokens, 16, True, max(1, tokens // 64), 1)
-    return SoftmaxTile(64, 32, False, 4, 1)
+        return SoftmaxTile(tokens, 16, True, max(1, tokens // 64))
+    return SoftmaxTile(64, 32, False, 4)
 
 
 def _hopper_forward(rows: int, dim: int) -> HopperTile:

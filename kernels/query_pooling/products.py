@@ -173,8 +173,9 @@ def softmax_kernel(
     m = tl.full([BR], float("-inf"), tl.float32)
     total = tl.zeros([BR], tl.float32)
     ksum = tl.zeros([BR], tl.float32)
-    n, inside, at = _tile(0, rows, N, R, BN)
-    s = tl.load(s_ptr + base + at, mask=inside, other=0.0)
+    if WHOLE:
+        n, inside, at = _tile(0, rows, N, R, BN)
+        s = tl.load(s_ptr + base + at, mask=inside, other=0.0)
     for start in range(0, N, BN):
         if not WHOLE:
             n, inside, at = _tile(start, rows, N, R, BN)
@@ -260,10 +261,11 @@ def dsoftmax_kernel(
     delta = tl.zeros([BR], tl.float32)
     s_ptr += base
     dp_ptr += base
-    n, inside, at = _tile(0, rows, N, R, BN)
-    p, kept, g = _p_and_gradient(
-        s_ptr, dp_ptr, keep_ptr, dksum, m, log_total, b, n, rows, at, inside, N, R, DROPOUT
-    )
+    if WHOLE:
+        n, inside, at = _tile(0, rows, N, R, BN)
+        p, kept, g = _p_and_gradient(
+            s_ptr, dp_ptr, keep_ptr, dksum, m, log_total, b, n, rows, at, inside, N, R, DROPOUT
+        )
     for start in range(0, N, BN):
         if not WHOLE:
             n, inside, at = _tile(start, rows, N, R, BN)
