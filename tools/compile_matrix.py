@@ -1,6 +1,7 @@
 """Compile every case of ``mmfused inspect`` for every supported architecture and Triton version.
 
     python tools/compile_matrix.py             all cases; writes the table
+    python tools/compile_matrix.py --op OP     the cases of an op; writes its lines of the table
     python tools/compile_matrix.py --newest    a few cases on the newest Triton of the package index
 
 The table is benchmarks/results/compile_matrix.md.
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,11 +63,18 @@ def triton_folder(version: str) -> Path:
     return home
 
 
-def inspect(version: str, archs: tuple[str, ...], cases: tuple[str, ...], jobs: int) -> list[dict]:
+def inspect(
+    version: str,
+    archs: tuple[str, ...],
+    cases: tuple[str, ...],
+    jobs: int,
+    op: str | None = None,
+) -> list[dict]:
     """Return the rows of ``mmfused inspect`` with Triton ``version``; ``cases``: () means all."""
     path = os.pathsep.join((str(triton_folder(version)), str(ROOT)))
     options = [word for arch in archs for word in ("--arch", arch)]
     options += [word for case in cases for word in ("--case", case)]
+    options += ["--op", op] if op else []
     with tempfile.TemporaryDirectory() as folder:
         table = Path(folder) / "table.json"
         command = [
@@ -98,12 +107,21 @@ def commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def report(rows: list[dict], archs: tuple[str, ...]) -> str:
-    """Return the table as Markdown: a line per op and Triton version, a column per architecture."""
-    cells = defaultdict(list)
-    for row in rows:
-        cells[row["op"], row["triton"], row["arch"]].append(row)
-    lines = [
+def report(rows: list[dict], archs: tuple[str, ...], old: str = "") -> str:
+    """Return the table as Markdown: a line per op and Triton version, a column per architecture.
+
+    The table ``old`` keeps the lines of other ops.
+    """
+    new = defaultdict(list)
+    for line in _lines(rows, archs):
+        new[_op_of(line)].append(line)
+    lines = [line for line in old.splitlines() if line.startswith("| ")][1:]
+    ops = dict.fromkeys([*map(_op_of, lines), *new])
+    lines = [line for op in ops for line in new.get(op) or [x for x in lines if _op_of(x) == op]]
+    cells = [line.strip("| ").split(" | ") for line in lines]
+    total = sum(int(cell.split(",")[0]) for _, _, *compiled, _, _ in cells for cell in compiled)
+    faults = sum(int(cell[-2]) for cell in cells)
+    text = [
         "# Kernels compiled without a GPU",
         "",
         "`make compile-matrix`: every case of `mmfused inspect` for every supported architecture "
@@ -112,11 +130,26 @@ def report(rows: list[dict], archs: tuple[str, ...]) -> str:
         "shared memory per block.",
         "A fault is a spill, a race, more shared memory than the GPU has, a missing matrix "
         "instruction, or warps that compute the same product and are not listed in "
-        f"`mmfused/cli/known.py`. Compiled at commit {commit()}.",
+        "`mmfused/cli/known.py`.",
         "",
-        f"| op | Triton | {' | '.join(archs)} | faults |",
-        "|---|---|" + "---|" * len(archs) + "---|",
+        f"| op | Triton | {' | '.join(archs)} | faults | at commit |",
+        "|---|---|" + "---|" * len(archs) + "---|---|",
+        *lines,
+        "",
+        f"{total} kernels, {faults} with faults.",
     ]
+    text += [
+        f"* {r['case']}: {r['kernel']}, {r['arch']}, Triton {r['triton']}: {r['fault']}"
+        for r in rows
+        if r["fault"]
+    ]
+    return "\n".join(text) + "\n"
+
+
+def _lines(rows: list[dict], archs: tuple[str, ...]) -> Iterator[str]:
+    cells = defaultdict(list)
+    for row in rows:
+        cells[row["op"], row["triton"], row["arch"]].append(row)
     for op, version in dict.fromkeys((row["op"], row["triton"]) for row in rows):
         parts, faults = [], 0
         for arch in archs:
@@ -126,22 +159,20 @@ def report(rows: list[dict], archs: tuple[str, ...]) -> str:
                 max((row[name] for row in cell), default=0) for name in ("registers", "shared")
             )
             parts.append(f"{len(cell)}, {registers}, {shared / 1024:.0f} KB")
-        lines.append(f"| {op} | {version} | {' | '.join(parts)} | {faults} |")
-    faulty = [row for row in rows if row["fault"]]
-    listed = sum(bool(row["known"]) for row in rows)
-    lines += ["", f"{len(rows)} kernels, {len(faulty)} with faults, {listed} in that list."]
-    lines += [
-        f"* {r['case']}: {r['kernel']}, {r['arch']}, Triton {r['triton']}: {r['fault']}"
-        for r in faulty
-    ]
-    return "\n".join(lines) + "\n"
+        yield f"| {op} | {version} | {' | '.join(parts)} | {faults} | {commit()} |"
+
+
+def _op_of(line: str) -> str:
+    return line.strip("| ").split(" | ")[0]
 
 
 def unneeded(rows: list[dict]) -> list[str]:
-    """Return the entries of mmfused/cli/known.py that no row needs."""
+    """Return the entries of mmfused/cli/known.py, of the ops in ``rows``, that no row needs."""
     names = ("op", "kernel", "arch", "case")
     needed = {tuple(row[name] for name in names) for row in rows if row["known"]}
-    return [" ".join(entry) for entry in sorted({*load("cli/known.py").entries()} - needed)]
+    ops = {row["op"] for row in rows}
+    entries = {entry for entry in load("cli/known.py").entries() if entry[0] in ops}
+    return [" ".join(entry) for entry in sorted(entries - needed)]
 
 
 def newest_version() -> str:
@@ -160,6 +191,7 @@ def main() -> int:
         action="store_true",
         help="a few cases on the newest Triton of the package index",
     )
+    parser.add_argument("--op", help="the cases of this op only")
     parser.add_argument(
         "--jobs",
         type=int,
@@ -182,11 +214,12 @@ def main() -> int:
         rows = [
             row
             for version in support.TRITONS
-            for row in inspect(version, support.ARCHS, (), args.jobs)
+            for row in inspect(version, support.ARCHS, (), args.jobs, args.op)
         ]
         ops = list(dict.fromkeys(row["op"] for row in rows))
         rows.sort(key=lambda row: ops.index(row["op"]))
-        TABLE.write_text(report(rows, support.ARCHS))
+        old = TABLE.read_text() if args.op else ""
+        TABLE.write_text(report(rows, support.ARCHS, old))
         print(f"Wrote {TABLE.relative_to(ROOT)}.")
         spare = unneeded(rows)
         for entry in spare:
