@@ -23,7 +23,7 @@ SHAPES = {
     "head dim 96": (2, 19, 192, 3, 2, 192, 192),
     # Samples that fit into one tile: more of them than programs, and several blocks of rows.
     "short": (19, 21, 70, 5, 1, 24, 20),
-    "short row blocks": (7, 32, 96, 9, 4, 32, 48),
+    "short row blocks": (9, 32, 96, 5, 4, 32, 48),
     "wide": (2, 21, 1056, 3, 2, 16, 12),
     "more samples than partial sums": (130, 9, 64, 2, 1, 8, 8),
     "one query": (2, 33, 64, 1, 4, 16, 16),

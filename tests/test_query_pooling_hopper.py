@@ -82,6 +82,7 @@ CASES = [
     # Short samples. In backward, those of up to 768 columns have tiles of two samples.
     Case("bfloat16", 1, 1, 8, 1, 1, "none", False, 0.0),
     Case("float16", 2, 32, 768, 2, 1, "none", False, 0.0),
+    Case("bfloat16", 4, 31, 320, 4, 4, "none", True, 0.0),
     Case("bfloat16", 3, 31, 768, 4, 4, "lengths", True, 0.0),
     Case("float16", 5, 7, 96, 3, 5, "mask", True, 0.1),
     Case("bfloat16", 3, 32, 192, 1, 12, "mask", False, 0.1),

@@ -100,3 +100,19 @@ def test_logits_have_no_gradient_if_one_token_has_all_the_weight():
     assert certain.float().mean() > 0.5
     got = fused(inputs, 1, upstream_of(inputs))
     assert got["dqueries"].any() and not got["dqueries"][certain].any()
+
+
+@pytest.mark.parametrize("length", [9, 270])
+def test_logits_far_below_zero(length):
+    """Where a tile has no token, the logit is 0, and the others are so small that exp overflows."""
+    inputs = make(2, length, 24, 35, 1)
+    upstream = upstream_of(inputs)
+    inputs["x"] = (inputs["x"].detach() * 0.1 + 2).requires_grad_()
+    inputs["w_k"] = (inputs["w_k"].detach() * 0.1 + 2).requires_grad_()
+    inputs["queries"] = (inputs["queries"].detach() * 0.1 - 1).requires_grad_()
+    options = dict(dropout_p=0.1, dropout_seed=SEED)
+    exact = run(cast(inputs, torch.float64), 1, "reference", upstream, **options)
+    plain = run(inputs, 1, "reference", upstream, **options)
+    got = fused(inputs, 1, upstream, **options)
+    assert all(value.isfinite().all() for value in got.values())
+    assert not over_budget(got, exact, plain)
