@@ -85,7 +85,7 @@ def test_lanes_that_a_branch_divides_meet_again():
     np.testing.assert_array_equal(found[:, 2], 0xFFFFFFFF)
 
 
-def test_divided_lanes_meet_again_at_the_end_of_a_loop_that_lies_before_its_begin():
+def test_divided_lanes_meet_again_at_the_end_of_a_loop_that_lies_before_its_start():
     body = """
         mov.u32 %r1, 0;
         mov.u32 %r5, 0;

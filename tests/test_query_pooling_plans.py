@@ -102,6 +102,15 @@ def test_a_softmax_tile_holds_all_tokens_if_it_can(length):
     assert not tile.WHOLE or tile.BN // 2 < max(length, 9) <= max(tile.BN, 16)
 
 
+def test_torch_does_not_return_float32_if_sums_are_float16(monkeypatch):
+    class Settings:
+        allow_fp16_accumulation = True
+
+    monkeypatch.setattr(torch.backends.cuda, "matmul", Settings)
+    assert "softmax" not in plan(33, 768, torch.float16, 90, False).forward
+    assert "softmax" in plan(33, 768, torch.bfloat16, 90, False).forward
+
+
 def test_which_calls_with_many_rows_take_the_products():
     def kernels(rows=33, dtype=torch.bfloat16, norm=False, **options):
         return set(plan(rows, 768, dtype, 90, norm, **options).backward)

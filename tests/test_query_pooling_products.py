@@ -70,6 +70,14 @@ def test_samples_are_processed_in_chunks(monkeypatch, per_sample):
         assert torch.allclose(value, want[name], rtol=2e-3, atol=2e-3), name
 
 
+@pytest.mark.parametrize("per_sample", [False, True], ids=["shared", "per sample"])
+@pytest.mark.parametrize("batch, length", [(0, 3), (2, 0)])
+def test_without_samples_or_tokens(batch, length, per_sample):
+    inputs = make(batch, length, 24, 35, 1, per_sample)
+    got = run(inputs, 1, "fused", upstream_of(inputs))
+    assert not any(value.any() for value in got.values())
+
+
 def test_x_need_not_be_contiguous():
     inputs = make(3, 21, 24, 35, 1)
     upstream = upstream_of(inputs)

@@ -94,16 +94,7 @@ def backward(
             padded=any(given is not None for given in (mask, lengths, cu_seqlens)),
         )
         tiles = plan(rows, dim, x.dtype, arch_of(x), norm, **options)
-    # The kernels do not write the rows of packed tokens that belong to no sample.
-    new = x.new_empty if cu_seqlens is None else x.new_zeros
-    dx = new(x.shape if need_dx else (0,))
-    most = triton.cdiv(batch, 2) if "pairs" in tiles.backward else batch
-    partials = min(most, tiles.partials) if shared else batch
-    dq = q.new_empty(partials, rows, dim, dtype=torch.float32 if shared else q.dtype)
-    tokens = token_arguments(x, mask, lengths, cu_seqlens, max_seqlen)
-    tokens |= dict(mean_ptr=mean, rstd_ptr=rstd, NORM=norm, UPCAST=upcasts(x.dtype), R=rows)
     dropout_words = keep_words(x, dropout_seed, dropout_p, batch, rows, length)
-    query = dict(q_ptr=q, dz_ptr=dz, stride_qb=0 if shared else q.stride(0))
     saved = dict(
         z_ptr=z,
         sums_ptr=sums,
@@ -114,9 +105,17 @@ def backward(
         DROPOUT=dropout_words is not None,
     )
     if "softmax" in tiles.backward:
-        need = dx if need_dx else None
-        products.backward(tiles.backward["softmax"], x, query, saved, need, dq)
-    elif "pairs" in tiles.backward:
+        return products.backward(tiles.backward["softmax"], x, q, dz, saved, need_dx)
+    # The kernels do not write the rows of packed tokens that belong to no sample.
+    new = x.new_empty if cu_seqlens is None else x.new_zeros
+    dx = new(x.shape if need_dx else (0,))
+    most = triton.cdiv(batch, 2) if "pairs" in tiles.backward else batch
+    partials = min(most, tiles.partials) if shared else batch
+    dq = q.new_empty(partials, rows, dim, dtype=torch.float32 if shared else q.dtype)
+    tokens = token_arguments(x, mask, lengths, cu_seqlens, max_seqlen)
+    tokens |= dict(mean_ptr=mean, rstd_ptr=rstd, NORM=norm, UPCAST=upcasts(x.dtype), R=rows)
+    query = dict(q_ptr=q, dz_ptr=dz, stride_qb=0 if shared else q.stride(0))
+    if "pairs" in tiles.backward:
         hopper_pairs.launch(tiles.backward["pairs"], tokens, query, saved, dx, dq)
     elif "hopper" in tiles.backward:
         hopper_backward.launch(tiles.backward["hopper"], tokens, query, saved, dx, dq)

@@ -1,8 +1,8 @@
 """Backward of query pooling on sm_90 for short samples, of up to 32 tokens and 16 rows.
 
-As hopper_backward.py, except that a tile holds all tokens of two samples, which have the same
-queries. What a sample's tokens are multiplied with never belongs to the other sample, so that a NaN
-stays in its sample:
+Like hopper_backward.py, except that a tile holds all tokens of two samples, which have the same
+queries. The tokens of a sample are never multiplied with values of the other, so that a NaN stays
+in its sample:
 
     S^T = X Q'^T             one product, because the queries are shared
     dP^T = X dZ^T            a product for each sample's dZ; each token takes its own sample's
@@ -117,7 +117,7 @@ def _of_token(
     one,
     other,
 ):
-    """Return for each token what its sample has: ``one``, or ``other`` for the second sample."""
+    """Select for each token the value of its sample: ``one``, or ``other`` in the second sample."""
     return gl.where(second, other[None, :], one[None, :])
 
 
@@ -171,7 +171,7 @@ def _sums_of(
     ROW: gl.constexpr,
     DROPOUT: gl.constexpr,
 ):
-    """Return what is known of each row of a sample: m, log_total, and the other terms of dS / P."""
+    """Return the statistics of each row of a sample, and the other terms of dS / P."""
     sums_ptr, _, _, _, dlse_ptr = saved
     at = sample.to(gl.int64) * R + row
     inside = (row < R) & (sample < B)
@@ -228,7 +228,7 @@ def _consumer(
         parts.index(half).store(product(dz[half], ring, full, step, BR, SLOTS, CHUNKS, S))
         mbarrier.arrive(ready.index(half), count=1)
         mbarrier.wait(ready.index(1 - half), 0)
-        for i in gl.static_range(HALF):  # the other consumer's product is there, too
+        for i in gl.static_range(HALF):  # the other consumer has finished its product, too
             mbarrier.arrive(empty.index((step + 2 * i + half) % SLOTS), count=1)
         diagonal = token[:, None] == row[None, :]
         delta_0 = gl.sum(gl.where(diagonal, parts.index(0).load(S), 0.0), 0)

@@ -60,9 +60,9 @@ class SoftmaxTile:
     maxnreg: int = 255  # with its own limit, ptxas spills up to 16 bytes
 
 
-# Samples of at most so many tokens share a tile of the Gluon kernels, two by two.
+# Samples of up to this many tokens are processed in pairs, two in a tile.
 PAIR_TOKENS = 32
-LONG = 2**20  # tokens of a sample
+LONG = 2**20  # tokens: longer than any short sample
 _TRITON_3_6 = triton.__version__.startswith("3.6.")
 # Gluon is experimental: its kernels run where they were compiled and tested.
 _GLUON = triton.__version__.startswith(TRITONS)
@@ -80,8 +80,9 @@ class Plan:
     # Tile; HopperTile for ``pairs`` and ``hopper``, SoftmaxTile for ``softmax``
     forward: dict[str, Any]
     backward: dict[str, Any]
-    # Maximum number of partial sums for the gradient of shared queries. It does not depend on the
-    # number of multiprocessors, so that GPUs of one architecture compute the same sums.
+    # Maximum number of partial sums for the gradient of shared queries, except with ``softmax``. It
+    # does not depend on the number of multiprocessors, so that GPUs of one architecture compute the
+    # same sums.
     partials: int
 
 
@@ -112,14 +113,15 @@ def plan(
 
     ``onepass`` reads X once for each block of BR rows, and runs if all columns of Z^T fit into
     registers. So do ``short``, for samples whose tokens fit into one tile, and ``hopper``, forward
-    and backward. ``pairs`` is a ``hopper`` for short samples. ``softmax`` runs for many rows, where
-    these would read X too often. For the symbols see forward.py and backward.py.
+    and backward. ``pairs`` is ``hopper`` for short samples. ``softmax`` runs for many rows, where
+    these would read X too often; but it neither normalises tokens nor skips padding. For the
+    symbols see forward.py and backward.py.
     """
     # These architectures have 227 KB of shared memory. The tiles for others fit into 99 KB.
     big_shared = arch in (90, 100, 103)
     # Products of float32 use no matrix instructions, and need more registers.
     float32 = dtype == torch.float32
-    if rows > 32 and not (float32 or norm or padded):
+    if rows > 32 and not (norm or padded) and _has_products(dtype):
         tiles = {"softmax": _softmax(length)}
         return Plan(tiles, tiles, 1)
     forward = {"moments": Tile(16, 16, 128, 4, 1)} if norm else {}
@@ -141,6 +143,13 @@ def plan(
         backward = _tiles_of(("dlogits", "dx", "dq"), rows, big_shared, float32, norm, dropout)
     # ``dq`` has blocks of rows and columns too, which fill the GPU with fewer partial sums.
     return Plan(forward, backward, 128 if rows <= 32 else max(16, 4096 // rows))
+
+
+def _has_products(dtype: torch.dtype) -> bool:
+    """Return whether torch multiplies matrices of this type with a float32 result."""
+    if dtype == torch.float16:  # if sums are float16 too, torch refuses
+        return not torch.backends.cuda.matmul.allow_fp16_accumulation
+    return dtype == torch.bfloat16
 
 
 def _softmax(length: int) -> SoftmaxTile:
@@ -215,7 +224,7 @@ def _short(dim: int, arch: int, crowded: bool, length: int) -> Tile | None:
     sm_86, sm_89 and sm_90. On sm_120 they do in any case.
     """
     tokens = 32 if arch in (80, 87) or (arch in (86, 89, 90) and not crowded) else 16
-    # Z^T is in tensor memory on sm_100, for which this kernel was not counted.
+    # Z^T is in tensor memory on sm_100, for which this kernel's time was not estimated.
     if length > tokens or dim > 768 or arch in (100, 103):
         return None
     if length <= 16:
@@ -260,8 +269,8 @@ def _dlogits(rows: int, big_shared: bool, norm: bool, dropout: bool) -> Tile:
         # With more stages, Triton 3.8 leaves out a fence on sm_90 if R D is not a multiple of 16
         # and each sample has its own queries. It takes the fence of the first product, whose
         # operand comes from registers, to cover the copies of dZ and Z too, which complete later.
-        if rows <= 16:
-            return Tile(64, 16, 128, 4, 1)
+        if rows <= 16:  # with ptxas's own limit, sm_100 spills 8 bytes
+            return Tile(64, 16, 128, 4, 1, 255 if big_shared else None)
         if dropout and not big_shared:  # on sm_120, 32 rows or fewer registers spill 8 bytes
             return Tile(64, 16, 64, 4, 1, 255)
         return Tile(64, 32, 64, 4, 1)

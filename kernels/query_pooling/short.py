@@ -53,7 +53,7 @@ def launch(
 def _programs(sums: Tensor, batch: int, blocks: int) -> int:
     """Return the number of programs that pool short samples: two for each multiprocessor.
 
-    Where this does not divide the samples there are fewer, so that all have the same number.
+    Fewer, if no program then gets more samples.
     """
     samples = cdiv(batch * blocks, 2 * multiprocessors(sums))
     return blocks * cdiv(batch, max(1, samples))

@@ -1,7 +1,7 @@
 """The order in which the machine runs the lanes of a warp that a branch divided.
 
 Lanes at the earliest instruction run first, so that divided lanes meet again where their paths do.
-The order of the text is not enough: the compiler may place the end of a loop before its begin.
+The order of the text is not enough: the compiler may place the end of a loop before its start.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from .translate import Instruction
 
 
 def order_of(instructions: list[Instruction]) -> list[int]:
-    """Return the place of each instruction: after all that lead to it, except around loops."""
+    """Return each instruction's place: after its predecessors, except along back edges of loops."""
     blocks = basic_blocks(instructions)
     pcs = [pc for k in _reverse_postorder(blocks) for pc in range(*blocks[k][:2])]
     places = [0] * len(pcs)

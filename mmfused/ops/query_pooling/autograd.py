@@ -113,7 +113,7 @@ class HeadProduct(torch.autograd.Function):
 
     Returns (M, h, N). Unlike torch's products of batches, the result and the gradient of ``a`` have
     this order in memory, so they need no copy to merge the heads. The gradient of ``b`` has the
-    order of ``b``, and ``scale`` takes no launch.
+    memory layout of ``b``, and ``scale`` needs no launch of its own.
     """
 
     @staticmethod
@@ -160,6 +160,8 @@ def _product(a: Tensor, b: Tensor, scale: float, out: Tensor | None = None) -> T
     """Return scale * (a @ b) of batches of matrices, in one launch."""
     if scale == 1.0:
         return torch.bmm(a, b, out=out)
+    if torch.compiler.is_compiling():  # Inductor would write what beta=0 ignores
+        return torch.bmm(a, b) * scale
     nothing = a.new_empty(())  # beta=0 ignores it
     return torch.baddbmm(nothing, a, b, beta=0, alpha=scale, out=out)
 

@@ -104,7 +104,8 @@ def project_values(
     empty = None
     if b_v is not None and ksum is None:
         empty = empty_samples(x, options.key_padding_mask, options.lengths)
-    bias = b_v if ksum is None and empty is None else None  # if it is the same for all rows
+    # The product adds the bias, unless it differs between rows.
+    bias = b_v if ksum is None and empty is None else None
     if num_heads == 1:
         out = F.linear(z, w_v, None if bias is None else bias.to(x.dtype))
     else:
@@ -133,8 +134,9 @@ def project_values(
 def split_rows(rows: Tensor, options: PoolingOptions) -> Tensor:
     """View (B, R, ...) as (B, L, num_heads, ...).
 
-    The heads of a query are side by side, so that the rows of one head in the whole batch have one
-    stride. Not with dropout, whose mask belongs to (B, num_heads, L, N).
+    The rows of a query's heads are adjacent, so the rows of one head over the whole batch are
+    evenly spaced, and a product reads them without a copy. With dropout the order is
+    (num_heads, L), that of its mask.
     """
     if options.dropout_p:
         return rows.unflatten(1, (options.num_heads, -1)).transpose(1, 2)
@@ -150,8 +152,8 @@ def _head_product(
 ) -> Tensor:
     """Multiply each head's part of a (M, h, K) by b (h, K, N), and by ``scale``; add the bias.
 
-    ``fused``: with an autograd function that saves launches, but that not all of torch can trace
-    (exporters, forward-mode derivatives).
+    ``fused``: use HeadProduct, which takes fewer launches, but which exporters and forward-mode
+    derivatives cannot trace.
     """
     if fused and not active_exporter():
         return HeadProduct.apply(a, b, bias, scale)
@@ -197,7 +199,7 @@ def _folded_norm(
     if options.norm_bias is not None:
         shift = w_v.to(wide) @ options.norm_bias.to(wide)
         b_v = shift if b_v is None else shift + b_v.to(wide)
-    norm_weight = options.norm_weight.to(wide)  # w_k and w_v are promoted
+    norm_weight = options.norm_weight.to(wide)  # this promotes w_k and w_v
     return centred(w_k * norm_weight), centred(w_v * norm_weight), b_v
 
 
