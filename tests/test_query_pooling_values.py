@@ -158,7 +158,9 @@ def test_large_logits_stay_within_the_budget(backend, form, shape, norm, logit, 
             for key, value in plain.items()
             if relative_error(value, exact[key]) < 10 * torch.finfo(dtype).eps
         ]
-        assert "db_v" in accurate and ("out" in accurate or shape != "one pass")
+        # bfloat16 rounds a normalised token so that a logit of 10^4 moves by tens.
+        inaccurate = shape != "one pass" or (norm and dtype == torch.bfloat16)
+        assert "db_v" in accurate and ("out" in accurate or inaccurate)
         got, exact, plain = (
             {key: results[key] for key in accurate} for results in (got, exact, plain)
         )
