@@ -68,6 +68,19 @@ def pooling_passes(reads: str) -> MakeContext:
     return changed_plan("query_pooling", change)
 
 
+def pooling_kernels() -> MakeContext:
+    """Make contexts in which many rows of queries run as they do with padding."""
+    from mmfused.kernels.query_pooling.plans import plan as original
+
+    return changed_plan("query_pooling", lambda plan, *args: original(*args[:-1], padded=True))
+
+
+def pooling_chunk(size: int) -> MakeContext:
+    """Make contexts in which chunks of S have ``size`` MiB."""
+    products = importlib.import_module("mmfused.kernels.query_pooling.products")
+    return lambda: mock.patch.object(products, "CHUNK_BYTES", size * 2**20)
+
+
 def loss_plan(**changes: Any) -> MakeContext:
     return changed_plan("masked_info_nce", lambda plan, *_: replace(plan, **changes))
 
@@ -88,9 +101,13 @@ def pooling_choices() -> list[Choice]:
         for count, word in (("once", "one"), ("twice", "two"))
     }
     names = ("fluid", "siglip-head", "bottleneck", "fluid-n512")
+    many = {"kernels": ("fused", pooling_kernels())}
+    many |= {f"{size} MiB of S": ("fused", pooling_chunk(size)) for size in (16, 64, 256)}
+    rows = cases_named("query_pooling", "fluid-h8-b128", "fluid-h8-b1024")
     return [
         Choice("query_pooling", "form", pooled, forms),
         Choice("query_pooling", "passes", cases_named("query_pooling", *names), passes),
+        Choice("query_pooling", "many rows", rows, many),
     ]
 
 

@@ -49,12 +49,11 @@ class HopperTile:
 class SoftmaxTile:
     """A tile of BN tokens and BR rows of the kernels in products.py.
 
-    WHOLE: whether it holds all tokens of a sample, so that they are read once.
+    If it holds all tokens of a sample, they are read once.
     """
 
     BN: int
     BR: int
-    WHOLE: bool
     num_warps: int
     num_stages: int = 1
     maxnreg: int = 255  # with its own limit, ptxas spills up to 16 bytes
@@ -155,8 +154,8 @@ def _has_products(dtype: torch.dtype) -> bool:
 def _softmax(length: int) -> SoftmaxTile:
     if length <= 256:  # more would not fit into registers
         tokens = max(16, triton.next_power_of_2(length))
-        return SoftmaxTile(tokens, 16, True, max(1, tokens // 64))
-    return SoftmaxTile(64, 32, False, 4)
+        return SoftmaxTile(tokens, 16, max(1, tokens // 64))
+    return SoftmaxTile(64, 32, 4)
 
 
 def _hopper_forward(rows: int, dim: int) -> HopperTile:

@@ -43,6 +43,7 @@ def forward(
             sums_ptr=sums,
             **{name: value for name, value in out.items() if name != "z_ptr"},
             **_sizes(s, p, chunk),
+            WHOLE=s.shape[1] <= tile.BN,
             **asdict(tile),
             **OPTIONS,
         )
@@ -73,6 +74,7 @@ def backward(
             ds_ptr=ds,
             **{name: value for name, value in saved.items() if name not in ("z_ptr", "ksum_ptr")},
             **_sizes(s, p, chunk),
+            WHOLE=s.shape[1] <= tile.BN,
             **asdict(tile),
             **OPTIONS,
         )
