@@ -79,8 +79,8 @@ lint-github: $(READY)
 fuzz: $(READY) ## compare random calls of every public function with the float64 reference, for MINUTES (default 10)
 	OMP_NUM_THREADS=1 $(PY) tests/fuzzing.py --minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED)) $(if $(JOBS),--workers $(JOBS))
 
-compile-matrix: $(READY) ## compile every kernel for every supported GPU architecture and Triton version; resumes
-	$(PY) tools/compile_matrix.py
+compile-matrix: $(READY) ## compile every kernel (of OP) for every supported GPU architecture and Triton version; resumes
+	$(PY) tools/compile_matrix.py $(if $(OP),--op $(OP))
 
 newest: $(READY) ## compile a few kernels with the newest Triton of the package index
 	$(PY) tools/compile_matrix.py --newest
