@@ -181,11 +181,11 @@ from mmfused import cli
 from mmfused.kernels.query_pooling.plans import Plan, Tile
 
 steps = {kernel: Tile(32, 16, 64, 4, 1) for kernel in ("dlogits", "dx", "dq")}
-bad = Plan({"onepass": Tile(64, 32, 256, 8, 4)}, steps)
+bad = Plan({"onepass": Tile(64, 32, 256, 8, 4)}, steps, 128)
 for name in ("", ".forward", ".backward"):
     module = importlib.import_module("mmfused.kernels.query_pooling" + name)
     if hasattr(module, "plan"):
-        module.plan = lambda *args: bad
+        module.plan = lambda *args, **options: bad
 sys.exit(cli.main(["inspect", "--arch", "sm_90", "--case", "bottleneck", "--jobs", "1"]))
 """
     done = run_python("-W", "ignore", "-c", code)
