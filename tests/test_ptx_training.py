@@ -10,6 +10,7 @@ learning rate is low enough that no decision flips in these runs, so that the bu
 """
 
 import copy
+import re
 from itertools import islice
 
 import pytest
@@ -129,7 +130,7 @@ def fused_curve(training, monkeypatch):
 def passes_of(kernels):
     """Return the (op, "forward" or "backward") that have kernels, by the modules' names."""
     names = (module.removeprefix("mmfused.kernels.") for module, _ in kernels)
-    modules = {name.replace("attend_", "").replace("hopper_", "") for name in names}
+    modules = {re.sub("attend_|hopper_|short_", "", name) for name in names}
     return {
         tuple(module.split(".")) for module in modules if module.endswith(("forward", "backward"))
     }

@@ -155,12 +155,12 @@ def test_a_sample_does_not_depend_on_the_others(shape, p):
 
 @pytest.mark.parametrize("shape", ["short", "short row blocks"])
 def test_a_program_pools_several_short_samples(monkeypatch, shape):
-    from mmfused.kernels.query_pooling import short
+    from mmfused.kernels.query_pooling import short_forward
 
     use_half_precision_plan(monkeypatch, 80)
     inputs, heads = make(shape, dtype=torch.float16)
     want = run(inputs, heads, "fused")
-    monkeypatch.setattr(short, "multiprocessors", lambda x: 1)
+    monkeypatch.setattr(short_forward, "multiprocessors", lambda x: 1)
     with launches_made() as launches:
         got = run(inputs, heads, "fused")
     assert "short_forward_kernel" in {launch.name for launch in launches}

@@ -47,7 +47,7 @@ from ..tiles import (
     tokens_kept,
     upcasts,
 )
-from . import hopper_forward, products, short
+from . import hopper_forward, products, short_forward
 from .dropout import keep_words, rows_keep
 from .hopper_tokens import can_describe
 from .plans import LONG, Plan, plan
@@ -116,7 +116,7 @@ def forward(
     if "softmax" in tiles.forward:
         products.forward(tiles.forward["softmax"], x, q, out, sums)
     elif "short" in tiles.forward:
-        short.launch(tiles.forward["short"], tokens, query, out, sums)
+        short_forward.launch(tiles.forward["short"], tokens, query, out, sums)
     elif "hopper" in tiles.forward:
         hopper_forward.launch(tiles.forward["hopper"], tokens, query, out, sums)
     elif "onepass" in tiles.forward:
