@@ -125,6 +125,18 @@ def pretrained_qwen2_vl(source: str) -> tuple[dict[str, Any], nn.Module]:
     return fields, host.model if has_head else host
 
 
+def keep_known_ids(text_config: Any) -> None:
+    """Set ids of special tokens that are not in the vocabulary to None, in place.
+
+    Such ids are transformers' defaults. transformers warns of them.
+    """
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        ids = getattr(text_config, name)
+        ids = ids if isinstance(ids, list) else [ids or 0]
+        if not all(0 <= i < text_config.vocab_size for i in ids):
+            setattr(text_config, name, None)
+
+
 def freeze_parts(host: Any, frozen: Sequence[Part]) -> Any:
     """Freeze parts of a host in place, and return the host."""
     for name in frozen:
