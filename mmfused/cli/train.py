@@ -305,7 +305,7 @@ def config_options(args: argparse.Namespace) -> dict[str, Any]:
     for name in ("command", "run"):
         options.pop(name, None)
     options["modalities"] = MODALITIES[args.modalities]
-    fields = dict(map(_parse_option, options.pop("option", [])))
+    fields = dict(map(parse_option, options.pop("option", [])))
     if "without" in options:
         fields["without"] = options.pop("without").split(",")
     if fields:
@@ -313,7 +313,7 @@ def config_options(args: argparse.Namespace) -> dict[str, Any]:
     return {**RECIPES.get((args.model, args.preset), {}), **options}
 
 
-def _parse_option(given: str) -> tuple[str, object]:
+def parse_option(given: str) -> tuple[str, object]:
     """Return the name and the value of NAME=VALUE; a value that is not JSON is a string."""
     name, equals, value = given.partition("=")
     if not name or not equals:
