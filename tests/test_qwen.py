@@ -14,6 +14,11 @@ x64 = torch.float64
 TOKENS = {"vision_start": 90, "vision_end": 91, "image": 92, "end": 93, "pad": 0, "drop": [2, 3]}
 # The prompts have unequal lengths.
 TOKENS["prompts"] = {kind: list(range(80, 83 + i)) for i, kind in enumerate(qwen.KINDS)}
+CHAT = {
+    "start": [70, 71, 72],
+    "prompts": {kind: list(range(73, 75 + i)) for i, kind in enumerate(qwen.KINDS)},
+}
+TOKENS["chat"] = CHAT
 VIDEO_PAD = 94
 TEXT = {
     "vocab_size": 100,
@@ -85,7 +90,7 @@ def run_host(model, batch, view="both", **given):
     return sequence, qwen.hidden_states(model, sequence, pictures)
 
 
-def expected_sequence(batch, i, view, count, prompt=True) -> list[int]:
+def expected_sequence(batch, i, view, count, prompt="plain") -> list[int]:
     """Return the sequence of item i without padding, token by token."""
     image = bool(batch["image_present"][i]) and view != "text"
     words = (
@@ -97,6 +102,8 @@ def expected_sequence(batch, i, view, count, prompt=True) -> list[int]:
     ]
     kind = kind.replace("image", "video") if batch["pixel_values"].ndim == 5 else kind
     sequence = ([90] + [92] * count + [91] if image else []) + words
+    if prompt == "chat":
+        return CHAT["start"] + sequence + CHAT["prompts"][kind] + [93]
     return sequence + TOKENS["prompts"][kind] + [93] if prompt else sequence or [93]
 
 
@@ -138,7 +145,7 @@ def test_patches_of_videos_equal_the_video_processors():
 
 
 @pytest.mark.parametrize("view", ["image", "text", "both"])
-@pytest.mark.parametrize("prompt", [True, False])
+@pytest.mark.parametrize("prompt", ["plain", "chat", None])
 def test_assemble_gives_the_expected_sequences(view, prompt):
     batch, grid = items(), (1, 2, 3)
     words = (batch["input_ids"], batch["attention_mask"], batch["image_present"])

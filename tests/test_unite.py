@@ -17,6 +17,10 @@ from mmfused.training.gradients import add_cached_gradients, add_gradients, to_d
 
 TOKENS = {"vision_start": 90, "vision_end": 91, "image": 92, "end": 93, "pad": 0, "drop": [2, 3]}
 TOKENS["prompts"] = {kind: list(range(80, 83 + i)) for i, kind in enumerate(qwen.KINDS)}
+TOKENS["chat"] = {
+    "start": [70, 71, 72],
+    "prompts": {kind: list(range(73, 75 + i)) for i, kind in enumerate(qwen.KINDS)},
+}
 HOST = {
     "text_config": {
         "vocab_size": 100,
@@ -108,6 +112,9 @@ VARIANTS = [
     {"without": ("negatives",)},
     {"without": ("mamcl", "negatives", "fusion")},
     {"stage": 1, "without": ("dual", "fusion")},
+    {"prompt": "chat", "positions": "1d", "same_id": "sum", "same_id_with_negatives": "ignore"},
+    {"stage": 1, "same_id": "ignore", "positions": "1d"},
+    {"prompt": "chat", "same_id_with_negatives": "sum", "without": ("fusion",)},
 ]
 
 
@@ -120,8 +127,9 @@ def test_model_agrees_with_the_equations(options, backend):
     check_equations(model, parts, backend)
 
 
-def test_videos_agree_with_the_equations():
-    check_equations(random_model(), batch(frames=(4,)), "composed")
+@pytest.mark.parametrize("options", [{}, {"prompt": "chat", "positions": "1d"}])
+def test_videos_agree_with_the_equations(options):
+    check_equations(random_model(**options), batch(frames=(4,)), "composed")
 
 
 def test_a_batch_without_hard_negatives_agrees_with_the_equations():
@@ -134,7 +142,7 @@ def check_equations(model, parts, backend):
     rows = {}
     for role, part in parts.items():
         views = c.query_views if role == "query" else c.candidate_views
-        drawn = [views[k] for k in torch.randint(len(views), (len(part["labels"]),)).tolist()]
+        drawn = equations.drawn_views(part, views, c)
         rows[role] = equations.embeddings(model.host, part, drawn, c)
     labels = [part["labels"] for part in parts.values()]
     negative = rows["negative"][0] if "negative" in rows else None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +42,9 @@ class Collate:
         seed: seed of the augmentation.
         mean: mean of each colour channel.
         std: standard deviation of each colour channel, above 0.
+        format_text: turns a text into what the tokenizer gets; None leaves it as it is.
+        truncation_side: the side on which longer texts are truncated, "left" or "right"; None takes
+            the tokenizer's.
 
     Raises:
         ValueError: an argument is out of range, or the tokenizer has no padding token or no tokens
@@ -70,6 +73,8 @@ class Collate:
         seed: int = 0,
         mean: Sequence[float] = MEAN,
         std: Sequence[float] = STD,
+        format_text: Callable[[str], str] | None = None,
+        truncation_side: Literal["left", "right"] | None = None,
     ) -> None:
         self.image_size: int = check_int("image_size", image_size, 1)
         self.max_length: int = check_int("max_length", max_length, 2)
@@ -85,6 +90,8 @@ class Collate:
                 "text, expected a tokenizer with both"
             )
         self.tokenizer: Any = tokenizer
+        self.format_text = format_text
+        self.truncation_side = truncation_side
         self.augment = augment
         self.mean: Tensor = torch.tensor(mean, dtype=torch.float32)
         self.std: Tensor = torch.tensor(std, dtype=torch.float32)
@@ -110,13 +117,20 @@ class Collate:
 
     def tokenize(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Return ``input_ids`` and ``attention_mask``, (B, T) int64, padded to the longest text."""
-        out = self.tokenizer(
-            texts,
-            padding=True,
-            truncation=True,
-            max_length=self.max_length,
-            return_tensors="pt",
-        )
+        if self.format_text is not None:
+            texts = [self.format_text(text) for text in texts]
+        tokenizer, side = self.tokenizer, self.tokenizer.truncation_side
+        tokenizer.truncation_side = self.truncation_side or side
+        try:
+            out = tokenizer(
+                texts,
+                padding=True,
+                truncation=True,
+                max_length=self.max_length,
+                return_tensors="pt",
+            )
+        finally:
+            tokenizer.truncation_side = side
         return out["input_ids"], out["attention_mask"]
 
     def pixel_values(

@@ -30,6 +30,7 @@ from .retrieval import RetrievalModel, RetrievalOutput
 from .unica import UniCA, UniCAConfig
 from .uniecs import UniECS, UniECSConfig
 from .unite import UNITE, UNITEConfig
+from .unite_inputs import UNITEProcessor
 
 
 class Kind(NamedTuple):
@@ -71,6 +72,7 @@ __all__ = [
     "RetrievalOutput",
     "UNITE",
     "UNITEConfig",
+    "UNITEProcessor",
     "UniCA",
     "UniCAConfig",
     "UniECS",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from typing_extensions import Self
 
@@ -129,6 +129,15 @@ class ModelConfig:
     def of_tokenizer(tokenizer: Any) -> dict[str, Any]:
         """Return the arguments of `preset` that depend on the tokenizer."""
         return {"vocab_size": len(tokenizer)}
+
+    @property
+    def truncation_side(self) -> Literal["left", "right"] | None:
+        """Side on which texts that are too long are truncated; None: that of the tokenizer."""
+        return None
+
+    def format_text(self, text: str) -> str:
+        """Return a text as the tokenizer should get it."""
+        return text
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a dict that JSON can store."""

@@ -52,6 +52,8 @@ BOUNDS: dict[str, tuple[int, int]] = {
     "image": TOKEN,
     "pad": TOKEN,
     "prompts": TOKEN,
+    "start": TOKEN,
+    "video": TOKEN,
     "vision_end": TOKEN,
     "vision_start": TOKEN,
     "conv_kernel_size": FROM_ZERO,

@@ -413,7 +413,7 @@ class MOON2(RetrievalModel):
         )
         ids = x.input_ids.repeat(count, 1)
         tokens = self.config.tokens or {}
-        return qwen.assemble(tokens, x.grid, ids, mask, present, view, prompt=False)
+        return qwen.assemble(tokens, x.grid, ids, mask, present, view, prompt=None)
 
     def _states(
         self,

@@ -227,6 +227,12 @@ MOON2: Presets = {
 _UNITE = {"host": QWEN2_VL_2B, "image_size": 448, "freeze": ("vision",)}
 UNITE: Presets = {
     "paper": _UNITE,
-    "code": {**_UNITE, "same_id": "sum"},
+    "code": {
+        **_UNITE,
+        "same_id": "sum",
+        "same_id_with_negatives": "ignore",
+        "prompt": "chat",
+        "positions": "1d",
+    },
     "tiny": {"host": TINY_QWEN2_VL, "image_size": 64},
 }

@@ -1,14 +1,15 @@
 """Pictures and sequences for a Qwen2-VL of transformers, the host of UNITE and MOON2.0.
 
 The sequence of an item in a view is <|vision_start|>, the picture's tokens, <|vision_end|>, the
-text, a prompt, an end token. Padding is on the left, so that the last slot holds the last token of
-every item. Each item has slots for all of these parts, and slots of absent parts become padding.
-The shapes of the sequences therefore depend only on the shapes of the batch.
+text, a prompt, an end token. In the chat template, the template's start comes first. Padding is on
+the left, so that the last slot holds the last token of every item. Each item has slots for all of
+these parts, and slots of absent parts become padding. The shapes of the sequences therefore depend
+only on the shapes of the batch.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,6 +51,8 @@ __all__ = [
 ]
 
 Grid = tuple[int, int, int]  # tokens of a picture: time, rows, columns
+Prompt = Literal["plain", "chat"]
+Positions = Literal["mrope", "1d"]
 
 
 class Sequence(NamedTuple):
@@ -125,9 +128,8 @@ def picture_tokens(
     tower runs on zeros in place of absent pictures.
     """
     c = host.config.vision_config
-    if pixel_values.ndim == 5 and host.config.model_type != "qwen2_vl":
-        got = f"videos with model_type {host.config.model_type!r}"
-        raise ValueError(f"pixel_values: got {got}, expected model_type 'qwen2_vl'")
+    if pixel_values.ndim == 5:
+        check_takes_videos(host)
     if pixel_values.ndim not in (4, 5) or pixel_values.shape[-3] != c.in_channels:
         got, expected = tuple(pixel_values.shape), "(batch, 3, H, W) or (batch, frames, 3, H, W)"
         raise ValueError(f"pixel_values: got shape {got}, expected {expected}")
@@ -141,6 +143,13 @@ def picture_tokens(
     times = 1 if pixel_values.ndim == 4 else pixel_values.shape[1] // c.temporal_patch_size
     height, width = pixel_values.shape[-2:]
     return features.view(len(grid), -1, features.shape[-1]), (times, height // side, width // side)
+
+
+def check_takes_videos(host: Any) -> None:
+    """Require a Qwen2-VL; Qwen2.5-VL's positions of videos depend on their frame rate."""
+    if host.config.model_type != "qwen2_vl":
+        got = f"videos with model_type {host.config.model_type!r}"
+        raise ValueError(f"pixel_values: got {got}, expected model_type 'qwen2_vl'")
 
 
 def read_pictures(
@@ -184,7 +193,8 @@ def assemble(
     view: View | Tensor = "both",
     *,
     video: bool = False,
-    prompt: bool = True,
+    prompt: Prompt | None = "plain",
+    positions: Positions = "mrope",
 ) -> Sequence:
     """Assemble the sequences of a batch.
 
@@ -200,35 +210,44 @@ def assemble(
         image_present: (B,) bool, False = the item has no picture; None = all have one.
         view: one of VIEWS, or each item's index in VIEWS, (B,) int64.
         video: whether the pictures are videos, which changes the prompt.
-        prompt: whether sequences have a prompt and an end token. If False, only a sequence
-            with neither picture nor text has the end token.
+        prompt: "plain" or "chat", see `token_ids`. If None, sequences have no prompt, and only a
+            sequence with neither picture nor text has the end token.
+        positions: "mrope" (time, row and column of a picture's tokens) or "1d" (the index of each
+            token in its sequence).
     """
     has_image, real_text = visible(tokens, input_ids, attention_mask, image_present, view)
     has_text, device = real_text.any(1), input_ids.device
     count, batch = grid[0] * grid[1] * grid[2], len(input_ids)
     kind = torch.where(has_image, (3 if video else 1) + has_text.long(), 0)  # index in KINDS
-    prompt_ids, prompt_real = prompt_table(tokens, prompt, device)
+    start, prompts = start_and_prompts(tokens, prompt)
+    prompt_ids, prompt_real = prompt_table(prompts, device)
     markers = [tokens["vision_start"], *[tokens["image"]] * count, tokens["vision_end"]]
-    picture_ids = torch.tensor(markers, device=device)
+    first_ids = torch.tensor([*start, *markers], device=device)
     end = torch.full((batch, 1), tokens["end"], device=device)
     always = end.new_ones(batch, 1, dtype=torch.bool)
-    needs_end = always if prompt else ~(has_image | has_text)[:, None]
+    needs_end = ~(has_image | has_text)[:, None] if prompt is None else always
+    start_real = always.expand(-1, len(start))
     picture_real = has_image[:, None].expand(-1, count + 2)
-    ids = torch.cat([picture_ids.expand(batch, -1), input_ids, prompt_ids[kind], end], 1)
-    real = torch.cat([picture_real, real_text, prompt_real[kind], needs_end], 1)
+    ids = torch.cat([first_ids.expand(batch, -1), input_ids, prompt_ids[kind], end], 1)
+    real = torch.cat([start_real, picture_real, real_text, prompt_real[kind], needs_end], 1)
 
-    picture = grid_positions(grid, device)  # (3, count + 2)
-    first_word = (picture[:, -1:, None] + 1) * has_image[:, None]  # (3, B, 1)
-    words = real[:, count + 2 :].long().cumsum(1) - 1 + first_word
-    positions = torch.cat([picture[:, None].expand(-1, batch, -1), words], 2) * real
-    slot = torch.arange(-1, ids.shape[1] - 1, device=device)
-    slot = torch.where(real & (slot < count), slot, -1)  # column k + 1 holds picture token k
+    if positions == "1d":
+        indices = (real.long().cumsum(1) - 1) * real
+        places = indices.expand(3, -1, -1)
+    else:
+        first = grid_positions(grid, len(start), device)  # (3, len(start) + count + 2)
+        first_word = torch.where(has_image, first[:, -1:] + 1, len(start))[..., None]  # (3, B, 1)
+        words = real[:, len(first_ids) :].long().cumsum(1) - 1 + first_word
+        places = torch.cat([first[:, None].expand(-1, batch, -1), words], 2) * real
+    slot = torch.arange(ids.shape[1], device=device) - len(start) - 1
+    # Column len(start) + 1 + k holds picture token k.
+    slot = torch.where(real & (slot >= 0) & (slot < count), slot, -1)
 
     order = real.long().argsort(dim=1, stable=True)  # padding first, then real tokens in order
     real, slot = real.gather(1, order), slot.gather(1, order)
     ids = ids.gather(1, order).masked_fill(~real, tokens["pad"])
-    positions = positions.gather(2, order.expand(3, -1, -1))
-    return Sequence(ids, real.long(), positions, slot, has_image, has_text)
+    places = places.gather(2, order.expand(3, -1, -1))
+    return Sequence(ids, real.long(), places, slot, has_image, has_text)
 
 
 def check_ids(input_ids: Tensor | None) -> Tensor:
@@ -265,13 +284,19 @@ def visible(
     return image & (view != VIEWS.index("text")), real & (view != VIEWS.index("image"))[:, None]
 
 
-def prompt_table(
+def start_and_prompts(
     tokens: dict[str, Any],
-    prompt: bool,
-    device: torch.device,
-) -> tuple[Tensor, Tensor]:
-    """Return the ids (kinds, P) of the prompts, and a mask of real ids; P = 0 without prompts."""
-    prompts = [tokens["prompts"][kind] if prompt else [] for kind in KINDS]
+    prompt: Prompt | None,
+) -> tuple[list[int], list[list[int]]]:
+    """Return the ids that sequences start with, and the ids of the prompt of each of KINDS."""
+    if prompt is None:
+        return [], [[] for _ in KINDS]
+    chosen = tokens["chat"] if prompt == "chat" else tokens
+    return chosen.get("start", []), [chosen["prompts"][kind] for kind in KINDS]
+
+
+def prompt_table(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the ids (kinds, P) of the prompts, padded with 0, and a mask of real ids."""
     longest = max(map(len, prompts))
     ids = [[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts]
     real = [[slot < len(prompt) for slot in range(longest)] for prompt in prompts]
@@ -279,17 +304,23 @@ def prompt_table(
     return ids_table, torch.tensor(real, dtype=torch.bool, device=device)
 
 
-def grid_positions(grid: Grid, device: torch.device) -> Tensor:
-    """Return M-RoPE positions (3, n + 2) of <|vision_start|>, n picture tokens and <|vision_end|>.
+def grid_positions(
+    grid: Grid,
+    start: int,
+    device: torch.device,
+) -> Tensor:
+    """Return M-RoPE positions (3, start + n + 2) of what precedes the text.
 
+    These are ``start`` tokens, <|vision_start|>, n picture tokens and <|vision_end|>.
     <|vision_end|> follows the largest position on the three axes, as in the Qwen2-VL paper.
     transformers 5 ignores the time axis here; its result differs only for a video whose grid is
     longer in time than in both rows and columns.
     """
     axes = torch.meshgrid(*(torch.arange(size, device=device) for size in grid), indexing="ij")
-    inner = 1 + torch.stack(axes).flatten(1)
-    ends = torch.tensor([0, 1 + max(grid)], device=device).expand(3, 2)
-    return torch.cat([ends[:, :1], inner, ends[:, 1:]], 1)
+    inner = start + 1 + torch.stack(axes).flatten(1)
+    before = torch.arange(start + 1, device=device).expand(3, -1)
+    after = torch.tensor([start + 1 + max(grid)], device=device).expand(3, 1)
+    return torch.cat([before, inner, after], 1)
 
 
 def hidden_states(
@@ -303,11 +334,7 @@ def hidden_states(
     The tokens of ``pictures`` (B, n, D) fill the picture slots. ``options`` are passed to the
     layers.
     """
-    embedding = host.language_model.embed_tokens
-    check_range("input_ids", sequence.input_ids, embedding.num_embeddings)
-    ids, poison = clamp_indices(sequence.input_ids, embedding.num_embeddings)
-    words = embedding(ids)
-    words = words + poison[..., None].to(words.dtype)
+    words = embed_ids(host, sequence.input_ids)
     slot = sequence.picture_slot[..., None]
     placed = pictures.to(words.dtype).gather(1, slot.clamp(min=0).expand(-1, -1, words.shape[-1]))
     return host.language_model(
@@ -317,3 +344,15 @@ def hidden_states(
         use_cache=False,
         **options,
     ).last_hidden_state
+
+
+def embed_ids(host: Any, input_ids: Tensor) -> Tensor:
+    """Return the language model's embeddings (B, L, D) of ids (B, L).
+
+    On CUDA, the embedding of an id out of range is NaN.
+    """
+    embedding = host.language_model.embed_tokens
+    check_range("input_ids", input_ids, embedding.num_embeddings)
+    ids, poison = clamp_indices(input_ids, embedding.num_embeddings)
+    words = embedding(ids)
+    return words + poison[..., None].to(words.dtype)

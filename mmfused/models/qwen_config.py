@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from typing_extensions import Self
@@ -17,11 +18,18 @@ from mmfused.models.qwen_tokens import (
     token_ids,
 )
 
-# The kinds of the fields of a config's `tokens`.
-TOKENS: dict[str, object] = {
+# The kinds of the fields of a config's `tokens`. "video" depends on the tokenizer, and configs of
+# earlier versions have no "chat".
+_PROMPTS: dict[str, object] = dict.fromkeys(KINDS, list[int])
+REQUIRED_TOKENS: dict[str, object] = {
     **dict.fromkeys((*SPECIAL_TOKENS, "pad"), int),
     "drop": list[int],
-    "prompts": dict.fromkeys(KINDS, list[int]),
+    "prompts": _PROMPTS,
+}
+TOKENS: dict[str, object] = {
+    **REQUIRED_TOKENS,
+    "video": int,
+    "chat": {"start": list[int], "prompts": _PROMPTS},
 }
 MAX_PICTURE_TOKENS = 1 << 16
 
@@ -39,6 +47,7 @@ class HostedConfig(ModelConfig):
             "pad": 0,
             "drop": [],
             "prompts": dict.fromkeys(KINDS, []),
+            "chat": {"start": [], "prompts": dict.fromkeys(KINDS, [])},
         }
     }
 
@@ -109,16 +118,12 @@ class HostedConfig(ModelConfig):
             raise ValueError(f"tokens: got None, expected {expected}")
         check_fields("tokens", self.tokens, TOKENS)
         prompts = self.tokens.get("prompts") or {}
-        for name, values, fields in (
-            ("tokens", self.tokens, TOKENS),
-            ("tokens.prompts", prompts, KINDS),
-        ):
-            lacking = [field for field in fields if values.get(field) is None]
-            if lacking:
-                expected = ", ".join(fields)
-                raise ValueError(
-                    f"{name}: got a dict without {', '.join(lacking)}, expected {expected}"
-                )
+        _check_present("tokens", self.tokens, REQUIRED_TOKENS)
+        _check_present("tokens.prompts", prompts, KINDS)
+        chat = self.tokens.get("chat")
+        if chat is not None:
+            _check_present("tokens.chat", chat, ("start", "prompts"))
+            _check_present("tokens.chat.prompts", chat["prompts"], KINDS)
         side = token_side(self.host["vision_config"])
         got = f"image_size: got {self.image_size}"
         if self.image_size % side:
@@ -127,3 +132,12 @@ class HostedConfig(ModelConfig):
         if (self.image_size // side) ** 2 > MAX_PICTURE_TOKENS:
             expected = f"at most {MAX_PICTURE_TOKENS} tokens of {side} x {side} pixels"
             raise ValueError(f"{got}, expected {expected}")
+
+
+def _check_present(name: str, values: dict[str, Any], fields: Iterable[str]) -> None:
+    """Require that a dict has a value for each of the fields."""
+    lacking = [field for field in fields if values.get(field) is None]
+    if lacking:
+        raise ValueError(
+            f"{name}: got a dict without {', '.join(lacking)}, expected {', '.join(fields)}"
+        )

@@ -14,6 +14,20 @@ SPECIAL_TOKENS = {
 PROMPT = "Summary above {} in one word:"
 # The possible contents of a sequence, in the words of PROMPT.
 KINDS = ("text", "image", "image and text", "video", "video and text")
+# The prompt of UNITE's public code is the chat template of Qwen2-VL, with other names of the same
+# contents. The line break before PROMPT belongs to the text, if there is one (`end_line`), because
+# a tokenizer may merge it with the text's last character.
+CHAT_START = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+CHAT_END = "<|im_end|>\n<|im_start|>assistant\n"
+CHAT_KINDS = {
+    "text": "sentence",
+    "image": "image",
+    "image and text": "sentence and image",
+    "video": "video",
+    "video and text": "sentence and video",
+}
+# The token of a video in transformers' processor.
+VIDEO_PAD = "<|video_pad|>"
 
 
 def enclose_texts(tokenizer: Any) -> Any:
@@ -50,11 +64,16 @@ def token_ids(tokenizer: Any) -> dict[str, Any]:
     Returns:
         A dict. "vision_start", "vision_end", "image", "end" and "pad" are ids. "drop" lists the ids
         of the tokenizer's cls_token and sep_token, which sequences leave out. "prompts" maps each
-        of KINDS to the ids of a prompt.
+        of KINDS to the ids of a prompt. "chat" has the ids of the chat template: "start", which
+        sequences begin with, and "prompts". "video" is the id of <|video_pad|>, if there is one.
 
     Raises:
         ValueError: the vocabulary lacks one of the `SPECIAL_TOKENS`.
     """
+
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
     vocabulary = tokenizer.get_vocab()
     for token in SPECIAL_TOKENS.values():
         if token not in vocabulary:
@@ -63,11 +82,26 @@ def token_ids(tokenizer: Any) -> dict[str, Any]:
                 "expected the result of add_vision_tokens"
             )
     ids: dict[str, Any] = {name: vocabulary[token] for name, token in SPECIAL_TOKENS.items()}
+    if VIDEO_PAD in vocabulary:
+        ids["video"] = vocabulary[VIDEO_PAD]
     ids["pad"] = ids["end"] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     enclosing = (tokenizer.cls_token_id, tokenizer.sep_token_id)
     ids["drop"] = [token for token in enclosing if token is not None]
-    ids["prompts"] = {
-        kind: tokenizer(PROMPT.format(kind), add_special_tokens=False)["input_ids"]
-        for kind in KINDS
+    ids["prompts"] = {kind: encode(PROMPT.format(kind)) for kind in KINDS}
+    ids["chat"] = {
+        "start": encode(CHAT_START),
+        "prompts": {kind: encode(chat_prompt(words)) for kind, words in CHAT_KINDS.items()},
     }
     return ids
+
+
+def chat_prompt(contents: str) -> str:
+    """Return what follows a sequence's pictures and text in the chat template."""
+    line_break = "" if "sentence" in contents else "\n"
+    return f"{line_break}{PROMPT.format(contents)}{CHAT_END}"
+
+
+def end_line(text: str) -> str:
+    """Return a text of the chat template: without spaces around it, and with a line break."""
+    text = text.strip()
+    return text + "\n" if text else ""

@@ -138,16 +138,18 @@ class RetrievalModel(nn.Module):
                 return self.encode(role, **items)
             # A rank without rows must still take part in the exchanges of forward and backward.
             # Encoders do not accept 0 rows: the rank encodes a row of zeros and drops the result.
-            zeros: dict[str, Any] = {
-                name: None if x is None else x.new_zeros(1, *x.shape[1:])
-                for name, x in items.items()
-            }
-            encoded = self.encode(role, **zeros)
+            encoded = self.encode(role, **self.blank_item(items))
             return {name: x[:0] if x.dim() else 0 * x for name, x in encoded.items()}
         except Exception as error:
             if any(type(parameter).__name__ == "DTensor" for parameter in self.parameters()):
                 raise  # the other ranks are waiting inside FSDP, where no error can be sent
             raise reported(type(self).__name__, error, items["labels"]) from None
+
+    def blank_item(self, items: dict[str, Any]) -> dict[str, Any]:
+        """Return one item of zeros, with the arguments of ``items``."""
+        return {
+            name: None if x is None else x.new_zeros(1, *x.shape[1:]) for name, x in items.items()
+        }
 
     @property
     def picture_size(self) -> int:

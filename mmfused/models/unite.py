@@ -26,11 +26,15 @@ from mmfused.losses import unit_rows
 from mmfused.models import presets, qwen
 from mmfused.models.config import absent_part
 from mmfused.models.fields import Options
+from mmfused.models.inputs import check_labels
 from mmfused.models.qwen_config import HostedConfig
+from mmfused.models.qwen_packed import GRID_OF, blank_sequence, packed_states, split_packed
+from mmfused.models.qwen_tokens import end_line
 from mmfused.models.retrieval import VIEWS, RetrievalModel, RetrievalOutput, View, check_views
 from mmfused.ops.masked_info_nce import loss_over_ranks, masked_info_nce
 
 TEXT, IMAGE, VIDEO = 1, 2, 4
+SameLabel = Literal["drop", "sum", "ignore"]
 Component = Literal["mamcl", "negatives", "dual", "fusion"]
 COMPONENTS: tuple[Component, ...] = get_args(Component)
 # The stage whose loss has the component.
@@ -58,13 +62,22 @@ class UNITEConfig(HostedConfig):
     image_size: int = 64  # side of the pictures, a multiple of patch_size * spatial_merge_size
     stage: Literal[1, 2] = 2  # 1: both directions, no mask, no hard negatives | 2: MAMCL
     temperature: float = 0.03  # tau, of the loss
-    # Training encodes each item in one of these views, drawn uniformly. In the paper, stage 1 pairs
-    # texts with texts, pictures or videos, and stage 2 mixes all modalities.
+    # Training encodes each item in one of these views, drawn uniformly from those that show
+    # something of the item. In the paper, stage 1 pairs texts with texts, pictures or videos, and
+    # stage 2 mixes all modalities.
     query_views: tuple[View, ...] = VIEWS
     candidate_views: tuple[View, ...] = VIEWS
-    # Other candidates with the query's label: "drop": ignored | "sum": additional positives, as
-    # in the public code.
-    same_id: Literal["drop", "sum"] = "drop"
+    # Other candidates with the query's label: "drop": left out | "sum": additional positives, as in
+    # the public code | "ignore": negatives, as if labels were unknown.
+    same_id: SameLabel = "drop"
+    # The same with hard negatives, where the public code ignores labels; None: as `same_id`.
+    same_id_with_negatives: SameLabel | None = None
+    # The text around an item: "plain": the prompt | "chat": Qwen2-VL's chat template and the words
+    # of the public code, which released checkpoints need.
+    prompt: qwen.Prompt = "plain"
+    # Positions of tokens: "mrope": Qwen2-VL's, in time, rows and columns | "1d": indices in the
+    # sequence, as in the public code, which released checkpoints need.
+    positions: qwen.Positions = "mrope"
     freeze: tuple[qwen.Part, ...] = ()  # parts of the host that are not trained
     pixel_mean: tuple[float, float, float] = qwen.PIXEL_MEAN  # normalisation of pixel_values
     pixel_std: tuple[float, float, float] = qwen.PIXEL_STD
@@ -79,10 +92,22 @@ class UNITEConfig(HostedConfig):
         self.check_host_and_tokens()
         check_views(self.query_views)
         check_views(self.candidate_views)
+        if self.prompt == "chat" and (self.tokens or {}).get("chat") is None:
+            expected = "the result of mmfused.models.qwen.token_ids(tokenizer)"
+            raise ValueError(f"tokens: got a dict without chat, expected {expected}")
         for name in self.without:
             stage = STAGE_OF.get(name, self.stage)
             if stage != self.stage:
                 raise absent_part(name, f"stage {self.stage}", f"stage {stage}")
+
+    @property
+    def truncation_side(self) -> Literal["left", "right"] | None:
+        """Side on which texts that are too long are truncated; None: that of the tokenizer."""
+        return "left" if self.prompt == "chat" else None
+
+    def format_text(self, text: str) -> str:
+        """Return a text as the tokenizer should get it."""
+        return end_line(text) if self.prompt == "chat" else text
 
 
 class UNITE(RetrievalModel):
@@ -127,11 +152,17 @@ class UNITE(RetrievalModel):
         labels: Tensor,
         image_present: Tensor | None = None,
         image_tokens: Tensor | None = None,
+        code: Tensor | None = None,
+        **packed: Tensor | None,
     ) -> dict[str, Tensor]:
         """Encode each item in a random view out of the config's views for ``role``.
 
-        The views are drawn with the CPU's generator, so that a seed gives the same views on every
-        device.
+        A view that shows nothing of an item, as the image of an item without one, is not drawn. If
+        none of the views shows anything, the item is encoded with all it has. The views are drawn
+        with the CPU's generator, so that a seed gives the same views on every device.
+
+        With ``code``, input_ids are complete sequences, see `embed_sequences`, and no view is
+        drawn.
 
         Args:
             role: "query", "candidate" or "negative"; negatives have the views of candidates.
@@ -141,19 +172,40 @@ class UNITE(RetrievalModel):
             labels: (B,) int64, the product of each item.
             image_present: (B,) bool, False = the item has no image; None = all have an image.
             image_tokens: (B, n, D), output of the vision tower, in place of pixel_values.
+            code: (B,) int64, mod of each complete sequence.
+            packed: the other arguments of `embed_sequences`.
 
         Returns:
             "embedding" (B, D), unit rows in the model's dtype; "code" (B,) int64, mod of each item
             in its view; "labels".
         """
         ids = qwen.check_ids(input_ids)
-        views = self.config.query_views if role == "query" else self.config.candidate_views
-        allowed = torch.tensor([VIEWS.index(view) for view in views])
-        view = allowed[torch.randint(len(views), (len(ids),))].to(ids.device, non_blocking=True)
+        if code is not None:
+            check_labels(labels, len(ids))
+            rows = self._read_sequences(ids, attention_mask, pixel_values=pixel_values, **packed)
+            return {"embedding": rows, "code": code, "labels": labels}
+        if packed:
+            names = ", ".join(packed)
+            raise ValueError(f"{names}: got complete sequences, expected code with them")
         items = self._items(pixel_values, image_tokens, ids, attention_mask, image_present)
-        embedding, has_image, has_text = self._read(items, view)
+        views = self.config.query_views if role == "query" else self.config.candidate_views
+        embedding, has_image, has_text = self._read(items, self._draw_views(items, views))
         code = has_image * (VIDEO if items.video else IMAGE) + has_text * TEXT
         return {"embedding": embedding, "code": code, "labels": labels}
+
+    def _draw_views(self, x: qwen.Items, views: Sequence[View]) -> Tensor:
+        """Return the index in VIEWS of a random view of each item, (B,) int64."""
+        tokens = self.config.tokens or {}
+        image, text = qwen.visible(tokens, x.input_ids, x.attention_mask, x.image_present, "both")
+        has_text = text.any(1)
+        shown = {"image": image, "text": has_text, "both": image | has_text}
+        shows = torch.stack([shown[view] for view in views], 1)  # (B, views)
+        # A draw from 6 values is uniform modulo 1, 2 and 3, the possible numbers of views.
+        draw = torch.randint(6, (len(image),)).to(image.device, non_blocking=True)
+        rank = draw % shows.sum(1).clamp(min=1)
+        drawn = (shows & (shows.cumsum(1) - 1 == rank[:, None])).long().argmax(1)
+        indices = torch.tensor([VIEWS.index(view) for view in views], device=image.device)
+        return torch.where(shows.any(1), indices[drawn], VIEWS.index("both"))
 
     def compare(
         self,
@@ -167,7 +219,9 @@ class UNITE(RetrievalModel):
         query_key = candidate_key = None
         if c.stage == 2 and "mamcl" not in c.without:
             query_key = candidate_key = candidate["code"]
+        same_id = c.same_id
         if c.stage == 2 and "negatives" not in c.without and negative is not None:
+            same_id = c.same_id_with_negatives or c.same_id
             candidates = torch.cat([candidates, negative["embedding"]])
             candidate_id = torch.cat([candidate_id, negative["labels"]])
             if candidate_key is not None:  # -1 matches the keys of all queries
@@ -176,9 +230,9 @@ class UNITE(RetrievalModel):
         options: dict[str, Any] = {
             "temperature": c.temperature,
             "symmetric": c.stage == 1 and "dual" not in c.without,
-            "query_id": query["labels"],
-            "candidate_id": candidate_id,
-            "same_id": c.same_id,
+            "query_id": None if same_id == "ignore" else query["labels"],
+            "candidate_id": None if same_id == "ignore" else candidate_id,
+            "same_id": "drop" if same_id == "ignore" else same_id,
             "query_key": query_key,
             "candidate_key": candidate_key,
         }
@@ -207,6 +261,69 @@ class UNITE(RetrievalModel):
         items = self._items(pixel_values, image_tokens, ids, attention_mask, image_present)
         return {view: unit_rows(self._read(items, view)[0]) for view in views}
 
+    def embed_sequences(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        **packed: Tensor | None,
+    ) -> Tensor:
+        """Return unit embeddings (B, D) of complete sequences, in float32 or float64.
+
+        `UNITEProcessor` makes the arguments. An item may have several pictures and videos of any
+        sizes. The arguments, and those of the same names of transformers' Qwen2VLProcessor, are
+        equal.
+
+        Args:
+            input_ids: (B, L) int64, padded on the left; the last token is pooled.
+            attention_mask: (B, L), 1 = real token; None = all real.
+            packed: "pixel_values" (n, 3 * t * p * p), the patches of all pictures, and
+                "image_grid_thw" (pictures, 3) int64, their numbers of patches in time, rows and
+                columns; "pixel_values_videos" and "video_grid_thw", the same for videos.
+
+        Raises:
+            ValueError: the pictures are not those that the sequences have tokens for.
+        """
+        packed.pop("code", None)
+        return unit_rows(self._read_sequences(input_ids, attention_mask, **packed))
+
+    def split(self, items: dict[str, Any], size: int) -> list[dict[str, Any]]:
+        """Split the items of a part into parts of ``size`` items, for GradCache."""
+        if items.get("code") is None:
+            return super().split(items, size)
+        return split_packed(self.config.tokens or {}, self._merge_size, items, size)
+
+    def blank_item(self, items: dict[str, Any]) -> dict[str, Any]:
+        """Return one item of zeros, with the arguments of ``items``."""
+        zeros = super().blank_item(items)
+        if items.get("code") is None:
+            return zeros
+        return blank_sequence(self.config.tokens or {}, self._merge_size, zeros)
+
+    @property
+    def _merge_size(self) -> int:
+        return self.host.config.vision_config.spatial_merge_size
+
+    def _read_sequences(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        mm_token_type_ids: Tensor | None = None,
+        **pictures: Tensor | None,
+    ) -> Tensor:
+        """Return normalised hidden states of the last tokens, in the model's dtype.
+
+        ``mm_token_type_ids`` is what transformers' processor returns beside; it has no effect.
+        """
+        c = self.config
+        for name in pictures:
+            if name not in (*GRID_OF, *GRID_OF.values()):
+                expected = ", ".join((*GRID_OF, *GRID_OF.values()))
+                raise ValueError(f"{name}: got an unknown argument, expected {expected}")
+        states = packed_states(
+            self.host, c.tokens or {}, c.positions, input_ids, attention_mask, **pictures
+        )
+        return F.normalize(states[:, -1], dim=-1)
+
     def _items(
         self,
         pixel_values: Tensor | None,
@@ -230,7 +347,17 @@ class UNITE(RetrievalModel):
         def read_view(view: View, video: bool) -> tuple[Tensor, Tensor, Tensor]:
             return self._last_token(
                 x.pictures,
-                qwen.assemble(tokens, x.grid, x.input_ids, text, image, view, video=video),
+                qwen.assemble(
+                    tokens,
+                    x.grid,
+                    x.input_ids,
+                    text,
+                    image,
+                    view,
+                    video=video,
+                    prompt=self.config.prompt,
+                    positions=self.config.positions,
+                ),
             )
 
         if "fusion" not in self.config.without:

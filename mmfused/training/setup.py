@@ -181,6 +181,8 @@ def make_collate(
         seed=seed,
         mean=model_config.pixel_mean,
         std=model_config.pixel_std,
+        format_text=model_config.format_text,
+        truncation_side=model_config.truncation_side,
     )
 
 
