@@ -10,12 +10,11 @@ import torch
 
 from mmfused.models.encoders import import_transformers, quiet_transformers
 from mmfused.models.qwen_host import keep_known_ids, token_side
+from mmfused.models.unite_inputs import UNITEProcessor
 from mmfused.models.weights import on_meta
 
 ExportDtype = Literal["float32", "bfloat16"]
 PROCESSORS = {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor"}
-# The fewest and the most tokens of a picture in UNITE.
-UNITE_TOKENS = (256, 1280)
 
 
 def check_exportable(name: str, without: object = ()) -> None:
@@ -72,8 +71,9 @@ def save_host(
     transformers = import_transformers()
     host, config = model.host.to(getattr(torch, dtype)), copy.deepcopy(model.host.config)
     config.tie_word_embeddings = True
-    for part in ("image", "vision_start", "vision_end"):
-        setattr(config, f"{part}_token_id", model.config.tokens[part])
+    for part in ("image", "video", "vision_start", "vision_end"):
+        if part in model.config.tokens:
+            setattr(config, f"{part}_token_id", model.config.tokens[part])
     keep_known_ids(config.text_config)
     with quiet_transformers():
         with on_meta():
@@ -86,22 +86,14 @@ def save_host(
 
 def make_processor(model: Any, tokenizer: Any) -> Any:
     """Return transformers' processor for the pictures and texts of a model; see `save_host`."""
-    transformers = import_transformers()
-    c, vision = model.config, model.host.config.vision_config
-    least, most = (count * token_side(vision.to_dict()) ** 2 for count in UNITE_TOKENS)
+    transformers, kind = import_transformers(), model.host.config.model_type
+    options: dict[str, Any] = {}
     if type(model).__name__ == "MOON2":
-        least = most = c.image_size**2
-    sizes = {
-        "patch_size": vision.patch_size,
-        "temporal_patch_size": vision.temporal_patch_size,
-        "merge_size": vision.spatial_merge_size,
-        "min_pixels": least,
-        "max_pixels": most,
-        "image_mean": list(c.pixel_mean),
-        "image_std": list(c.pixel_std),
-    }
-    return getattr(transformers, PROCESSORS[model.host.config.model_type])(
-        image_processor=transformers.Qwen2VLImageProcessor(**sizes),
-        video_processor=transformers.Qwen2VLVideoProcessor(**sizes),
+        side = token_side(model.config.host["vision_config"])
+        options["picture_tokens"] = ((model.config.image_size // side) ** 2,) * 2
+    inner = UNITEProcessor(tokenizer, model.config, **options)
+    return getattr(transformers, PROCESSORS[kind])(
+        image_processor=inner.image_processor,
+        video_processor=inner.video_processor,
         tokenizer=tokenizer,
     )
