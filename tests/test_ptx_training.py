@@ -23,8 +23,8 @@ from mmfused.library import INTERPRETED, KERNELS_ON_CPU
 from mmfused.models import MODELS
 from mmfused.testing import over_budget, relative_error
 from mmfused.training.config import TrainConfig
+from mmfused.training.initial import build_model, train_tokenizer
 from mmfused.training.optimizer import make_optimizer
-from mmfused.training.setup import build_model, load_or_train_tokenizer
 from mmfused.training.tasks import TASKS
 
 pytestmark = pytest.mark.skipif(
@@ -54,9 +54,9 @@ class Training:
         self.config = TrainConfig(out="unused", model=name, batch_size=8, lr=1e-4)
         self.amp = amp
         products = GeneratedProducts(size=64)
-        tokenizer = load_or_train_tokenizer(self.config, products)
+        tokenizer = train_tokenizer(self.config, products)
         torch.manual_seed(0)
-        self.model = build_model(self.config, products.num_classes, tokenizer, 32, 8)
+        self.model = build_model(self.config, products.num_classes, tokenizer)
         self.task = TASKS[MODELS[name].task](
             self.config, tokenizer, 32, self.model.config, products, products, None, 0, 1
         )

@@ -13,10 +13,11 @@ from mmfused.data import Batches, Collate, GeneratedProducts, train_tokenizer
 from mmfused.training.datasets import load_data
 from mmfused.training.folder_lock import MARKER
 from mmfused.training.gradients import add_gradients
+from mmfused.training.initial import build_model
 from mmfused.training.metrics import class_scores, count, evaluate_classifier, scores
 from mmfused.training.optimizer import learning_rate
 from mmfused.training.run import TrainConfig, load_run, train
-from mmfused.training.setup import build_model, make_batches
+from mmfused.training.setup import make_batches
 from mmfused.training.tasks import drop_modalities
 
 FILES = {
@@ -341,7 +342,7 @@ def text_model_and_batches(products, tmp_path, batch_size):
     data = load_data(config)
     tokenizer = train_tokenizer(data[0].texts)
     torch.manual_seed(0)
-    model = build_model(config, data[0].num_classes, tokenizer, 32, 8)
+    model = build_model(config, data[0].num_classes, tokenizer)
     return model, make_batches(config, *data, tokenizer, 32, model.config)[0]
 
 

@@ -48,8 +48,8 @@ def _add_model_arguments(group: Group) -> None:
     )
     group.add_argument(
         "--preset",
-        default="tiny",
-        help="tiny, paper (the paper's sizes) or code (the public code's sizes) (default: tiny)",
+        help="tiny, paper (the paper's sizes) or code (the public code's sizes); with --init, only "
+        "their recipe (default: tiny, or that of the run in --init)",
     )
     group.add_argument(
         "--without",
@@ -86,7 +86,8 @@ def _add_pretrained_arguments(group: Group) -> None:
     group.add_argument(
         "--init",
         metavar="DIR",
-        help="folder of a run or checkpoint, whose weights and tokenizer training starts with",
+        help="folder of a run or checkpoint, with whose model, weights and tokenizer training "
+        "starts; the options below replace parts of it",
     )
     group.add_argument(
         "--image-encoder",
@@ -106,7 +107,7 @@ def _add_pretrained_arguments(group: Group) -> None:
     group.add_argument(
         "--tokenizer",
         metavar="NAME",
-        help="tokenizer folder or hub name (default: that of --init, --text-encoder or --host, or "
+        help="tokenizer folder or hub name (default: that of --text-encoder, --host or --init, or "
         "a new one trained on the texts)",
     )
 
@@ -137,8 +138,9 @@ def _add_data_arguments(group: Group) -> None:
     )
     group.add_argument(
         "--modalities",
-        default="image,text",
-        help="fluid: image,text, image or text (default: image,text)",
+        metavar="NAMES",
+        help="fluid: image,text, image or text (default: image,text, or those of the run in "
+        "--init)",
     )
     group.add_argument(
         "--swap-text",
@@ -297,20 +299,33 @@ def config_options(args: argparse.Namespace) -> dict[str, Any]:
     """Return arguments for TrainConfig: the given options, and the recipe for options not given."""
     from mmfused.training.config import RECIPES
 
-    if args.modalities not in MODALITIES:
+    if args.modalities is not None and args.modalities not in MODALITIES:
         raise ValueError(
             f"modalities: got {args.modalities!r}, expected 'image,text', 'image' or 'text'"
         )
     options = {name: value for name, value in vars(args).items() if value is not None}
     for name in ("command", "run"):
         options.pop(name, None)
-    options["modalities"] = MODALITIES[args.modalities]
+    if args.modalities is not None:
+        options["modalities"] = MODALITIES[args.modalities]
+    options = {**_options_of_init(args), **options}
     fields = dict(map(parse_option, options.pop("option", [])))
     if "without" in options:
         fields["without"] = options.pop("without").split(",")
     if fields:
         options["model_options"] = fields
-    return {**RECIPES.get((args.model, args.preset), {}), **options}
+    preset = options.setdefault("preset", "tiny")
+    return {**RECIPES.get((args.model, preset), {}), **options}
+
+
+def _options_of_init(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the options that are taken from the run in ``--init`` if they are not given."""
+    from mmfused.training.initial import read_init
+
+    if args.init is None:
+        return {}
+    training = read_init(args.init, args.model)["training"]
+    return {name: training[name] for name in ("preset", "modalities") if name in training}
 
 
 def parse_option(given: str) -> tuple[str, object]:

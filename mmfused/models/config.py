@@ -80,24 +80,47 @@ class ModelConfig:
         Raises:
             ValueError: the preset is unknown, or a field is unknown or invalid.
         """
-        defaults = cls.values_of(name)
+        return cls.from_dict(
+            cls.replaced(
+                cls.values_of(name),
+                overrides,
+                vocab_size=vocab_size,
+                image_size=image_size,
+                patch_size=patch_size,
+            )
+        )
+
+    @classmethod
+    def replaced(
+        cls,
+        values: dict[str, Any],
+        changes: dict[str, Any],
+        *,
+        vocab_size: int | None = None,
+        image_size: int | None = None,
+        patch_size: int | None = None,
+    ) -> dict[str, Any]:
+        """Return the field ``values`` after ``changes``, which act on them as on a preset's.
+
+        The result is not checked: `from_dict` does.
+        """
         check_sizes(vocab_size=vocab_size, image_size=image_size, patch_size=patch_size)
-        values = {**defaults, **overrides}
+        result = {**values, **changes}
         sizes_of = {
             "image": {"img_size": image_size, "patch_size": patch_size},
             "text": {"vocab_size": vocab_size},
         }
         for part, sizes in sizes_of.items():
-            check_field(part, values.get(part), dict | None)
-            if values.get(part) is None:
+            check_field(part, result.get(part), dict | None)
+            if result.get(part) is None:
                 continue
-            options = overrides.get(part, {})
+            options = changes.get(part, {})
             if "name" in options or "model_type" in options:
-                values[part] = options
+                result[part] = options
             else:
                 sizes = {key: value for key, value in sizes.items() if value is not None}
-                values[part] = {**defaults[part], **sizes, **options}
-        return cls.from_dict(values)
+                result[part] = {**(values.get(part) or {}), **sizes, **options}
+        return result
 
     @classmethod
     def values_of(cls, preset: str) -> dict[str, Any]:
@@ -216,12 +239,17 @@ def shapes_of(kind: Kind, config: ModelConfig) -> dict[str, tuple[int, ...]]:
     Raises:
         ValueError: the model cannot be built from the config.
     """
+    state = meta_model(kind, config).state_dict()
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def meta_model(kind: Kind, config: ModelConfig) -> Any:
+    """Return ``kind.model(config)`` on the meta device; raise like `shapes_of`."""
     try:
         with on_meta():
-            model = kind.model(config)
+            return kind.model(config)
     except (ImportError, ValueError):
         raise
     except Exception as error:
         name, reason = type(config).__name__, one_line(error)
         raise ValueError(f"model: got a {name} that cannot build a model: {reason}") from error
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

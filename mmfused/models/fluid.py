@@ -99,6 +99,8 @@ class FLUIDConfig(ModelConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_positive("temperature")
+        if not self.query_std >= 0:
+            raise ValueError(f"query_std: got {self.query_std}, expected a number of at least 0")
         self.check_divisor("num_heads", "dim")
         self.check_at_most("top_k", "num_experts")
         for name in self.without:

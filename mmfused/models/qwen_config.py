@@ -72,28 +72,47 @@ class HostedConfig(ModelConfig):
         tower. `host` updates the preset's host, part by part. A `host` with a `model_type` replaces
         the preset's host. Pictures then have 16 x 16 tokens unless `image_size` is given.
         """
-        preset_host = cls.values_of(name)["host"]
+        return super().preset(
+            name,
+            vocab_size=vocab_size,
+            image_size=image_size,
+            patch_size=patch_size,
+            **overrides,
+        )
+
+    @classmethod
+    def replaced(
+        cls,
+        values: dict[str, Any],
+        changes: dict[str, Any],
+        *,
+        vocab_size: int | None = None,
+        image_size: int | None = None,
+        patch_size: int | None = None,
+    ) -> dict[str, Any]:
+        """Return the field ``values`` after ``changes``, which act on them as on a preset's."""
         check_sizes(vocab_size=vocab_size, image_size=image_size, patch_size=patch_size)
-        values = {**cls.values_of(name), **overrides}
-        host = overrides.get("host", {})
+        result, old, host = {**values, **changes}, values["host"], changes.get("host", {})
         check_field("host", host, dict)
         for part in ("text_config", "vision_config"):
             check_field(f"host.{part}", host.get(part, {}), dict)
         if "model_type" in host:
-            values["image_size"] = 16 * token_side(host.get("vision_config", {}))
+            image_size = image_size or 16 * token_side(host.get("vision_config", {}))
         else:
-            merge = preset_host["vision_config"]["spatial_merge_size"]
+            merge = old["vision_config"].get("spatial_merge_size", 2)
             if patch_size is not None and patch_size % merge:
                 expected = f"a multiple of {merge}, the number of patches on a token's side"
                 raise ValueError(f"patch_size: got {patch_size}, expected {expected}")
             text = {} if vocab_size is None else {"vocab_size": vocab_size}
             vision = {} if patch_size is None else {"patch_size": patch_size // merge}
             parts = {
-                part: {**preset_host[part], **sizes, **host.get(part, {})}
+                part: {**old[part], **sizes, **host.get(part, {})}
                 for part, sizes in (("text_config", text), ("vision_config", vision))
             }
-            values["host"] = {**preset_host, **host, **parts}
-        return cls.from_dict(values if image_size is None else {**values, "image_size": image_size})
+            result["host"] = {**old, **host, **parts}
+        if image_size is not None and "image_size" not in changes:
+            result["image_size"] = image_size
+        return result
 
     @property
     def picture_size(self) -> int:

@@ -248,17 +248,15 @@ class TrainConfig:
                     f"{name}: got {getattr(self, name)!r} with modalities {absent!r}, "
                     "expected modalities that use it"
                 )
-        for name in ("image_encoder", "text_encoder", "host", "tokenizer"):
-            if self.init and getattr(self, name):
-                raise ValueError(
-                    f"{name}: got {getattr(self, name)!r} with init, "
-                    f"expected no {name}: the run in init has its own"
-                )
-        for name in ("image_encoder", "host"):
+        for name, owner in (
+            ("image_encoder", "image_encoder"),
+            ("host", "host"),
+            ("init", "the run in init"),
+        ):
             if getattr(self, name) and self.patch_size:
                 raise ValueError(
                     f"patch_size: got {self.patch_size} with {name}, "
-                    f"expected no patch_size: {name} has its own"
+                    f"expected no patch_size: {owner} has its own"
                 )
 
     def _check_model(self) -> None:

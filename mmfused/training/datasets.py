@@ -20,16 +20,21 @@ SPLITS = ("data", "val", "products")
 logger: logging.Logger = logging.getLogger(__name__)
 
 
-def load_data(config: TrainConfig, image_size: int | None = None) -> tuple[Any, Any]:
+def load_data(
+    config: TrainConfig,
+    image_size: int | None = None,
+    num_classes: int | None = None,
+) -> tuple[Any, Any]:
     """Return the training and the validation set.
 
     Args:
         config: the settings.
         image_size: passed to :class:`mmfused.data.ProductFolder`.
+        num_classes: number of classes of a classifier; None takes those of the training data.
     """
     train_set, val_set = _load_splits(config, image_size)
     if MODELS[config.model].task == "classification":
-        _check_classes(train_set, val_set)
+        _check_classes(train_set, val_set, num_classes)
     if config.swap_text:
         train_set = product_data.swap_texts(train_set, config.swap_text, seed=2 * config.seed)
         val_set = product_data.swap_texts(val_set, config.swap_text, seed=2 * config.seed + 1)
@@ -115,19 +120,26 @@ def _warn_of_skipped(name: str, skipped: list[str], most: int = 5) -> None:
         logger.warning("%s: %d rows skipped\n  %s", name, len(skipped), reasons)
 
 
-def _check_classes(train_set: Any, val_set: Any) -> None:
+def _check_classes(train_set: Any, val_set: Any, num_classes: int | None) -> None:
     """Raise ValueError if a label is too large.
 
-    Training labels must be below ``MAX_CLASSES``. Validation labels must be at most the largest
-    training label.
+    Labels must be below ``num_classes``. If it is None, training labels must be below
+    ``MAX_CLASSES``, and validation labels must be at most the largest training label.
     """
     largest = train_set.num_classes - 1
-    if largest >= MAX_CLASSES:
+    if num_classes is not None:
+        for name, split in (("data", train_set), ("val", val_set)):
+            if split.num_classes > num_classes:
+                raise ValueError(
+                    f"{name}: got the label {split.num_classes - 1}, "
+                    f"expected labels from 0 to {num_classes - 1}, the classes of the model"
+                )
+    elif largest >= MAX_CLASSES:
         raise ValueError(
             f"data: got the label {largest}, expected labels below {MAX_CLASSES}: "
             "a classifier has an output for each label from 0 to the largest"
         )
-    if val_set.num_classes - 1 > largest:
+    elif val_set.num_classes - 1 > largest:
         raise ValueError(
             f"val: got the label {val_set.num_classes - 1}, "
             f"expected labels from 0 to {largest}, the largest label of the training data"

@@ -138,8 +138,10 @@ def _open_tensors(path: Path) -> Iterator[Any]:
         ) from error
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
+def load_weights(model: nn.Module, path: Path, skipped: tuple[str, ...] = ()) -> None:
     """Load the weights in ``path`` into ``model``.
+
+    Names that begin with one of ``skipped`` are left out.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -148,8 +150,9 @@ def load_weights(model: nn.Module, path: Path) -> None:
     """
     got = read_tensors(path)
     expected = model.state_dict()
-    check_shapes(path, _shapes(got), _shapes(expected))
-    model.load_state_dict(got)
+    check_shapes(path, _shapes(got), _shapes(expected), skipped)
+    kept = {name: tensor for name, tensor in got.items() if not name.startswith(skipped)}
+    model.load_state_dict({**expected, **kept})
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -160,6 +163,7 @@ def check_shapes(
     path: Path,
     got: Mapping[str, tuple[int, ...]],
     expected: Mapping[str, tuple[int, ...]],
+    skipped: tuple[str, ...] = (),
 ) -> None:
     """Raise ValueError unless the tensors in ``path`` have the expected names and shapes.
 
@@ -167,8 +171,11 @@ def check_shapes(
         path: the file, for the error message.
         got: shapes of the tensors in the file, by name.
         expected: shapes of the model's tensors, by name.
+        skipped: beginnings of names that are not compared.
     """
     for name in [*expected, *got]:
+        if name.startswith(skipped):
+            continue
         found, wanted = (
             f"shape {shapes[name]}" if name in shapes else "no tensor" for shapes in (got, expected)
         )

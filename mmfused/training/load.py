@@ -15,14 +15,11 @@ from mmfused.models.weights import find_folder, weight_files
 from mmfused.training.config import RECIPES, TrainConfig
 from mmfused.training.datasets import load_folder
 from mmfused.training.files import sha256
+from mmfused.training.initial import build_model, check_start, load_start, load_tokenizer
 from mmfused.training.run_folder import load_saved, read_settings
 from mmfused.training.setup import (
     VAL_BATCH_SIZE,
-    build_model,
     check_backend,
-    image_sizes,
-    load_or_train_tokenizer,
-    load_pretrained,
     make_collate,
     make_val_batches,
     pick_device,
@@ -236,11 +233,11 @@ def load_host(
     check_backend(backend, chosen, torch.bfloat16 if amp else torch.float32)
     if threads:
         torch.set_num_threads(threads)
-    pretrained = load_pretrained(config)
+    start, tokenizer = load_start(config), load_tokenizer(config)
+    check_start(config, start, tokenizer)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        tokenizer = load_or_train_tokenizer(config, None)
-        built = build_model(config, 1, tokenizer, *image_sizes(config), pretrained).eval()
+        built = build_model(config, 1, tokenizer, start).eval()
     values = {"model": built.config.to_dict(), "training": config.to_dict()}
     folder = find_folder("host", host)
     return Trained(folder, built, tokenizer, values, chosen, weight_files("host", folder))

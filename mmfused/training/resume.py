@@ -12,6 +12,7 @@ from mmfused.training.config import TrainConfig
 from mmfused.training.datasets import UNUSED_SIDE, check_rows, load_catalogue, load_data
 from mmfused.training.files import check_fields, join_names, path_inside, read_json
 from mmfused.training.folder_lock import is_run_folder, wrong_kind_files
+from mmfused.training.initial import fixed_classes
 from mmfused.training.records import is_number
 from mmfused.training.run_folder import (
     RUN_FILES,
@@ -83,7 +84,8 @@ def finished_summary(config: TrainConfig, out: Path) -> dict[str, Any]:
     check_fields(settings, {"rows": dict}, out / "config.json")
     config.check_same(settings["training"], out)
     # `check_rows` compares digests of the picture files, so pictures may have any size here.
-    train_set, val_set = load_data(config, UNUSED_SIDE)
+    num_classes = fixed_classes(config, settings["model"])
+    train_set, val_set = load_data(config, UNUSED_SIDE, num_classes)
     check_rows(config, settings["rows"], train_set, val_set, load_catalogue(config, UNUSED_SIDE))
     summary = read_json(path_inside(out, "summary.json"))
     scores = dict.fromkeys(SCORES[MODELS[config.model].task], float)

@@ -17,10 +17,24 @@ import torch
 
 import mmfused
 from mmfused.data._common import torch_generator
-from mmfused.models import MODELS
+from mmfused.models import MODELS, ModelConfig
 from mmfused.training.config import TrainConfig
-from mmfused.training.datasets import SPLITS, check_rows, load_catalogue, load_data
+from mmfused.training.datasets import (
+    SPLITS,
+    UNUSED_SIDE,
+    check_rows,
+    load_catalogue,
+    load_data,
+)
 from mmfused.training.folder_lock import MARKER, Lock, is_regular_file
+from mmfused.training.initial import (
+    build_model,
+    check_start,
+    fixed_classes,
+    load_start,
+    load_tokenizer,
+    train_tokenizer,
+)
 from mmfused.training.loop import Training
 from mmfused.training.ranks import check_agreement, fail_together, join_ranks
 from mmfused.training.resume import (
@@ -31,17 +45,7 @@ from mmfused.training.resume import (
     prepare_folder,
 )
 from mmfused.training.run_folder import build_saved, is_finished, load_own_tokenizer, load_run
-from mmfused.training.setup import (
-    build_model,
-    check_backend,
-    check_init,
-    image_sizes,
-    load_or_train_tokenizer,
-    load_pretrained,
-    pick_device,
-    picture_size,
-    use_amp,
-)
+from mmfused.training.setup import check_backend, pick_device, use_amp
 from mmfused.training.tasks import TASKS
 
 __all__ = ["TrainConfig", "load_run", "train"]
@@ -172,24 +176,29 @@ def _load_parts(config: TrainConfig, found: Checkpoint | None) -> tuple[Any, Any
     """Return the model, the tokenizer, and the training, validation and product sets."""
     if found:
         model = build_saved(found.state["settings"], found.path)
-        data = _load_sets(config, model.picture_size)
+        data = _load_sets(config, model.picture_size, model.config)
         torch.manual_seed(config.seed)
         check_rows(config, found.state["settings"]["rows"], *data)
         prepare_tokenizer = MODELS[config.model].config.prepare_tokenizer
         return model, prepare_tokenizer(load_own_tokenizer(found.path)), data
-    check_init(config)
-    pretrained = load_pretrained(config)
-    sizes = image_sizes(config)
-    data = _load_sets(config, picture_size(config, pretrained, *sizes))
+    start = load_start(config)
+    tokenizer = load_tokenizer(config)
+    described = check_start(config, start, tokenizer)
+    data = _load_sets(config, described.picture_size or UNUSED_SIDE, described)
     torch.manual_seed(config.seed)
     train_set, _, products = data
-    tokenizer = load_or_train_tokenizer(config, train_set, products)
-    model = build_model(config, train_set.num_classes, tokenizer, *sizes, pretrained)
+    if tokenizer is None:
+        tokenizer = train_tokenizer(config, train_set, products)
+    model = build_model(config, train_set.num_classes, tokenizer, start)
     return model, tokenizer, data
 
 
-def _load_sets(config: TrainConfig, image_size: int) -> tuple:
-    return (*load_data(config, image_size), load_catalogue(config, image_size))
+def _load_sets(config: TrainConfig, image_size: int, model_config: ModelConfig) -> tuple:
+    num_classes = fixed_classes(config, model_config.to_dict())
+    return (
+        *load_data(config, image_size, num_classes),
+        load_catalogue(config, image_size),
+    )
 
 
 def _saved_settings(config: TrainConfig, model: Any, data: tuple) -> dict[str, Any]:

@@ -1,0 +1,262 @@
+"""The model that training starts with: from a preset, from pretrained parts, or from a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from mmfused import data as product_data
+from mmfused.models import MODELS, ModelConfig
+from mmfused.models.config import meta_model
+from mmfused.models.fields import refusing
+from mmfused.models.pretrained import pretrained_text, pretrained_vit
+from mmfused.models.qwen import pretrained_qwen2_vl
+from mmfused.training.config import TrainConfig
+from mmfused.training.datasets import stored_side
+from mmfused.training.files import check_shapes, load_weights, path_inside, read_shapes
+from mmfused.training.run_folder import load_own_tokenizer, read_settings
+
+
+class Start(NamedTuple):
+    """What a model is built from."""
+
+    values: dict[str, Any]  # fields of the model's config, from the preset or the run in ``init``
+    fields: dict[str, Any]  # fields of the model's config that describe the pretrained parts
+    modules: dict[str, torch.nn.Module]  # the pretrained parts, by the name of the setting
+    image_size: int | None  # side of the pictures; None leaves it to ``values`` and ``fields``
+    patch_size: int | None  # side of the patches, likewise
+
+
+def read_init(init: str, model: str) -> dict[str, Any]:
+    """Return the settings of the run or checkpoint in the folder ``init``.
+
+    Raises:
+        ValueError: the folder holds neither, or those of another model than ``model``.
+    """
+    try:
+        settings = read_settings(Path(init))
+        path_inside(Path(init), "model.safetensors")
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(
+            f"init: got {init!r}, expected the folder of a run or checkpoint: {error}"
+        ) from error
+    found = settings["training"].get("model", TrainConfig.model)
+    if found != model:
+        raise ValueError(f"init: got {init!r}, a run of {found!r}, expected a run of {model!r}")
+    return settings
+
+
+def load_start(config: TrainConfig) -> Start:
+    """Load what the settings name as the start of training, except the weights of ``init``."""
+    kind = MODELS[config.model].config
+    values = {**kind.UNKNOWN, **kind.values_of(config.preset)}
+    if config.init:
+        settings = read_init(config.init, config.model)
+        with refusing(f"init: {config.init}"):
+            values = kind.from_dict(settings["model"]).to_dict()
+    fields, modules = load_parts(config)
+    return Start(values, fields, modules, *image_sizes(config, values))
+
+
+def load_parts(config: TrainConfig) -> tuple[dict[str, Any], dict[str, torch.nn.Module]]:
+    """Load the pretrained parts that ``config`` names; return ``fields`` and ``modules``."""
+    fields: dict[str, Any] = {}
+    modules: dict[str, torch.nn.Module] = {}
+    if config.image_encoder and config.modalities != "text":
+        part_fields, modules["image_encoder"] = pretrained_vit(
+            config.image_encoder, config.image_size
+        )
+        fields |= part_fields
+    if config.text_encoder and config.modalities != "image":
+        part_fields, modules["text_encoder"] = pretrained_text(config.text_encoder)
+        fields = {**part_fields, **fields}
+    if config.host:
+        part_fields, modules["host"] = pretrained_qwen2_vl(config.host)
+        fields = {**part_fields, **fields}
+    return fields, modules
+
+
+def image_sizes(
+    config: TrainConfig,
+    values: Mapping[str, Any],
+) -> tuple[int | None, int | None]:
+    """Return the sides of pictures and of patches; None leaves a side to the model's config.
+
+    With ``init``, a host keeps the size of the run's pictures. With the preset "tiny" and neither
+    ``init`` nor a pretrained image encoder or host, sides that are not in the settings follow from
+    the data. The side of pictures is `stored_side`, but at most 96, rounded down to a multiple of
+    the side of patches. The side of patches is 8 for pictures with a side of up to 32 pixels,
+    otherwise 16.
+    """
+    if config.init:
+        return config.image_size or values.get("image_size"), None
+    if config.preset != "tiny" or config.image_encoder or config.host:
+        return config.image_size, config.patch_size
+    side = config.image_size or min(96, stored_side(config))
+    patch = config.patch_size or (8 if side <= 32 else 16)
+    if side < patch or (config.image_size and side % patch):
+        raise ValueError(f"image_size: got {side}, expected a multiple of patch_size = {patch}")
+    return side - side % patch, patch
+
+
+def load_tokenizer(config: TrainConfig) -> Any:
+    """Return the tokenizer that the settings name, or None if they name none.
+
+    The first of the settings ``tokenizer``, ``text_encoder``, ``host`` and ``init`` that is given
+    determines the tokenizer.
+    """
+    setting = _source_of_tokenizer(config)
+    if setting is None:
+        return None
+    if setting == "init":
+        tokenizer = load_own_tokenizer(Path(getattr(config, setting)))
+    else:
+        tokenizer = product_data.load_tokenizer(getattr(config, setting), setting)
+    return MODELS[config.model].config.prepare_tokenizer(tokenizer)
+
+
+def _source_of_tokenizer(config: TrainConfig) -> str | None:
+    names = ("tokenizer", "text_encoder", "host", "init")
+    return next((name for name in names if getattr(config, name)), None)
+
+
+def train_tokenizer(config: TrainConfig, train_set: Any, products: Any = None) -> Any:
+    """Return a new tokenizer, trained on the texts of ``train_set`` and ``products``."""
+    texts = [*train_set.texts, *(products.texts if products is not None else [])]
+    tokenizer = product_data.train_tokenizer(
+        [text for text in texts if text], vocab_size=config.vocab_size
+    )
+    return MODELS[config.model].config.prepare_tokenizer(tokenizer)
+
+
+def model_config(
+    config: TrainConfig,
+    start: Start,
+    tokenizer: Any = None,
+    num_classes: int | None = None,
+) -> ModelConfig:
+    """Return the config of the model.
+
+    Fields of the task and the tokenizer override those of ``start.values``, fields of the
+    pretrained parts override both, and ``config.model_options`` overrides all. A run in ``init``
+    keeps its vocabulary and its classes.
+
+    Args:
+        config: the settings.
+        start: the result of `load_start`.
+        tokenizer: the tokenizer; None leaves placeholders in its fields.
+        num_classes: number of classes of a classifier; None leaves a placeholder.
+    """
+    kind = MODELS[config.model]
+    changes: dict[str, Any] = {}
+    if tokenizer is not None and _source_of_tokenizer(config) != "init":
+        changes |= kind.config.of_tokenizer(tokenizer)
+    vocab_size = changes.pop("vocab_size", None)
+    if kind.task == "classification":
+        changes["modalities"] = config.modalities
+        if num_classes is not None and not config.init:
+            changes["num_classes"] = num_classes
+    changes |= start.fields
+    values = kind.config.replaced(
+        start.values,
+        changes,
+        vocab_size=None if config.init else vocab_size,
+        image_size=start.image_size,
+        patch_size=start.patch_size,
+    )
+    values = kind.config.replaced(values, config.model_options, image_size=start.image_size)
+    return kind.config.from_dict(values)
+
+
+def fixed_classes(config: TrainConfig, model_config: Mapping[str, Any]) -> int | None:
+    """Return a classifier's number of classes if it does not follow from the data, else None."""
+    if config.init or "num_classes" in config.model_options:
+        return model_config.get("num_classes")
+    return None
+
+
+def check_start(config: TrainConfig, start: Start, tokenizer: Any) -> ModelConfig:
+    """Require that weights, options and tokenizer fit together, before any data is read.
+
+    Args:
+        config: the settings.
+        start: the result of `load_start`.
+        tokenizer: the tokenizer, or None if it will be trained.
+
+    Returns:
+        The model's config, with placeholders for what depends on the data.
+    """
+    described = model_config(config, start, tokenizer)
+    if tokenizer is not None:
+        check_vocabulary(config, described, tokenizer)
+    if start.modules or config.init:
+        model = meta_model(MODELS[config.model], described)
+        _load_modules(config, start, model, "meta")
+        if config.init:
+            path = path_inside(Path(config.init), "model.safetensors")
+            expected = {name: tuple(x.shape) for name, x in model.state_dict().items()}
+            with refusing("init"):
+                check_shapes(path, read_shapes(path), expected, _replaced(start))
+    return described
+
+
+def check_vocabulary(config: TrainConfig, model_config: Any, tokenizer: Any) -> None:
+    """Raise ValueError if the tokenizer has more tokens than the model's vocabulary."""
+    host = getattr(model_config, "host", None)
+    text = host["text_config"] if host else model_config.text
+    tokens, most = len(tokenizer), (text or {}).get("vocab_size")
+    if most is not None and tokens > most:
+        source = config.host or config.text_encoder or config.init or "the model"
+        raise ValueError(
+            f"tokenizer: got {tokens} tokens, expected at most {most}, the vocabulary of {source}"
+        )
+
+
+def build_model(
+    config: TrainConfig,
+    num_classes: int,
+    tokenizer: Any,
+    start: Start | None = None,
+) -> Any:
+    """Return the model with the weights that training starts from.
+
+    Args:
+        config: the settings.
+        num_classes: number of classes of a classifier.
+        tokenizer: the model's tokenizer.
+        start: the result of `load_start`; None loads it.
+    """
+    start = start or load_start(config)
+    described = model_config(config, start, tokenizer, num_classes)
+    check_vocabulary(config, described, tokenizer)
+    model = MODELS[config.model].model(described)
+    _load_modules(config, start, model)
+    if config.init:
+        load_weights(model, path_inside(Path(config.init), "model.safetensors"), _replaced(start))
+    return model
+
+
+def _load_modules(
+    config: TrainConfig,
+    start: Start,
+    model: Any,
+    device: str = "cpu",
+) -> None:
+    """Load the pretrained parts into the model; on the device "meta", only check that they fit."""
+    for name, module in start.modules.items():
+        weights = {key: tensor.to(device) for key, tensor in module.state_dict().items()}
+        source = getattr(config, name)
+        with refusing(f"{name}: {source!r} does not fit the model with option {_given(config)}"):
+            getattr(model, name).load_state_dict(weights)
+
+
+def _given(config: TrainConfig) -> str:
+    return ", ".join(config.model_options) or "none"
+
+
+def _replaced(start: Start) -> tuple[str, ...]:
+    """Return the beginnings of the names of the weights that do not come from ``init``."""
+    return tuple(f"{name}." for name in start.modules)
