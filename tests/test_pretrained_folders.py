@@ -131,8 +131,10 @@ TEXT_FOLDERS = [
     ({"vocab_size": 10**8}, "got weights with"),
     ({"num_hidden_layers": 2}, "lacks 16 weights of bert"),
     ({"vocab_size": 89}, "holds the weights of another model"),
-    ({"hidden_size": "16"}, "config.json.hidden_size: got '16'"),
-    ({"hidden_act": "nothing"}, "cannot build a 'bert'"),
+    ({"hidden_size": "16"}, "config.json: hidden_size: got '16'"),
+    ({"hidden_act": "nothing"}, "hidden_act: got 'nothing', expected the name of an activation"),
+    ({"num_attention_heads": 3}, "cannot build a 'bert'"),
+    ({"num_hidden_layers": 0}, "num_hidden_layers: got 0, expected an integer from 1 to 1000"),
 ]
 
 

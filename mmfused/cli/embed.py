@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import model_source
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
     from mmfused.training.folder_lock import Lock
     from mmfused.training.load import Trained
 
-HELP = "embed a folder of products with a trained retrieval model, and write one .npz file"
+HELP = "embed a folder of products with a retrieval model, and write one .npz file"
 # Names of the files in FILE.parts.
 PART = re.compile(r"\d{8}\.safetensors|job\.json")
 TEMPORARY = re.compile(rf"\.({PART.pattern})\.\d+\.tmp")
@@ -29,12 +31,7 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``mmfused embed`` to ``parser``."""
-    parser.add_argument(
-        "--checkpoint",
-        required=True,
-        metavar="DIR",
-        help="folder of a run or of a checkpoint",
-    )
+    model_source.add_arguments(parser)
     parser.add_argument(
         "--data",
         required=True,
@@ -84,16 +81,15 @@ def run(args: argparse.Namespace) -> int:
     import mmfused
     from mmfused.training.files import remove
     from mmfused.training.folder_lock import half_written
-    from mmfused.training.load import load_trained
 
     out = Path(args.out)
     _check(args, out)
     parts = Parts(out.with_name(out.name + ".parts"))
-    trained = load_trained(args.checkpoint, args.backend, args.device, args.threads)
+    trained = model_source.load_model(args)
     trained.check_is_retrieval_model("embed")
     data, batches = trained.batches(args.data, args.batch_size, args.text_column)
     job = {
-        "checkpoint": trained.digest,
+        **trained.identity,
         "rows": data.digest,
         "batch_size": args.batch_size,
         "views": args.views,
@@ -128,7 +124,7 @@ def _check(args: argparse.Namespace, out: Path) -> None:
 class Parts:
     """A folder with one file of embeddings for each finished batch, and ``job.json``.
 
-    ``job.json`` identifies the checkpoint, the items, the batch size and the views, so that batches
+    ``job.json`` identifies the model, the items, the batch size and the views, so that batches
     of different jobs are never mixed.
     """
 
@@ -168,8 +164,9 @@ class Parts:
                 write_atomically(source, lambda path: write_json(path, job))
             elif read_json(source) != job:
                 raise ValueError(
-                    f"out: {self.folder} holds parts made with another checkpoint, batch size or "
-                    "views, or from other pictures or texts; remove or overwrite them"
+                    f"out: {self.folder} holds parts made with another checkpoint, host, option, "
+                    "batch size or views, or from other pictures or texts; remove or overwrite "
+                    "them"
                 )
             yield lock
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import model_source
 from .train import print_rows, score_rows
 
 if TYPE_CHECKING:
@@ -20,12 +21,7 @@ HELP = "measure a trained model on a folder of products, or on the generated val
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``mmfused eval`` to ``parser``."""
-    parser.add_argument(
-        "--checkpoint",
-        required=True,
-        metavar="DIR",
-        help="folder of a run or of a checkpoint",
-    )
+    model_source.add_arguments(parser)
     parser.add_argument(
         "--data",
         required=True,
@@ -101,9 +97,8 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
         ValueError: the checkpoint or the data cannot be used, or do not fit together.
     """
     import mmfused
-    from mmfused.training.load import load_trained
 
-    trained = load_trained(args.checkpoint, args.backend, args.device, args.threads)
+    trained = model_source.load_model(args)
     retrieves = trained.task == "retrieval"
     if args.products and not retrieves:
         raise ValueError(
@@ -124,6 +119,7 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
     unknown = [] if products is None else sorted({*data.labels} - {*products.labels})
     return {
         "checkpoint": args.checkpoint,
+        "host": args.host,
         "data": args.data,
         "products": args.products,
         "model": trained.name,
@@ -196,7 +192,8 @@ def _print_table(result: Mapping[str, Any]) -> None:
     skipped = len(result["skipped"])
     amp = "on" if result["amp"] == "bf16" else "off"
     rows = {
-        "model": f"{result['model']}, {result['modalities']}, from {result['checkpoint']}",
+        "model": f"{result['model']}, {result['modalities']}, "
+        f"from {result['checkpoint'] or result['host']}",
         "data": f"{result['data']}, {result['rows']} rows, {skipped} skipped{searched}",
         "missing": f"{result['without_image']} rows without a picture, "
         f"{result['without_text']} without a text",

@@ -309,7 +309,7 @@ def config_options(args: argparse.Namespace) -> dict[str, Any]:
     if args.modalities is not None:
         options["modalities"] = MODALITIES[args.modalities]
     options = {**_options_of_init(args), **options}
-    fields = dict(map(_parse_option, options.pop("option", [])))
+    fields = dict(map(parse_option, options.pop("option", [])))
     if "without" in options:
         fields["without"] = options.pop("without").split(",")
     if fields:
@@ -328,7 +328,7 @@ def _options_of_init(args: argparse.Namespace) -> dict[str, Any]:
     return {name: training[name] for name in ("preset", "modalities") if name in training}
 
 
-def _parse_option(given: str) -> tuple[str, object]:
+def parse_option(given: str) -> tuple[str, object]:
     """Return the name and the value of NAME=VALUE; a value that is not JSON is a string."""
     name, equals, value = given.partition("=")
     if not name or not equals:

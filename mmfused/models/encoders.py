@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 from torch import nn
@@ -294,3 +296,18 @@ def import_transformers() -> Any:
     with from_extra("models"):
         import transformers
     return transformers
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Suppress the warnings, loading reports and progress bars of transformers."""
+    logging = import_transformers().logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

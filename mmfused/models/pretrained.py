@@ -6,6 +6,8 @@ names are ignored.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,22 @@ from mmfused.models.encoders import (
     create_vit,
     declared,
     import_timm,
+    import_transformers,
+    quiet_transformers,
     text_class,
     text_fields,
     without,
 )
-from mmfused.models.fields import Kinds, check_field, check_fields, refusing
-from mmfused.models.weights import check_size, find_folder, on_meta, read_weights
+from mmfused.models.fields import Kinds, check_field, check_fields, refusing, shown
+from mmfused.models.weights import (
+    check_size,
+    find_folder,
+    named,
+    on_meta,
+    read_weights,
+    same_end,
+    weights_path,
+)
 
 # The fields that earlier versions of transformers wrote in place of rope_parameters.
 LEGACY_ROPE: dict[str, object] = {
@@ -35,6 +47,11 @@ LEGACY_ROPE: dict[str, object] = {
     "local_rope_theta": float,
     "rope_scaling": ROPE,
 }
+# The fields with the name of an activation.
+ACTIVATIONS = ("hidden_act", "activation", "hidden_activation", "conv_act")
+# The name of a weight in a numbered layer, except buffers of earlier versions of transformers.
+IN_LAYER = re.compile(r"(?:layers?|blocks|layer_groups|albert_layers)\.\d+\.(?!.*inv_freq$)")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # timm's default normalisation of pixels.
 PIXELS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
@@ -114,15 +131,13 @@ def vit_of_folder(folder: Path, size: dict[str, int]) -> tuple[dict[str, Any], n
         meta_vit = create_vit(**saved, num_classes=0)
     check_vit(folder, meta_vit)
     weights = read_weights("image encoder", folder)
-    check_size(f"image encoder: {folder}", weights, meta_vit)
+    check_size(f"image encoder: {weights_path(folder)}", weights, meta_vit)
     vit = create_vit(num_classes=0, **image)
-    with refusing(f"image encoder: {folder} holds the weights of another model"):
+    path = weights_path(folder)
+    with refusing(f"image encoder: {path} holds the weights of another model"):
         weights = timm.models.vision_transformer.checkpoint_filter_fn(weights, vit)
-        missing = vit.load_state_dict(weights, strict=False).missing_keys
-    if missing:
-        raise ValueError(
-            f"image encoder: {folder} lacks {len(missing)} weights, {missing[0]} among them"
-        )
+        missing, unexpected = vit.load_state_dict(weights, strict=False)
+    check_keys(f"image encoder: {path}", saved["name"], weights, missing, unexpected)
     return vit_fields(image, vit, pixels), vit
 
 
@@ -145,10 +160,11 @@ def pretrained_text(source: str) -> tuple[dict[str, Any], nn.Module]:
     """
     folder = find_folder("text encoder", source)
     saved_config = read_encoder_folder("text encoder", folder, "*.safetensors")
-    config_class, kinds = text_fields(saved_config.get("model_type"))
-    kept = keep_fields(saved_config, {**declared(config_class), **kinds})
-    model_type = saved_config["model_type"]
-    with refusing(f"text encoder: {folder / 'config.json'} cannot build a {model_type!r}"):
+    where, model_type = f"text encoder: {folder / 'config.json'}", saved_config.get("model_type")
+    with named(where):
+        config_class, kinds = text_fields(model_type)
+    kept = keep_fields(where, saved_config, {**declared(config_class), **kinds})
+    with refusing(f"{where} cannot build a {model_type!r}"), quiet_transformers():
         config = config_class(**without(kept, "model_type"))
         model_class, no_pooler = text_class(config)
         with on_meta():
@@ -157,26 +173,44 @@ def pretrained_text(source: str) -> tuple[dict[str, Any], nn.Module]:
     options["model_type"] = model_type
     check_text(options)
     weights = read_weights("text encoder", folder)
-    check_size(f"text encoder: {folder}", weights, meta_model)
-    encoder = build_with_weights("text encoder", source, model_class, config, weights, **no_pooler)
+    where = f"text encoder: {weights_path(folder)}"
+    check_size(where, weights, meta_model)
+    encoder = build_with_weights(where, model_class, config, weights, **no_pooler)
     return {"text": options, "text_dim": config.hidden_size}, encoder
 
 
-def keep_fields(saved_config: dict[str, Any], kinds: Kinds) -> dict[str, Any]:
-    """Return the fields of a config.json that are in ``kinds``, after a check of their values."""
+def keep_fields(
+    where: str,
+    saved_config: dict[str, Any],
+    kinds: Kinds,
+    part: str = "",
+) -> dict[str, Any]:
+    """Return the fields of a config.json that are in ``kinds``, after a check of their values.
+
+    Error messages name ``where``, the argument and the file, and ``part``, the field that holds
+    these fields, with a dot.
+    """
     kinds = {**kinds, **LEGACY_ROPE} if "rope_parameters" in kinds else kinds
     kept = {
         name: value
         for name, value in saved_config.items()
         if name in kinds and (value is not None or name not in LEGACY_ROPE)
     }
-    check_fields("config.json", kept, kinds)
+    with named(where):
+        for name, value in kept.items():
+            kind = kinds[name]
+            if not isinstance(kind, dict):
+                check_field(part + name, value, kind)
+            elif value is not None:
+                check_fields(part + name, value, kind)
+            if name in ACTIVATIONS and value not in import_transformers().activations.ACT2FN:
+                expected = "the name of an activation in transformers"
+                raise ValueError(f"{part}{name}: got {shown(value)}, expected {expected}")
     return kept
 
 
 def build_with_weights(
-    name: str,
-    source: str,
+    where: str,
     model_class: Any,
     config: Any,
     weights: dict[str, Tensor],
@@ -185,32 +219,74 @@ def build_with_weights(
     """Build a model of transformers with ``weights`` in float32.
 
     The names of the weights may have a prefix. Given a folder instead of weights, transformers
-    would also load the adapters and quantisers that the folder names.
+    would also load the adapters and quantisers that the folder names. ``where`` is the argument and
+    the file, for error messages.
     """
-    with refusing(f"{name}: {source!r} holds the weights of another model"):
+    with refusing(f"{where} holds the weights of another model"), quiet_transformers():
         model, info = model_class.from_pretrained(
             None,
             config=config,
             state_dict=weights,
             dtype=torch.float32,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, with names
             **options,
         )
-    missing = sorted(key for key in info["missing_keys"] if not key.startswith("lm_head"))
-    if missing:
-        lacking = f"{len(missing)} weights of {config.model_type}, {missing[0]} among them"
-        raise ValueError(f"{name}: {source!r} lacks {lacking}")
+    for key, got, expected in sorted(info["mismatched_keys"]):
+        raise ValueError(
+            f"{where} holds the weights of another model: {same_end(weights, key) or key}: "
+            f"got shape {tuple(got)}, expected {tuple(expected)}, as in its config.json"
+        )
+    check_keys(where, config.model_type, weights, info["missing_keys"], info["unexpected_keys"])
     return model
+
+
+def check_keys(
+    where: str,
+    model: str,
+    weights: Iterable[str],
+    missing: Iterable[str],
+    unexpected: Iterable[str],
+) -> None:
+    """Require all weights of a model, and no weights of further layers.
+
+    Other weights that the model does not have, as those of a head, are ignored.
+
+    Args:
+        where: the argument and the file, for error messages.
+        model: name of the model.
+        weights: names of the weights in the file.
+        missing: names of the model's weights that are not in the file.
+        unexpected: names of weights in the file that the model does not have.
+    """
+    absent = sorted(key for key in missing if not key.startswith("lm_head"))
+    if absent:
+        lacking = f"{len(absent)} weights of {model}, {absent[0]} among them"
+        raise ValueError(f"{where} lacks {lacking}, expected all that its config.json describes")
+    further = sorted(key for key in unexpected if IN_LAYER.search(key))
+    if further:
+        raise ValueError(
+            f"{where} holds {len(further)} weights that a {model} with its config.json does not "
+            f"have, {same_end(weights, further[0]) or further[0]} among them, "
+            "expected as many layers as in config.json"
+        )
 
 
 def read_encoder_folder(name: str, folder: Path, weights: str) -> dict[str, Any]:
     """Return the contents of a folder's config.json.
 
     Raises:
-        FileNotFoundError: there is no config.json, or no file that matches the pattern ``weights``.
+        FileNotFoundError: there is no config.json, or no file of weights. The message calls these
+            files ``weights``.
+        ValueError: config.json is damaged.
     """
-    if not (folder / "config.json").is_file() or not any(folder.glob(weights)):
-        raise FileNotFoundError(
-            f"{name}: {folder} lacks a file, expected config.json and {weights}"
-        )
-    return read_object(folder / "config.json")
+    if not (folder / "config.json").is_file() or not weights_path(folder).is_file():
+        expected = f"config.json and {weights}"
+        for path in sorted(folder.glob("*")):
+            if path.name == "adapter_model.safetensors":
+                expected += f"; {path.name} is an adapter"
+            elif path.suffix in PICKLES:
+                expected += f"; {path.name} is a pickle, which can run any code when it is loaded"
+        raise FileNotFoundError(f"{name}: {folder} lacks a file, expected {expected}")
+    with named(name):
+        return read_object(folder / "config.json")

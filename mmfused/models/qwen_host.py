@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
 
-from mmfused.models.encoders import declared, freeze, import_transformers, without
+from mmfused.models.encoders import (
+    declared,
+    freeze,
+    import_transformers,
+    quiet_transformers,
+    without,
+)
 from mmfused.models.fields import Options, check_field, check_fields, refusing, shown
 from mmfused.models.presets import CLIP_MEAN, CLIP_STD
 from mmfused.models.pretrained import build_with_weights, keep_fields, read_encoder_folder
-from mmfused.models.weights import check_size, find_folder, on_meta, read_weights
+from mmfused.models.weights import (
+    check_size,
+    find_folder,
+    on_meta,
+    read_weights,
+    weights_path,
+)
 
 PIXEL_MEAN = CLIP_MEAN  # Qwen2-VL normalises pixels as CLIP does
 PIXEL_STD = CLIP_STD
@@ -19,6 +32,7 @@ Part = Literal["vision", "language"]
 # The parts that a config's `freeze` may list, and their attributes of the host.
 PARTS: dict[Part, str] = {"vision": "visual", "language": "language_model"}
 TYPES = ("qwen2_vl", "qwen2_5_vl")
+ALIASES = {"unite_qwen2_vl": "qwen2_vl"}  # the model_type of UNITE's own class
 IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
 
@@ -72,7 +86,7 @@ def build_qwen2_vl(options: Options, frozen: Sequence[Part] = ()) -> Any:
         **without(options, "model_type"),
         "vision_config": {**options["vision_config"], output: width},
     }
-    with refusing(f"host: got options that cannot build a {model_type!r}"):
+    with refusing(f"host: got options that cannot build a {model_type!r}"), quiet_transformers():
         config = transformers.AutoConfig.for_model(model_type, **options)
         return freeze_parts(transformers.MODEL_MAPPING[type(config)](config), frozen)
 
@@ -87,42 +101,94 @@ def pretrained_qwen2_vl(source: str) -> tuple[dict[str, Any], nn.Module]:
         The config fields that rebuild the host without ``source`` (host, pixel_mean, pixel_std),
         and the host.
     """
-    transformers, folder = import_transformers(), find_folder("host", source)
-    saved_config = read_encoder_folder("host", folder, "*.safetensors")
-    if saved_config.get("model_type") not in TYPES:
-        found, expected = shown(saved_config.get("model_type")), ", ".join(TYPES)
-        raise ValueError(f"host: {source!r}: model_type: got {found}, expected one of {expected}")
-    config_class, kinds = host_fields(saved_config["model_type"])
-    parts = {}
-    for part in ("text_config", "vision_config"):
-        # Early config files of Qwen2-VL have the fields of text_config at the top level.
-        values = saved_config.get(part, saved_config if part == "text_config" else {})
-        check_field(f"host: {folder / 'config.json'}: {part}", values, dict)
-        parts[part] = keep_fields(values, kinds[part])
-    ids = keep_fields(saved_config, dict.fromkeys(IDS, int))
-    with refusing(f"host: {folder / 'config.json'} cannot build a {saved_config['model_type']!r}"):
-        config = config_class(**parts, **ids)
-        model_class = transformers.MODEL_MAPPING[config_class]
-        with on_meta():
-            meta_model = model_class(config)
-    options: dict[str, Any] = {"model_type": saved_config["model_type"]}
-    options |= {name: getattr(config, name) for name in IDS}
-    for part in parts:  # fields that differ from their defaults
-        changed = getattr(config, part).to_diff_dict()
-        options[part] = {name: value for name, value in changed.items() if name in kinds[part]}
-    for name in ("hidden_size", "num_hidden_layers"):  # required even if they are the defaults
-        options["text_config"][name] = getattr(config.text_config, name)
+    folder = find_folder("host", source)
+    config = read_host_config(folder, read_encoder_folder("host", folder, "*.safetensors"))
+    options = host_options(config)
     check_host(options)
-    weights = read_weights("host", folder)
-    check_size(f"host: {folder}", weights, meta_model)
+    transformers = import_transformers()
+    model_class = transformers.MODEL_MAPPING[type(config)]
+    with refusing(f"host: {folder / 'config.json'} cannot build a {config.model_type!r}"):
+        with on_meta(), quiet_transformers():
+            meta_model = model_class(config)
+    weights, where = read_weights("host", folder), f"host: {weights_path(folder)}"
+    check_size(where, weights, meta_model)
     # A checkpoint with a head is loaded into the class with a head, because transformers 5.10 does
     # not find the checkpoint's language model when it loads the class without a head.
     has_head = any(name.startswith(("model.", "lm_head.")) for name in weights)
     if has_head:
-        model_class = transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[config_class]
-    host = build_with_weights("host", source, model_class, config, weights)
+        model_class = transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+        # The head is not used: it is not read, and tied so that it is not drawn either.
+        weights = {name: tensor for name, tensor in weights.items() if name != "lm_head.weight"}
+        config.tie_word_embeddings = True
+    host = build_with_weights(where, model_class, config, weights)
     fields = {"host": options, "pixel_mean": PIXEL_MEAN, "pixel_std": PIXEL_STD}
     return fields, host.model if has_head else host
+
+
+def read_host_config(folder: Path, saved: dict[str, Any]) -> Any:
+    """Return the config of transformers that a folder's config.json describes."""
+    where, model_type = f"host: {folder / 'config.json'}", saved.get("model_type")
+    model_type = ALIASES.get(str(model_type), model_type)
+    if model_type not in TYPES:
+        expected = ", ".join(TYPES)
+        raise ValueError(
+            f"{where}: model_type: got {shown(model_type)}, expected one of {expected}"
+        )
+    config_class, kinds = host_fields(model_type)
+    parts = {}
+    for part in ("text_config", "vision_config"):
+        # Early config files of Qwen2-VL have the fields of text_config at the top level.
+        values = saved.get(part, saved if part == "text_config" else None)
+        check_field(f"{where}: {part}", values, dict)
+        parts[part] = keep_fields(where, values, kinds[part], f"{part}.")
+    ids = keep_fields(where, saved, dict.fromkeys(IDS, int))
+    with refusing(f"{where} cannot build a {model_type!r}"), quiet_transformers():
+        config = config_class(**parts, **ids)
+    keep_known_ids(config.text_config)
+    check_heads(where, config)
+    return config
+
+
+def host_options(config: Any) -> dict[str, Any]:
+    """Return the options with which `build_qwen2_vl` builds the host of a config again."""
+    kinds = host_fields(config.model_type)[1]
+    options: dict[str, Any] = {"model_type": config.model_type}
+    options |= {name: getattr(config, name) for name in IDS}
+    for part in ("text_config", "vision_config"):  # fields that differ from their defaults
+        changed = getattr(config, part).to_diff_dict()
+        options[part] = {name: value for name, value in changed.items() if name in kinds[part]}
+    for name in ("hidden_size", "num_hidden_layers"):  # required even if they are the defaults
+        options["text_config"][name] = getattr(config.text_config, name)
+    return options
+
+
+def check_heads(where: str, config: Any) -> None:
+    """Require widths that divide into heads, and M-RoPE sections that fill half of a head.
+
+    transformers would notice it only when the model runs.
+    """
+    text, vision = config.text_config, config.vision_config
+    half = text.hidden_size // text.num_attention_heads // 2
+    sections = (text.rope_parameters or {}).get("mrope_section")
+    if not sections or sum(sections) != half:
+        got = f"text_config.rope_parameters.mrope_section: got {shown(sections)}"
+        raise ValueError(f"{where}: {got}, expected three numbers with the sum {half}")
+    name = "embed_dim" if config.model_type == "qwen2_vl" else "hidden_size"
+    if getattr(vision, name) % vision.num_heads:
+        got = f"vision_config.num_heads: got {vision.num_heads}"
+        raise ValueError(f"{where}: {got}, expected a divisor of {name}={getattr(vision, name)}")
+
+
+def keep_known_ids(text_config: Any) -> None:
+    """Set ids of special tokens that are not in the vocabulary to None, in place.
+
+    Such ids are transformers' defaults. transformers warns of them.
+    """
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        ids = getattr(text_config, name)
+        ids = ids if isinstance(ids, list) else [ids or 0]
+        if not all(0 <= i < text_config.vocab_size for i in ids):
+            setattr(text_config, name, None)
 
 
 def freeze_parts(host: Any, frozen: Sequence[Part]) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,11 @@ import torch
 
 from mmfused import data as product_data
 from mmfused.models import MODELS
+from mmfused.models.weights import find_folder, weight_files
+from mmfused.training.config import RECIPES, TrainConfig
 from mmfused.training.datasets import load_folder
 from mmfused.training.files import sha256
+from mmfused.training.initial import build_model, check_start, load_start, load_tokenizer
 from mmfused.training.run_folder import load_saved, read_settings
 from mmfused.training.setup import (
     VAL_BATCH_SIZE,
@@ -31,6 +36,7 @@ class Trained:
         tokenizer: the model's tokenizer.
         settings: the settings saved in ``folder``.
         device: device to which the model is moved.
+        weights: the files with the weights; None is ``model.safetensors`` of a run.
 
     Examples:
         >>> import pathlib, tempfile
@@ -57,8 +63,10 @@ class Trained:
         tokenizer: Any,
         settings: dict[str, Any],
         device: torch.device,
+        weights: Sequence[Path] | None = None,
     ) -> None:
         self.folder = folder
+        self.weights = weights
         self.tokenizer = tokenizer
         self.settings = settings
         self.device = device
@@ -68,9 +76,22 @@ class Trained:
         self.amp: bool = use_amp(settings["training"].get("amp", "off"), device)
 
     @property
-    def digest(self) -> str:
-        """SHA-256 of ``model.safetensors``."""
-        return sha256(self.folder / "model.safetensors")
+    def identity(self) -> dict[str, Any]:
+        """What the embeddings of an item depend on, as JSON can represent it.
+
+        For a run, it is the SHA-256 of ``model.safetensors``. For a host, it is the SHA-256 of each
+        file of weights, and the options.
+        """
+        if self.weights is None:
+            return {"checkpoint": sha256(self.folder / "model.safetensors")}
+        words = self.tokenizer.backend_tokenizer.to_str().encode()
+        return {
+            "weights": [sha256(path) for path in self.weights],
+            "tokenizer": hashlib.sha256(words).hexdigest(),
+            "max_length": self.settings["training"]["max_length"],
+            "model": self.name,
+            "config": self.settings["model"],
+        }
 
     def check_is_retrieval_model(self, command: str) -> None:
         """Raise ValueError unless the model is a retrieval model."""
@@ -148,3 +169,75 @@ def load_trained(
     if threads:
         torch.set_num_threads(threads)
     return trained
+
+
+def load_host(
+    model: str,
+    host: str,
+    *,
+    preset: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    backend: str = "auto",
+    device: str = "auto",
+    threads: int | None = None,
+    **settings: Any,
+) -> Trained:
+    r"""Load a pretrained Qwen2-VL as a model that embeds, without a training.
+
+    The model is that of which ``mmfused train`` with the same options starts a training with
+    seed 0. MOON2's mixtures of experts therefore have random routers, always the same;
+    ``options={"without": ["moe"]}`` leaves out the mixtures.
+
+    Args:
+        model: "unite" or "moon2".
+        host: folder in transformers' format, or hub name.
+        preset: None is "code" if the model has it, else "paper".
+        options: fields of the model's config.
+        backend: backend with which the model will run; only checked, not set.
+        device: name of a torch device; "auto" is "cuda" if it is available, else "cpu".
+        threads: number of CPU threads; None takes torch's.
+        settings: further settings of :class:`~mmfused.training.config.TrainConfig`, such as
+            tokenizer, image_size and max_length.
+
+    Raises:
+        ValueError: an option is invalid, or the host cannot be used.
+        FileNotFoundError: a file of the host is missing.
+
+    Examples:
+        >>> import tempfile
+        >>> from mmfused.data import train_tokenizer
+        >>> from mmfused.models import UNITE, UNITEConfig
+        >>> from mmfused.models.qwen_export import save_host
+        >>> from mmfused.training.load import load_host
+        >>> tokenizer = UNITEConfig.prepare_tokenizer(train_tokenizer(["Red mug", "Blue plate"]))
+        >>> model = UNITE(UNITEConfig.preset("tiny", **UNITEConfig.of_tokenizer(tokenizer)))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_host(model, tokenizer, folder)
+        ...     loaded = load_host("unite", folder, device="cpu", max_length=16)
+        >>> loaded.name, loaded.model.picture_size
+        ('unite', 256)
+    """
+    if preset is None and model in MODELS:
+        preset = "code" if "code" in MODELS[model].config.PRESETS else "paper"
+    recipe = RECIPES.get((model, preset or ""), {})
+    config = TrainConfig(
+        out=host,
+        model=model,  # type: ignore[arg-type]
+        preset=preset or "",
+        host=host,
+        model_options=dict(options or {}),
+        **{name: recipe[name] for name in ("max_length",) if name in recipe} | settings,
+    )
+    chosen = pick_device(device)
+    amp = use_amp(config.amp, chosen)
+    check_backend(backend, chosen, torch.bfloat16 if amp else torch.float32)
+    if threads:
+        torch.set_num_threads(threads)
+    start, tokenizer = load_start(config), load_tokenizer(config)
+    check_start(config, start, tokenizer)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        built = build_model(config, 1, tokenizer, start).eval()
+    values = {"model": built.config.to_dict(), "training": config.to_dict()}
+    folder = find_folder("host", host)
+    return Trained(folder, built, tokenizer, values, chosen, weight_files("host", folder))
