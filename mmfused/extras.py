@@ -18,6 +18,7 @@ PACKAGES: dict[str, dict[str, str]] = {
         "tqdm": "tqdm",
         "transformers": "transformers",
     },
+    "lora": {"peft": "peft"},
 }
 
 

@@ -1,8 +1,6 @@
 """UNITE against an independent transcription of its equations in float64, and other properties."""
 
 import json
-import sys
-import types
 
 import pytest
 import torch
@@ -12,7 +10,7 @@ from retrieval_models import check_given_tokens, device_for
 import mmfused
 from mmfused.models import qwen
 from mmfused.models.retrieval import VIEWS
-from mmfused.models.unite import COMPONENTS, UNITE, UNITEConfig, lora
+from mmfused.models.unite import COMPONENTS, UNITE, UNITEConfig
 from mmfused.training.gradients import add_cached_gradients, add_gradients, to_device
 
 TOKENS = {"vision_start": 90, "vision_end": 91, "image": 92, "end": 93, "pad": 0, "drop": [2, 3]}
@@ -456,47 +454,3 @@ def test_config_round_trips_through_json_with_the_trainers_sizes():
 def test_a_bad_config_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         tiny(**options)
-
-
-# --- LoRA ---
-
-
-def test_lora_without_peft_raises_an_error(monkeypatch):
-    monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ImportError, match="lora needs peft: pip install peft"):
-        lora(tiny())
-
-
-LINEAR = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
-
-
-@pytest.mark.parametrize(("stage", "alpha"), [(1, 16), (2, 64)])
-def test_lora_passes_the_papers_settings_to_peft(monkeypatch, stage, alpha):
-    peft, calls = types.ModuleType("peft"), []
-    peft.LoraConfig = dict
-    peft.inject_adapter_in_model = lambda settings, module: calls.append((settings, module))
-    monkeypatch.setitem(sys.modules, "peft", peft)
-    model = tiny(stage=stage)
-    assert lora(model) is model
-    ((settings, module),) = calls
-    expected = {
-        "r": 8,
-        "lora_alpha": alpha,
-        "lora_dropout": 0.05,
-        "target_modules": LINEAR,
-        "bias": "none",
-    }
-    assert settings == expected and module is model.host.language_model
-
-
-def test_lora_trains_only_its_own_weights():
-    pytest.importorskip("peft")
-    model, parts = lora(tiny(freeze=("vision",), host={})), in_float32(batch())
-    model(**parts).loss.backward()
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert trained and all("lora_" in name and ".visual." not in name for name in trained)
-    assert len(trained) == 2 * 2 * len(LINEAR)  # A and B in two layers
-    assert all(
-        (parameter.grad is not None) == (name in trained)
-        for name, parameter in model.named_parameters()
-    )

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from mmfused.models import UNITE, UNITEConfig, UNITEProcessor, qwen
 from mmfused.models.unite_inputs import sample_frames
 from mmfused.training.gradients import add_gradients
+from mmfused.training.setup import make_collate
 
 SPECIAL = [
     "<|endoftext|>",
@@ -179,6 +180,18 @@ def test_names_of_picture_tokens_in_a_text_are_dropped():
     named = processor_of(model)([{"text": "red <|image_pad|><|video_pad|>mug"}])
     assert read(named) == f"{START}red mug\nSummary above sentence{END}"
     assert model.embed_sequences(**named).isfinite().all()
+
+
+def test_batches_of_a_folder_have_the_released_texts():
+    """Long texts lose tokens on the left; a text keeps the line break that ends it."""
+    config = make_config()
+    words = " ".join(f"word{i}" for i in range(9)) + "."
+    ids, mask = make_collate(TOKENIZER, 16, 12, config).tokenize([words, ""])
+    assert TOKENIZER.decode(ids[0][mask[0] == 1], skip_special_tokens=True) == "rd7 word8.\n"
+    assert mask[1].sum() == 2 and TOKENIZER.truncation_side == "right"
+    plain = make_config(prompt="plain")
+    ids, mask = make_collate(TOKENIZER, 16, 12, plain).tokenize([words])
+    assert TOKENIZER.decode(ids[0][mask[0] == 1], skip_special_tokens=True) == "word0 word"
 
 
 # --- pictures and frames ---
@@ -439,6 +452,23 @@ def test_sequences_without_their_pictures_are_refused():
         model.embed_sequences(**without, pixel=batch["pixel_values"])
     with pytest.raises(ValueError, match="image_grid_thw: got complete sequences, expected code"):
         model.encode("query", labels=torch.arange(1), **{**batch, "code": None})
+
+
+def test_labels_of_another_number_are_refused():
+    model = make_model()
+    batch = processor_of(model)([{"text": "red"}, {"text": "blue"}])
+    with pytest.raises(ValueError, match=r"labels: got torch.int64 \(3,\), expected int64 \(2,\)"):
+        model.encode("query", labels=torch.arange(3), **batch)
+
+
+def test_videos_are_refused_with_qwen2_5():
+    vision = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 24}
+    vision |= {"patch_size": 4, "window_size": 16, "fullatt_block_indexes": [0]}
+    host = {**make_config().host, "model_type": "qwen2_5_vl", "vision_config": vision}
+    model = UNITE(make_config(host=host))
+    batch = processor_of(model)([{"video": video()}])
+    with pytest.raises(ValueError, match="pixel_values: got videos with model_type 'qwen2_5_vl'"):
+        model.embed_sequences(**batch)
 
 
 def test_a_tokenizer_without_the_video_token_is_refused_for_videos():

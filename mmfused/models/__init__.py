@@ -15,6 +15,8 @@ Each file contains the configuration, the modules and the model, in this order. 
     retrieval.py                base of the retrieval models
     qwen*.py                    Qwen2-VL, the backbone ("host") of UNITE and MOON2.0
     weights.py                  reading of pretrained safetensors
+    lora.py, adapters.py        LoRA in the transformers of a model; adapter folders
+    checkpointing.py            gradient checkpointing
 
 docs/models.md gives the source of each equation: the paper, public code, or this library.
 """

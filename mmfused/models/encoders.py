@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 from torch import nn
@@ -278,10 +279,42 @@ def without(values: Kinds, *names: str) -> dict[str, Any]:
 
 
 def freeze(encoder: nn.Module) -> nn.Module:
-    """Freeze an encoder's weights, and keep the encoder in evaluation mode after :meth:`train`."""
+    """Freeze an encoder's weights, and keep the encoder in evaluation mode after :meth:`train`.
+
+    Adapters that are added to it later are trained (:func:`mmfused.models.lora.add_lora`).
+    """
     encoder.requires_grad_(False).eval()
-    encoder.train = lambda mode=True: encoder  # type: ignore[method-assign]
+    encoder.train = partial(train_frozen, encoder)  # type: ignore[method-assign]
     return encoder
+
+
+def train_frozen(encoder: Any, mode: bool = True) -> Any:
+    """Set the mode of a frozen encoder's adapters, and of the layers that are checkpointed.
+
+    Neither changes what the frozen weights compute: of a layer of transformers that is
+    checkpointed, only its modules read their mode.
+    """
+    module: Any
+    for module in encoder.modules():
+        if hasattr(module, "lora_dropout"):
+            module.lora_dropout.train(mode)
+        elif getattr(module, "gradient_checkpointing", False) and is_layer(module):
+            module.training = mode
+    return encoder
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Return whether a module is a layer of transformers that can be checkpointed."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return isinstance(module, GradientCheckpointingLayer)
+
+
+def transformers_of(model: nn.Module) -> dict[str, Any]:
+    """Return the transformers of a model by attribute: its host, or the encoders that it has."""
+    names = ("host", "image_encoder", "text_encoder")
+    found = {name: getattr(model, name, None) for name in names}
+    return {name: module for name, module in found.items() if module is not None}
 
 
 def import_timm() -> Any:

@@ -58,6 +58,7 @@ BOUNDS: dict[str, tuple[int, int]] = {
     "vision_start": TOKEN,
     "conv_kernel_size": FROM_ZERO,
     "fullatt_block_indexes": FROM_ZERO,
+    "layers_to_transform": FROM_ZERO,
     "reg_tokens": FROM_ZERO,
     "type_vocab_size": FROM_ZERO,
     "max_relative_positions": SIGNED,

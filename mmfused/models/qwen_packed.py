@@ -42,8 +42,7 @@ def packed_states(
         check_takes_videos(host)
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
     slots = slots_of(tokens, input_ids)
-    replaced = torch.stack(list(slots.values())).any(0)
-    words = embed_ids(host, input_ids.masked_fill(replaced, tokens["pad"]))
+    words = embed_ids(host, input_ids)
     for name, slot in slots.items():
         pixels, grid = pictures.get(name), pictures.get(GRID_OF[name])
         if pixels is None or grid is None:

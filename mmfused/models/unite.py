@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmfused.distributed import in_group
 from mmfused.losses import unit_rows
@@ -377,59 +377,3 @@ class UNITE(RetrievalModel):
         """Return the normalised hidden state of the last token, has_image and has_text."""
         last = qwen.hidden_states(self.host, sequence, pictures)[:, -1]
         return F.normalize(last, dim=-1), sequence.has_image, sequence.has_text
-
-
-def lora(
-    model: UNITE,
-    rank: int = 8,
-    alpha: float | None = None,
-    dropout: float = 0.05,
-) -> UNITE:
-    """Add LoRA to every Linear layer of the language model, in place.
-
-    The original weights of the language model are frozen. This function needs the package peft.
-
-    Args:
-        model: the model.
-        rank: rank of the adapters.
-        alpha: scale of the adapters, times ``rank``; the default is the paper's, 16 in stage 1 and
-            64 in stage 2.
-        dropout: dropout rate of the adapters' inputs.
-
-    Returns:
-        The model.
-
-    Raises:
-        ImportError: peft is not installed.
-
-    Examples:
-        >>> from mmfused.data import train_tokenizer
-        >>> from mmfused.models import UNITE, UNITEConfig
-        >>> from mmfused.models.unite import lora
-        >>> tokenizer = UNITEConfig.prepare_tokenizer(train_tokenizer(["Red mug", "Blue plate"]))
-        >>> model = UNITE(UNITEConfig.preset("tiny", **UNITEConfig.of_tokenizer(tokenizer)))
-        >>> language = lora(model, rank=4).host.language_model
-        >>> all("lora" in name for name, p in language.named_parameters() if p.requires_grad)
-        True
-    """
-    try:
-        import peft
-    except ImportError as error:
-        raise ImportError("lora needs peft: pip install peft") from error
-    language = model.host.language_model
-    names = {
-        name.rpartition(".")[2]
-        for name, module in language.named_modules()
-        if isinstance(module, nn.Linear)
-    }
-    default_alpha = 16 if model.config.stage == 1 else 64
-    lora_alpha: Any = default_alpha if alpha is None else alpha
-    settings = peft.LoraConfig(
-        r=rank,
-        lora_alpha=lora_alpha,
-        lora_dropout=dropout,
-        target_modules=sorted(names),
-        bias="none",
-    )
-    peft.inject_adapter_in_model(settings, language)
-    return model
