@@ -173,6 +173,7 @@ def test_the_exported_tokenizer_and_processor_are_those_of_the_model(tmp_path):
 
 @torch.no_grad()
 def test_adapters_are_merged(tmp_path):
+    pytest.importorskip("peft")
     model, tokenizer = build()
     add_lora(model, rank=2)
     for layer in adapted_layers(model.host).values():

@@ -86,6 +86,7 @@ def test_an_exported_run_is_a_host_with_the_same_embeddings(tmp_path, host, data
 @pytest.fixture(scope="module")
 def adapted(host, tmp_path_factory):
     """Return an adapter folder, and a folder of the host with the adapters merged."""
+    pytest.importorskip("peft")
     root = tmp_path_factory.mktemp("adapted")
     model, tokenizer = build()
     add_lora(model, rank=2)
