@@ -10,10 +10,10 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from test_exported_folders import build
+from test_exported_folders import TEXT, build
 
 from mmfused.models.pretrained import pretrained_text, pretrained_vit
-from mmfused.models.qwen import pretrained_qwen2_vl
+from mmfused.models.qwen import build_qwen2_vl, pretrained_qwen2_vl
 from mmfused.models.qwen_export import save_host
 
 INDEX = "model.safetensors.index.json"
@@ -166,14 +166,14 @@ CONFIGS = [
     ({"text_config": {"hidden_act": "relu7"}}, "text_config.hidden_act: got 'relu7', expected the"),
     (
         {"text_config": {"rope_parameters": {"rope_type": "default", "mrope_section": [9, 9, 9]}}},
-        "text_config.rope_parameters.mrope_section: got [9, 9, 9], expected three numbers with the "
-        "sum 4",
+        "text_config.rope_parameters.mrope_section: got [9, 9, 9], expected numbers with the sum 4",
     ),
     (
         {"text_config": {"rope_parameters": {"rope_type": "default"}}},
-        "text_config.rope_parameters.mrope_section: got None, expected three numbers",
+        "text_config.rope_parameters.mrope_section: got (16, 24, 24), expected numbers",
     ),
     ({"vision_config": {"patch_size": 0}}, "vision_config.patch_size: got 0, expected an integer"),
+    ({"text_config": {"num_attention_heads": 3}}, "text_config.num_attention_heads: got 3, expec"),
     ({"vision_config": {"num_heads": 3}}, "vision_config.num_heads: got 3, expected a divisor of"),
     ({"vision_config": None}, "vision_config: got None, expected an object"),
     ({"image_token_id": "x"}, "image_token_id: got 'x', expected an integer"),
@@ -241,7 +241,7 @@ def test_every_layout_of_a_host_loads_without_a_message(folders, capfd, layout):
 
 QUIET = """
 import sys
-from mmfused.models.qwen import pretrained_qwen2_vl
+from mmfused.models.qwen import build_qwen2_vl, pretrained_qwen2_vl
 from mmfused.models.pretrained import pretrained_text
 pretrained_qwen2_vl(sys.argv[1])
 pretrained_text(sys.argv[2])
@@ -284,3 +284,19 @@ def test_damaged_weights_of_a_vit_are_refused_with_the_file(tmp_path):
     with pytest.raises(ValueError) as caught:
         pretrained_vit(str(tmp_path))
     assert key in str(caught.value) and str(caught.value).startswith(path)
+
+
+def test_options_of_a_host_that_cannot_run_are_refused():
+    """A run's config.json may have them too."""
+    config = build()[0].config
+    for part, field, value, message in (
+        ("vision_config", "num_heads", 3, "vision_config.num_heads: got 3, expected a divisor of"),
+        ("text_config", "rope_parameters", None, "mrope_section: got (16, 24, 24), expected"),
+    ):
+        changed = {**config.host, part: {**config.host[part], field: value}}
+        with pytest.raises(ValueError) as caught:
+            build_qwen2_vl(changed)
+        assert str(caught.value).startswith("host: ") and message in str(caught.value)
+    changed = {**config.host, "text_config": {**TEXT, "hidden_act": "relu7"}}
+    with pytest.raises(ValueError, match="host.text_config.hidden_act: got 'relu7', expected"):
+        type(config)(**{**config.to_dict(), "host": changed})

@@ -1,5 +1,6 @@
 """A folder of mmfused export gives transformers, and mmfused again, the same hidden states."""
 
+import copy
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ from retrieval_models import TEXTS
 from mmfused.cli import main
 from mmfused.data import train_tokenizer
 from mmfused.models import MODELS, qwen
+from mmfused.models.lora import adapted_layers, add_lora, merge_lora
 from mmfused.models.qwen_export import make_processor, save_host
 from mmfused.training.config import TrainConfig
 from mmfused.training.files import model_tensors, save_tensors, write_json
@@ -167,6 +169,22 @@ def test_the_exported_tokenizer_and_processor_are_those_of_the_model(tmp_path):
     assert (batch["input_ids"] == image).sum() == rows * columns // 4
     squares, _ = build("moon2")
     assert make_processor(squares, tokenizer).image_processor.size["longest_edge"] == 16 * 16
+
+
+@torch.no_grad()
+def test_adapters_are_merged(tmp_path):
+    pytest.importorskip("peft")
+    model, tokenizer = build()
+    add_lora(model, rank=2)
+    for layer in adapted_layers(model.host).values():
+        layer.lora_B["default"].weight.normal_()
+    merged = merge_lora(copy.deepcopy(model)).host.state_dict()
+    save_host(model, tokenizer, tmp_path)
+    loaded = transformers.AutoModel.from_pretrained(tmp_path).state_dict()
+    assert loaded.keys() == merged.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in merged.items())
+    changed = "language_model.layers.0.mlp.up_proj.weight"
+    assert not torch.equal(loaded[changed], build()[0].host.state_dict()[changed])
 
 
 def test_ids_outside_the_vocabulary_are_not_exported(tmp_path):

@@ -6,11 +6,14 @@ import shutil
 import numpy as np
 import pytest
 import safetensors.torch
+import torch
 from PIL import Image
 from retrieval_models import TEXTS
 from test_exported_folders import build
 
 from mmfused.cli import embed, main
+from mmfused.models.adapters import save_adapter
+from mmfused.models.lora import adapted_layers, add_lora
 from mmfused.models.qwen_export import save_host
 
 SMALL = ["--image-size", "16", "--max-length", "12"]
@@ -80,6 +83,40 @@ def test_an_exported_run_is_a_host_with_the_same_embeddings(tmp_path, host, data
     assert not np.allclose(before["both"], expected["both"], atol=0.01)
 
 
+@pytest.fixture(scope="module")
+def adapted(host, tmp_path_factory):
+    """Return an adapter folder, and a folder of the host with the adapters merged."""
+    pytest.importorskip("peft")
+    root = tmp_path_factory.mktemp("adapted")
+    model, tokenizer = build()
+    add_lora(model, rank=2)
+    with torch.no_grad():
+        for layer in adapted_layers(model.host).values():
+            layer.lora_B["default"].weight.normal_()
+    save_adapter(root / "adapter", model)
+    save_host(model, tokenizer, root / "merged")
+    return str(root / "adapter"), str(root / "merged")
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_an_adapter_is_merged_into_the_host(tmp_path, host, adapted, data, model):
+    """In a MOON2, the experts start as copies of the FFN with its adapters."""
+    adapter, merged = adapted
+    named = ["--model", model, *SMALL, *MODELS[model]]
+    expected = embeddings(data, tmp_path / "a.npz", *named, "--host", merged)
+    found = embeddings(data, tmp_path / "b.npz", *named, "--host", host, "--adapter", adapter)
+    assert_equal(found, expected)
+    before = embeddings(data, tmp_path / "c.npz", *named, "--host", host)
+    assert not np.allclose(before["both"], expected["both"], atol=0.01)
+
+
+def test_a_missing_adapter_is_refused_before_the_host_is_loaded(tmp_path, data, capsys):
+    named = ["--model", "unite", "--host", "./nowhere", "--adapter", str(tmp_path)]
+    assert main(command("embed", data, tmp_path / "x.npz", *named)) == 2
+    message = f"adapter: {tmp_path / 'adapter_config.json'} is missing"
+    assert message in capsys.readouterr().err
+
+
 def test_eval_measures_a_host(tmp_path, host, data, capsys):
     out = tmp_path / "scores.json"
     assert main(command("eval", data, out, "--model", "unite", "--host", host, *SMALL)) == 0
@@ -110,6 +147,7 @@ def other_tokenizer(host, folder):
 CHANGES = {
     "other weights": other_weights,
     "another tokenizer": other_tokenizer,
+    "an adapter": lambda *_: ["--adapter"],
     "another option": lambda *_: ["--option", 'without=["fusion"]'],
     "another preset": lambda *_: ["--preset", "paper"],
     "another length": lambda *_: ["--max-length", "11"],
@@ -119,7 +157,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_parts_of_another_host_or_option_are_refused(
-    tmp_path, host, data, capsys, monkeypatch, change
+    tmp_path, host, adapted, data, capsys, monkeypatch, change
 ):
     arguments = command("embed", data, tmp_path / "items.npz", "--model", "unite", *SMALL)
     arguments += ["--host", host]
@@ -128,6 +166,8 @@ def test_parts_of_another_host_or_option_are_refused(
         with pytest.raises(ZeroDivisionError):
             main(arguments)
     changed = CHANGES[change](host, tmp_path / "other")
+    if changed == ["--adapter"]:
+        changed.append(adapted[0])
     assert main([*arguments, *changed]) == 2
     assert "holds parts made with another checkpoint, host, option" in capsys.readouterr().err
     # The folder may have moved.

@@ -11,7 +11,15 @@ if TYPE_CHECKING:
     from mmfused.training.load import Trained
 
 # The options that belong to --host.
-HOST_OPTIONS = ("model", "preset", "option", "tokenizer", "image_size", "max_length")
+HOST_OPTIONS = (
+    "model",
+    "preset",
+    "option",
+    "tokenizer",
+    "adapter",
+    "image_size",
+    "max_length",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,6 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokenizer",
         metavar="NAME",
         help="with --host: tokenizer folder or hub name (default: that of the host)",
+    )
+    group.add_argument(
+        "--adapter",
+        metavar="DIR",
+        help="with --host: folder of LoRA adapters, ours or peft's, to merge into the host",
     )
     group.add_argument(
         "--image-size",

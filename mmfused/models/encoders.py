@@ -239,6 +239,13 @@ def text_fields(model_type: object) -> tuple[Any, dict[str, object]]:
     return config, without(kinds, "hidden_size", width)
 
 
+def check_activation(field: str, name: object) -> None:
+    """Require the name of an activation in transformers."""
+    if name not in import_transformers().activations.ACT2FN:
+        expected = "the name of an activation in transformers"
+        raise ValueError(f"{field}: got {shown(name)}, expected {expected}")
+
+
 def check_text(options: Options) -> None:
     """Check options of :func:`build_text`."""
     check_field("text", options, dict)

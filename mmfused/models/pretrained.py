@@ -17,19 +17,19 @@ from torch import Tensor, nn
 from mmfused.json_files import read_object
 from mmfused.models.encoders import (
     ROPE,
+    check_activation,
     check_architecture,
     check_image,
     check_text,
     create_vit,
     declared,
     import_timm,
-    import_transformers,
     quiet_transformers,
     text_class,
     text_fields,
     without,
 )
-from mmfused.models.fields import Kinds, check_field, check_fields, refusing, shown
+from mmfused.models.fields import Kinds, check_field, check_fields, refusing
 from mmfused.models.weights import (
     check_size,
     find_folder,
@@ -203,9 +203,8 @@ def keep_fields(
                 check_field(part + name, value, kind)
             elif value is not None:
                 check_fields(part + name, value, kind)
-            if name in ACTIVATIONS and value not in import_transformers().activations.ACT2FN:
-                expected = "the name of an activation in transformers"
-                raise ValueError(f"{part}{name}: got {shown(value)}, expected {expected}")
+            if name in ACTIVATIONS:
+                check_activation(part + name, value)
     return kept
 
 

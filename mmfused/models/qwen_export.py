@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 
 from mmfused.models.encoders import import_transformers, quiet_transformers
+from mmfused.models.lora import merge_lora
 from mmfused.models.qwen_host import keep_known_ids, token_side
 from mmfused.models.unite_inputs import UNITEProcessor
 from mmfused.models.weights import on_meta
@@ -47,7 +48,8 @@ def save_host(
     tokens (UNITE), or about as many as a square picture of the config's image_size has (MOON2).
 
     Args:
-        model: a UNITE, or a MOON2 without "moe". Its host is converted to ``dtype`` in place.
+        model: a UNITE, or a MOON2 without "moe". Its adapters are merged, and its host is converted
+            to ``dtype``, in place.
         tokenizer: the model's tokenizer.
         folder: the folder, which is created if it does not exist.
         dtype: "float32" or "bfloat16", the type of the weights.
@@ -68,6 +70,7 @@ def save_host(
         'Qwen2VLModel'
     """
     check_exportable(type(model).__name__.lower(), model.config.without)
+    merge_lora(model)
     transformers = import_transformers()
     host, config = model.host.to(getattr(torch, dtype)), copy.deepcopy(model.host.config)
     config.tie_word_embeddings = True

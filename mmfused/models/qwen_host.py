@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch import nn
 
 from mmfused.models.encoders import (
+    check_activation,
     declared,
     freeze,
     import_transformers,
@@ -33,6 +34,7 @@ Part = Literal["vision", "language"]
 PARTS: dict[Part, str] = {"vision": "visual", "language": "language_model"}
 TYPES = ("qwen2_vl", "qwen2_5_vl")
 ALIASES = {"unite_qwen2_vl": "qwen2_vl"}  # the model_type of UNITE's own class
+MROPE_SECTION = (16, 24, 24)  # transformers' default
 IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
 
@@ -66,6 +68,7 @@ def check_host(options: Options) -> None:
     check_fields("host", options, host_fields(options.get("model_type", "qwen2_vl"))[1])
     for part in ("text_config", "vision_config"):
         check_field(f"host.{part}", options.get(part), dict)
+        check_activation(f"host.{part}.hidden_act", options[part].get("hidden_act", "silu"))
     check_field("host.text_config.hidden_size", options["text_config"].get("hidden_size"), int)
 
 
@@ -86,8 +89,11 @@ def build_qwen2_vl(options: Options, frozen: Sequence[Part] = ()) -> Any:
         **without(options, "model_type"),
         "vision_config": {**options["vision_config"], output: width},
     }
-    with refusing(f"host: got options that cannot build a {model_type!r}"), quiet_transformers():
+    refused = f"host: got options that cannot build a {model_type!r}"
+    with refusing(refused), quiet_transformers():
         config = transformers.AutoConfig.for_model(model_type, **options)
+    check_heads("host", config)
+    with refusing(refused), quiet_transformers():
         return freeze_parts(transformers.MODEL_MAPPING[type(config)](config), frozen)
 
 
@@ -167,16 +173,21 @@ def check_heads(where: str, config: Any) -> None:
 
     transformers would notice it only when the model runs.
     """
-    text, vision = config.text_config, config.vision_config
+    text = config.text_config
+    width = "embed_dim" if config.model_type == "qwen2_vl" else "hidden_size"
+    for part, name, of in (
+        ("text_config", "num_attention_heads", "hidden_size"),
+        ("vision_config", "num_heads", width),
+    ):
+        heads, total = (getattr(getattr(config, part), field) for field in (name, of))
+        if total % heads:
+            got, expected = f"{part}.{name}: got {heads}", f"a divisor of {of}={total}"
+            raise ValueError(f"{where}: {got}, expected {expected}")
     half = text.hidden_size // text.num_attention_heads // 2
-    sections = (text.rope_parameters or {}).get("mrope_section")
-    if not sections or sum(sections) != half:
+    sections = text.rope_parameters.get("mrope_section", MROPE_SECTION)
+    if sum(sections) != half:
         got = f"text_config.rope_parameters.mrope_section: got {shown(sections)}"
-        raise ValueError(f"{where}: {got}, expected three numbers with the sum {half}")
-    name = "embed_dim" if config.model_type == "qwen2_vl" else "hidden_size"
-    if getattr(vision, name) % vision.num_heads:
-        got = f"vision_config.num_heads: got {vision.num_heads}"
-        raise ValueError(f"{where}: {got}, expected a divisor of {name}={getattr(vision, name)}")
+        raise ValueError(f"{where}: {got}, expected numbers with the sum {half}")
 
 
 def keep_known_ids(text_config: Any) -> None:

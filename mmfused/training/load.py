@@ -11,6 +11,7 @@ import torch
 
 from mmfused import data as product_data
 from mmfused.models import MODELS
+from mmfused.models.adapters import CONFIG, WEIGHTS, merge_adapter, read_adapter
 from mmfused.models.weights import find_folder, weight_files
 from mmfused.training.config import RECIPES, TrainConfig
 from mmfused.training.datasets import load_folder
@@ -36,7 +37,7 @@ class Trained:
         tokenizer: the model's tokenizer.
         settings: the settings saved in ``folder``.
         device: device to which the model is moved.
-        weights: the files with the weights; None is ``model.safetensors`` of a run.
+        weights: the files of a host and adapter; None is ``model.safetensors`` of a run.
 
     Examples:
         >>> import pathlib, tempfile
@@ -80,13 +81,13 @@ class Trained:
         """What the embeddings of an item depend on, as JSON can represent it.
 
         For a run, it is the SHA-256 of ``model.safetensors``. For a host, it is the SHA-256 of each
-        file of weights, and the options.
+        file, and the options.
         """
         if self.weights is None:
             return {"checkpoint": sha256(self.folder / "model.safetensors")}
         words = self.tokenizer.backend_tokenizer.to_str().encode()
         return {
-            "weights": [sha256(path) for path in self.weights],
+            "files": [sha256(path) for path in self.weights],
             "tokenizer": hashlib.sha256(words).hexdigest(),
             "max_length": self.settings["training"]["max_length"],
             "model": self.name,
@@ -177,6 +178,7 @@ def load_host(
     *,
     preset: str | None = None,
     options: Mapping[str, Any] | None = None,
+    adapter: str | None = None,
     backend: str = "auto",
     device: str = "auto",
     threads: int | None = None,
@@ -193,6 +195,8 @@ def load_host(
         host: folder in transformers' format, or hub name.
         preset: None is "code" if the model has it, else "paper".
         options: fields of the model's config.
+        adapter: folder of LoRA adapters, from ``mmfused train`` or from peft, which are merged into
+            the host.
         backend: backend with which the model will run; only checked, not set.
         device: name of a torch device; "auto" is "cuda" if it is available, else "cpu".
         threads: number of CPU threads; None takes torch's.
@@ -217,27 +221,44 @@ def load_host(
         >>> loaded.name, loaded.model.picture_size
         ('unite', 256)
     """
-    if preset is None and model in MODELS:
-        preset = "code" if "code" in MODELS[model].config.PRESETS else "paper"
-    recipe = RECIPES.get((model, preset or ""), {})
-    config = TrainConfig(
-        out=host,
-        model=model,  # type: ignore[arg-type]
-        preset=preset or "",
-        host=host,
-        model_options=dict(options or {}),
-        **{name: recipe[name] for name in ("max_length",) if name in recipe} | settings,
-    )
+    config = _host_config(model, host, preset, options, settings)
     chosen = pick_device(device)
     amp = use_amp(config.amp, chosen)
     check_backend(backend, chosen, torch.bfloat16 if amp else torch.float32)
     if threads:
         torch.set_num_threads(threads)
+    if adapter is not None:
+        read_adapter(Path(adapter))  # checked before the host is loaded
     start, tokenizer = load_start(config), load_tokenizer(config)
     check_start(config, start, tokenizer)
+    folder = find_folder("host", host)
+    files = weight_files("host", folder)
     with torch.random.fork_rng(devices=[]):
+        if adapter is not None:
+            merge_adapter(start.modules["host"], adapter)
+            files += [Path(adapter) / name for name in (CONFIG, WEIGHTS)]
         torch.manual_seed(config.seed)
         built = build_model(config, 1, tokenizer, start).eval()
     values = {"model": built.config.to_dict(), "training": config.to_dict()}
-    folder = find_folder("host", host)
-    return Trained(folder, built, tokenizer, values, chosen, weight_files("host", folder))
+    return Trained(folder, built, tokenizer, values, chosen, files)
+
+
+def _host_config(
+    model: Any,
+    host: str,
+    preset: str | None,
+    options: Mapping[str, Any] | None,
+    settings: Mapping[str, Any],
+) -> TrainConfig:
+    """Return the settings of a training that starts with a host; see :func:`load_host`."""
+    if preset is None:
+        has_code = model in MODELS and "code" in MODELS[model].config.PRESETS
+        preset = "code" if has_code else "paper"
+    recipe = {
+        name: value
+        for name, value in RECIPES.get((model, preset), {}).items()
+        if name == "max_length"
+    }
+    fields = {"model": model, "preset": preset, "model_options": dict(options or {})}
+    # `out` is required, but nothing is written.
+    return TrainConfig(out=host, host=host, **{**fields, **recipe, **settings})

@@ -270,7 +270,7 @@ def load_own_tokenizer(folder: Path) -> Any:
         raise FileNotFoundError(f"{folder / 'tokenizer'} is missing")
     for path in (folder / "tokenizer").glob("*"):
         path_inside(folder, f"tokenizer/{path.name}")
-    return product_data.load_tokenizer(path_inside(folder, "tokenizer"))
+    return product_data.load_tokenizer(path_inside(folder, "tokenizer"), "tokenizer")
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
