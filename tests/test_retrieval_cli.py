@@ -344,7 +344,7 @@ def test_init_loads_the_weights_of_the_first_stage(folders, tmp_path, capsys):
         torch.testing.assert_close(second[name], tensor, rtol=0, atol=1e-6)
     assert (
         main(arguments(sets, tmp_path / "three", *init)) == 2
-        and "the weights of another model" in capsys.readouterr().err
+        and "a run of 'unite', expected a run of 'uniecs'" in capsys.readouterr().err
     )
     assert main(arguments(sets, tmp_path / "three", *unite, "--option", "stage")) == 2
     assert "option: got 'stage', expected NAME=VALUE" in capsys.readouterr().err

@@ -49,7 +49,7 @@ def _add_model_arguments(group: Group) -> None:
     group.add_argument(
         "--preset",
         help="tiny, paper (the paper's sizes) or code (the public code's sizes); with --init, only "
-        "their recipe (default: tiny, or that of the run in --init)",
+        "the recipe, that of the run if not given (default: tiny)",
     )
     group.add_argument(
         "--without",
@@ -139,8 +139,8 @@ def _add_data_arguments(group: Group) -> None:
     group.add_argument(
         "--modalities",
         metavar="NAMES",
-        help="fluid: image,text, image or text (default: image,text, or those of the run in "
-        "--init)",
+        help="fluid: image,text, image or text; with --init, those of the run if not given "
+        "(default: image,text)",
     )
     group.add_argument(
         "--swap-text",

@@ -83,13 +83,15 @@ class TrainConfig:
             ``data`` in training and ``val`` in validation.
         text_column: text column of the metadata.csv in ``data`` and ``val``.
         model: "fluid", "uniecs", "unica", "moon2" or "unite".
-        preset: "tiny", "paper" (the paper's sizes) or "code" (the public code's sizes).
-        model_options: fields of the model's config.
+        preset: "tiny", "paper" (the paper's sizes) or "code" (the public code's sizes). With
+            ``init``, the sizes are those of its run.
+        model_options: fields of the model's config. A dict updates the field's dict.
         image_encoder: folder or name of a pretrained image encoder.
         text_encoder: folder or name of a pretrained text encoder.
         host: folder or name of a pretrained Qwen2-VL, for MOON2.0 and UNITE.
-        init: folder of a run or checkpoint of the same model; training starts with the weights and
-            the tokenizer in this folder.
+        init: folder of a run or checkpoint of the same model; training starts with its config,
+            weights and tokenizer. ``model_options`` override fields of the config, and
+            ``image_encoder``, ``text_encoder`` and ``host`` replace parts of the model.
         backend: backend of the ops, see :class:`mmfused.backend`.
         amp: "bf16" trains under bfloat16 autocast, and "off" trains in float32. "auto" is "bf16" on
             CUDA devices that support bfloat16, otherwise "off".
@@ -111,14 +113,14 @@ class TrainConfig:
             another class.
         drop_image: fraction of the training items whose image is hidden.
         drop_text: fraction of the training items whose text is hidden.
-        image_size: side of the model's pictures in pixels. None takes the preset's side or, with
-            "tiny", the side of the stored pictures, at most 96.
-        patch_size: side of a patch in pixels. None takes the preset's side or, with "tiny", 8 for
-            pictures of up to 32 pixels, else 16.
+        image_size: side of the model's pictures in pixels. None takes the side of ``init`` or of
+            the preset or, with "tiny", the side of the stored pictures, at most 96.
+        patch_size: side of a patch in pixels, not with ``init``. None takes the preset's side or,
+            with "tiny", 8 for pictures of up to 32 pixels, else 16.
         max_length: largest number of tokens of a text.
         vocab_size: largest vocabulary of a new tokenizer.
-        tokenizer: folder or name of a tokenizer. None takes the tokenizer of ``init``,
-            ``text_encoder`` or ``host``; without these, a new tokenizer is trained on the texts.
+        tokenizer: folder or name of a tokenizer. None takes the tokenizer of ``text_encoder``,
+            ``host`` or ``init``; without these, a new tokenizer is trained on the texts.
         threads: number of CPU threads; None takes torch's.
         device: name of a torch device; "auto" is "cuda" if it is available, else "cpu".
         log_every: number of steps between records in ``metrics.jsonl``.

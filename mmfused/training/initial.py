@@ -190,6 +190,9 @@ def check_start(config: TrainConfig, start: Start, tokenizer: Any) -> ModelConfi
         The model's config, with placeholders for what depends on the data.
     """
     described = model_config(config, start, tokenizer)
+    for part, other in (("image", "text"), ("text", "image")):
+        if getattr(described, part, {}) is None and config.modalities != other:
+            raise ValueError(f"{part}: got None, expected the options of an encoder to train with")
     if tokenizer is not None:
         check_vocabulary(config, described, tokenizer)
     if start.modules or config.init:
