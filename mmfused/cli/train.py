@@ -29,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """
     parser.usage = "%(prog)s [--model MODEL] --data DIR [--val DIR] --out DIR [option ...]"
     parser.epilog = (
-        "With --preset paper or code, --lr, --weight-decay, --epochs, --batch-size and "
-        "--max-length default to the paper's values, if it gives them."
+        "With --preset paper or code, the options of the optimization and --max-length default to "
+        "the values of the paper or the public code, if it gives them."
     )
     _add_model_arguments(parser.add_argument_group("model"))
     _add_pretrained_arguments(parser.add_argument_group("pretrained weights"))
@@ -189,20 +189,61 @@ def _add_step_arguments(group: Group) -> None:
         help="number of batches per optimizer step (default: 1)",
     )
     group.add_argument(
+        "--micro-batch",
         "--grad-cache",
+        dest="grad_cache",
         type=int,
         metavar="N",
         help="retrieval models: encode N items of the batch at a time, to save memory (default: "
         "all at once)",
     )
+    _add_optimizer_arguments(group)
+    group.add_argument("--seed", type=int, help="seed of all random draws (default: 0)")
+
+
+def _add_optimizer_arguments(group: Group) -> None:
     group.add_argument("--lr", type=float, help="peak learning rate (default: 0.001)")
+    group.add_argument(
+        "--lr-image",
+        type=float,
+        metavar="LR",
+        help="the same for the image encoder or vision tower (default: that of --lr)",
+    )
+    group.add_argument(
+        "--lr-text",
+        type=float,
+        metavar="LR",
+        help="the same for the text encoder or language model (default: that of --lr)",
+    )
+    group.add_argument(
+        "--warmup",
+        type=float,
+        metavar="P",
+        help="fraction of the steps in which the learning rate rises (default: 0.1)",
+    )
+    group.add_argument(
+        "--schedule",
+        metavar="NAME",
+        help="of the learning rate after that: cosine or linear, down to 0, or constant (default: "
+        "cosine)",
+    )
+    group.add_argument(
+        "--betas",
+        metavar="B1,B2",
+        help="betas of AdamW (default: 0.9,0.98)",
+    )
     group.add_argument(
         "--weight-decay",
         type=float,
         metavar="W",
         help="weight decay of AdamW (default: 0.05)",
     )
-    group.add_argument("--seed", type=int, help="seed of all random draws (default: 0)")
+    group.add_argument(
+        "--clip",
+        type=float,
+        metavar="NORM",
+        help="largest norm of the gradient (default: 1)",
+    )
 
 
 def _add_run_arguments(group: Group) -> None:
@@ -297,7 +338,7 @@ def run(args: argparse.Namespace) -> int:
 
 def config_options(args: argparse.Namespace) -> dict[str, Any]:
     """Return arguments for TrainConfig: the given options, and the recipe for options not given."""
-    from mmfused.training.config import RECIPES
+    from mmfused.training.config import recipe
 
     if args.modalities is not None and args.modalities not in MODALITIES:
         raise ValueError(
@@ -308,24 +349,43 @@ def config_options(args: argparse.Namespace) -> dict[str, Any]:
         options.pop(name, None)
     if args.modalities is not None:
         options["modalities"] = MODALITIES[args.modalities]
-    options = {**_options_of_init(args), **options}
+    if args.betas is not None:
+        options["betas"] = _parse_betas(args.betas)
+    first = _settings_of_init(args)
+    for name in ("preset", "modalities"):
+        if name in first["training"]:
+            options.setdefault(name, first["training"][name])
     fields = dict(map(parse_option, options.pop("option", [])))
     if "without" in options:
         fields["without"] = options.pop("without").split(",")
     if fields:
         options["model_options"] = fields
     preset = options.setdefault("preset", "tiny")
-    return {**RECIPES.get((args.model, preset), {}), **options}
+    stage = fields.get("stage", first["model"].get("stage", 2))  # 2: the default of UNITEConfig
+    return {**recipe(args.model, preset, stage), **options}
 
 
-def _options_of_init(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the options that are taken from the run in ``--init`` if they are not given."""
+def _settings_of_init(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings of the run in ``--init``, whose preset and modalities are defaults.
+
+    A run that is resumed has the same preset and modalities, and no longer needs ``--init``.
+    """
     from mmfused.training.initial import read_init
+    from mmfused.training.resume import resumed_settings
 
     if args.init is None:
-        return {}
-    training = read_init(args.init, args.model)["training"]
-    return {name: training[name] for name in ("preset", "modalities") if name in training}
+        return {"training": {}, "model": {}}
+    own = resumed_settings(Path(args.out)) if args.resume else None
+    return own or read_init(args.init, args.model)
+
+
+def _parse_betas(given: str) -> tuple[float, ...]:
+    """Return the numbers of B1,B2."""
+    try:
+        first, second = map(float, given.split(","))
+    except ValueError as error:
+        raise ValueError(f"betas: got {given!r}, expected two numbers, as in 0.9,0.98") from error
+    return first, second
 
 
 def parse_option(given: str) -> tuple[str, object]:

@@ -12,7 +12,7 @@ import torch
 from mmfused import data as product_data
 from mmfused.models import MODELS
 from mmfused.models.weights import find_folder, weight_files
-from mmfused.training.config import RECIPES, TrainConfig
+from mmfused.training.config import TrainConfig, recipe
 from mmfused.training.datasets import load_folder
 from mmfused.training.files import sha256
 from mmfused.training.initial import build_model, check_start, load_start, load_tokenizer
@@ -219,14 +219,14 @@ def load_host(
     """
     if preset is None and model in MODELS:
         preset = "code" if "code" in MODELS[model].config.PRESETS else "paper"
-    recipe = RECIPES.get((model, preset or ""), {})
+    defaults = recipe(model, preset or "")
     config = TrainConfig(
         out=host,
         model=model,  # type: ignore[arg-type]
         preset=preset or "",
         host=host,
         model_options=dict(options or {}),
-        **{name: recipe[name] for name in ("max_length",) if name in recipe} | settings,
+        **{name: defaults[name] for name in ("max_length",) if name in defaults} | settings,
     )
     chosen = pick_device(device)
     amp = use_amp(config.amp, chosen)
