@@ -82,19 +82,21 @@ def add_cached_gradients(
             states[role].append(_random_state(device))
             with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=amp):
                 cached[role].append(model.encode_part(role, to_device(part, device)))
-    leaves = {role: _join(rows, batch[role]["labels"], chunk) for role, rows in cached.items()}
+    counts = {role: [len(part["labels"]) for part in chunks] for role, chunks in parts.items()}
+    leaves = {role: _join(rows, counts[role]) for role, rows in cached.items()}
     with torch.autocast(device.type, torch.bfloat16, enabled=amp):
         output = model.compare(**leaves)
     output.loss.backward()
     after = _random_state(device)
     for role, chunks in parts.items():
-        for index, part in enumerate(chunks):
-            _set_random_state(states[role][index], device)
+        first = 0
+        for part, count, state in zip(chunks, counts[role], states[role], strict=True):
+            _set_random_state(state, device)
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
                 encoded = model.encode_part(role, to_device(part, device))
-            rows = slice(index * chunk, (index + 1) * chunk)
-            share = len(part["labels"]) / max(len(batch[role]["labels"]), 1)
-            _backward(encoded, leaves[role], rows, share)
+            rows = slice(first, first + count)
+            _backward(encoded, leaves[role], rows, count / max(sum(counts[role]), 1))
+            first += count
     _set_random_state(after, device)
     return output.loss.detach(), {name: value.detach() for name, value in output.losses.items()}
 
@@ -123,12 +125,12 @@ def _backward(
         torch.autograd.backward(tensors, gradients)
 
 
-def _join(parts: list[Items], labels: Tensor, chunk: int) -> Items:
+def _join(parts: list[Items], counts: list[int]) -> Items:
     """Return leaf tensors: the rows of all chunks, and the mean of each scalar over chunks.
 
-    In the mean, chunks are weighted by their numbers of items.
+    In the mean, chunks are weighted by their numbers of items, ``counts``.
     """
-    shares = [len(part) / max(len(labels), 1) for part in labels.split(chunk)]
+    shares = [count / max(sum(counts), 1) for count in counts]
     leaves: Items = {}
     for name, example in parts[0].items():
         values = [part[name] for part in parts]
