@@ -254,11 +254,8 @@ def _host_config(
     if preset is None:
         has_code = model in MODELS and "code" in MODELS[model].config.PRESETS
         preset = "code" if has_code else "paper"
-    recipe = {
-        name: value
-        for name, value in recipe(model, preset).items()
-        if name == "max_length"
-    }
+    defaults = recipe(model, preset)
+    lengths = {name: defaults[name] for name in ("max_length",) if name in defaults}
     fields = {"model": model, "preset": preset, "model_options": dict(options or {})}
     # `out` is required, but nothing is written.
-    return TrainConfig(out=host, host=host, **{**fields, **recipe, **settings})
+    return TrainConfig(out=host, host=host, **{**fields, **lengths, **settings})
