@@ -121,7 +121,7 @@ def test_each_group_of_training_options_fits_a_screen(capsys, monkeypatch):
 def test_the_help_of_training_states_the_defaults_of_the_config():
     """Names of options are those of TrainConfig's fields, except for two."""
     config = {entry.name: entry.default for entry in dataclasses.fields(TrainConfig)}
-    config |= {"modalities": "image,text", "without": None, "option": None}
+    config |= {"modalities": "image,text", "without": None, "option": None, "betas": "0.9,0.98"}
     actions = [action for group in option_groups("train").values() for action in group]
     for action in actions:
         if action.dest == "help":

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+import weakref
 
 import pytest
 import torch
@@ -139,3 +140,48 @@ def test_two_ranks_give_the_gradient_of_one_process(chunk, tmp_path):
     for name, value in found[0].items():
         if name != "layers.3.bias":
             torch.testing.assert_close(value, expected[name], rtol=1e-10, atol=1e-12)
+
+
+def test_one_chunk_at_a_time_is_on_the_device(monkeypatch):
+    """Chunks of a batch of 96 items are copied, encoded and dropped before the next is copied."""
+    alive, most = weakref.WeakSet(), []
+
+    def copy(part, device):
+        copied = {name: tensor.clone() for name, tensor in part.items()}
+        alive.add(copied["x"])
+        most.append(len(alive))
+        return copied
+
+    monkeypatch.setattr("mmfused.training.gradients.to_device", copy)
+    whole, cached = Toy(), Toy()
+    add_cached_gradients(cached, batch(96), 8)
+    assert len(most) == 2 * 3 * 12 and max(most) == 1
+    monkeypatch.undo()
+    add_gradients(whole, [batch(96)], 1)
+    torch.testing.assert_close(gradients(cached), gradients(whole), rtol=1e-10, atol=1e-12)
+
+
+def test_a_part_is_split_into_rows_of_every_tensor():
+    items = {"x": torch.arange(10).view(5, 2), "labels": torch.arange(5), "absent": None}
+    chunks = Toy().split(items, 2)
+    assert [chunk["labels"].tolist() for chunk in chunks] == [[0, 1], [2, 3], [4]]
+    assert [chunk["x"].shape[0] for chunk in chunks] == [2, 2, 1]
+    assert all(chunk["absent"] is None for chunk in chunks)
+    (empty,) = Toy().split({name: x if x is None else x[:0] for name, x in items.items()}, 2)
+    assert empty["x"].shape == (0, 2) and empty["absent"] is None
+
+
+class Unequal(Toy):
+    """A model whose chunks are of unequal sizes, as with pictures of many sizes."""
+
+    def split(self, items, size):
+        sizes = [1, size, len(items["labels"]) - size - 1]
+        columns = {name: value.split(sizes) for name, value in items.items()}
+        return [{name: parts[i] for name, parts in columns.items()} for i in range(3)]
+
+
+def test_a_model_may_split_its_items_into_chunks_of_unequal_sizes():
+    whole, cached = Toy(), Unequal()
+    loss, _ = add_gradients(whole, [batch()], 1)
+    torch.testing.assert_close(add_cached_gradients(cached, batch(), 7)[0], loss)
+    torch.testing.assert_close(gradients(cached), gradients(whole), rtol=1e-10, atol=1e-12)

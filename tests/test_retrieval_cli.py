@@ -331,7 +331,7 @@ def test_init_loads_the_weights_of_the_first_stage(folders, tmp_path, capsys):
     unite = ["--model", "unite", "--option", 'query_views=["image"]']
     assert main(arguments(sets, tmp_path / "one", *unite, "--option", "stage=1")) == 0
     init = ["--init", str(tmp_path / "one"), "--lr", "1e-9", "--steps", "1"]
-    assert main(arguments(sets, tmp_path / "two", *unite, *init)) == 0
+    assert main(arguments(sets, tmp_path / "two", *unite, "--option", "stage=2", *init)) == 0
     stages = [
         read_json(tmp_path / name / "config.json")["model"]["stage"] for name in ("one", "two")
     ]
@@ -344,7 +344,7 @@ def test_init_loads_the_weights_of_the_first_stage(folders, tmp_path, capsys):
         torch.testing.assert_close(second[name], tensor, rtol=0, atol=1e-6)
     assert (
         main(arguments(sets, tmp_path / "three", *init)) == 2
-        and "the weights of another model" in capsys.readouterr().err
+        and "a run of 'unite', expected a run of 'uniecs'" in capsys.readouterr().err
     )
     assert main(arguments(sets, tmp_path / "three", *unite, "--option", "stage")) == 2
     assert "option: got 'stage', expected NAME=VALUE" in capsys.readouterr().err

@@ -205,12 +205,16 @@ def test_pictures_keep_their_aspect_ratio():
 
 
 def test_patches_are_those_of_transformers_processor():
-    processor = processor_of(make_model())
+    pixels = {"pixel_mean": (0.5, 0.4, 0.3), "pixel_std": (0.3, 0.2, 0.1)}
+    processor = processor_of(make_model(**pixels))
     pillow = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 37, 3), np.uint8))
     own = processor([{"image": [picture(30, 17), pillow]}])
     tensor = torch.from_numpy(np.array(pillow)).permute(2, 0, 1)
     expected = transformers.Qwen2VLImageProcessor(
-        patch_size=4, size={"shortest_edge": 64, "longest_edge": 16 * 64}
+        patch_size=4,
+        size={"shortest_edge": 64, "longest_edge": 16 * 64},
+        image_mean=pixels["pixel_mean"],
+        image_std=pixels["pixel_std"],
     )(images=[picture(30, 17), tensor], return_tensors="pt")
     assert torch.equal(own["pixel_values"], expected["pixel_values"])
     assert torch.equal(own["image_grid_thw"], expected["image_grid_thw"])

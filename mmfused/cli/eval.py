@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import model_source
-from .train import print_rows, score_rows
+from .tables import print_rows, score_rows
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
+
+from .tables import print_summary
 
 Group: TypeAlias = argparse._ArgumentGroup  # argparse has no public name for the class
 
@@ -29,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """
     parser.usage = "%(prog)s [--model MODEL] --data DIR [--val DIR] --out DIR [option ...]"
     parser.epilog = (
-        "With --preset paper or code, --lr, --weight-decay, --epochs, --batch-size and "
-        "--max-length default to the paper's values, if it gives them."
+        "With --preset paper or code, the options of the optimization and --max-length default to "
+        "the values of the paper or the public code, if it gives them."
     )
     _add_model_arguments(parser.add_argument_group("model"))
     _add_pretrained_arguments(parser.add_argument_group("pretrained weights"))
@@ -49,7 +50,7 @@ def _add_model_arguments(group: Group) -> None:
     group.add_argument(
         "--preset",
         help="tiny, paper (the paper's sizes) or code (the public code's sizes); with --init, only "
-        "their recipe (default: tiny, or that of the run in --init)",
+        "the recipe, that of the run if not given (default: tiny)",
     )
     group.add_argument(
         "--without",
@@ -139,8 +140,8 @@ def _add_data_arguments(group: Group) -> None:
     group.add_argument(
         "--modalities",
         metavar="NAMES",
-        help="fluid: image,text, image or text (default: image,text, or those of the run in "
-        "--init)",
+        help="fluid: image,text, image or text; with --init, those of the run if not given "
+        "(default: image,text)",
     )
     group.add_argument(
         "--swap-text",
@@ -189,20 +190,61 @@ def _add_step_arguments(group: Group) -> None:
         help="number of batches per optimizer step (default: 1)",
     )
     group.add_argument(
+        "--micro-batch",
         "--grad-cache",
+        dest="grad_cache",
         type=int,
         metavar="N",
         help="retrieval models: encode N items of the batch at a time, to save memory (default: "
         "all at once)",
     )
+    _add_optimizer_arguments(group)
+    group.add_argument("--seed", type=int, help="seed of all random draws (default: 0)")
+
+
+def _add_optimizer_arguments(group: Group) -> None:
     group.add_argument("--lr", type=float, help="peak learning rate (default: 0.001)")
+    group.add_argument(
+        "--lr-image",
+        type=float,
+        metavar="LR",
+        help="the same for the image encoder or vision tower (default: that of --lr)",
+    )
+    group.add_argument(
+        "--lr-text",
+        type=float,
+        metavar="LR",
+        help="the same for the text encoder or language model (default: that of --lr)",
+    )
+    group.add_argument(
+        "--warmup",
+        type=float,
+        metavar="P",
+        help="fraction of the steps in which the learning rate rises (default: 0.1)",
+    )
+    group.add_argument(
+        "--schedule",
+        metavar="NAME",
+        help="of the learning rate after that: cosine or linear, down to 0, or constant (default: "
+        "cosine)",
+    )
+    group.add_argument(
+        "--betas",
+        metavar="B1,B2",
+        help="betas of AdamW (default: 0.9,0.98)",
+    )
     group.add_argument(
         "--weight-decay",
         type=float,
         metavar="W",
         help="weight decay of AdamW (default: 0.05)",
     )
-    group.add_argument("--seed", type=int, help="seed of all random draws (default: 0)")
+    group.add_argument(
+        "--clip",
+        type=float,
+        metavar="NORM",
+        help="largest norm of the gradient (default: 1)",
+    )
 
 
 def _add_run_arguments(group: Group) -> None:
@@ -287,7 +329,7 @@ def run(args: argparse.Namespace) -> int:
         return 128 + stop.signum
     if leave_ranks() > 0:
         return 0
-    _print_table(summary)
+    print_summary(summary)
     if was_finished:
         print(f"the run in {args.out} is already finished; nothing was done")
     else:
@@ -297,7 +339,7 @@ def run(args: argparse.Namespace) -> int:
 
 def config_options(args: argparse.Namespace) -> dict[str, Any]:
     """Return arguments for TrainConfig: the given options, and the recipe for options not given."""
-    from mmfused.training.config import RECIPES
+    from mmfused.training.config import recipe
 
     if args.modalities is not None and args.modalities not in MODALITIES:
         raise ValueError(
@@ -308,24 +350,43 @@ def config_options(args: argparse.Namespace) -> dict[str, Any]:
         options.pop(name, None)
     if args.modalities is not None:
         options["modalities"] = MODALITIES[args.modalities]
-    options = {**_options_of_init(args), **options}
+    if args.betas is not None:
+        options["betas"] = _parse_betas(args.betas)
+    first = _settings_of_init(args)
+    for name in ("preset", "modalities"):
+        if name in first["training"]:
+            options.setdefault(name, first["training"][name])
     fields = dict(map(parse_option, options.pop("option", [])))
     if "without" in options:
         fields["without"] = options.pop("without").split(",")
     if fields:
         options["model_options"] = fields
     preset = options.setdefault("preset", "tiny")
-    return {**RECIPES.get((args.model, preset), {}), **options}
+    stage = fields.get("stage", first["model"].get("stage", 2))  # 2: the default of UNITEConfig
+    return {**recipe(args.model, preset, stage), **options}
 
 
-def _options_of_init(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the options that are taken from the run in ``--init`` if they are not given."""
+def _settings_of_init(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings of the run in ``--init``, whose preset and modalities are defaults.
+
+    A run that is resumed has the same preset and modalities, and no longer needs ``--init``.
+    """
     from mmfused.training.initial import read_init
+    from mmfused.training.resume import resumed_settings
 
     if args.init is None:
-        return {}
-    training = read_init(args.init, args.model)["training"]
-    return {name: training[name] for name in ("preset", "modalities") if name in training}
+        return {"training": {}, "model": {}}
+    own = resumed_settings(Path(args.out)) if args.resume else None
+    return own or read_init(args.init, args.model)
+
+
+def _parse_betas(given: str) -> tuple[float, ...]:
+    """Return the numbers of B1,B2."""
+    try:
+        first, second = map(float, given.split(","))
+    except ValueError as error:
+        raise ValueError(f"betas: got {given!r}, expected two numbers, as in 0.9,0.98") from error
+    return first, second
 
 
 def parse_option(given: str) -> tuple[str, object]:
@@ -337,55 +398,3 @@ def parse_option(given: str) -> tuple[str, object]:
         return name, json.loads(value)
     except json.JSONDecodeError:
         return name, value
-
-
-def _print_table(summary: Mapping[str, Any]) -> None:
-    millions = summary["parameters"] / 1e6
-    amp = "on" if summary["amp"] == "bf16" else "off"
-    milliseconds = summary["step_seconds"] * 1e3
-    skipped = len(summary["skipped"])
-    scores = _class_rows(summary) if "val_loss" in summary else _retrieval_rows(summary)
-    print_rows(
-        {
-            "model": f"{summary['model']}, {millions:.2f} M parameters, {summary['modalities']}",
-            "data": f"{summary['train_rows']} training rows, "
-            f"{summary['val_rows']} validation rows, {skipped} skipped",
-            "backend": f"{summary['backend']} on {summary['device']}, bf16 autocast {amp}",
-            "steps": f"{summary['steps']}, {milliseconds:.1f} ms each, "
-            f"{summary['seconds']:.1f} s in total",
-            **scores,
-            "peak memory": f"{summary['peak_memory'] / 2**20:.0f} MiB",
-        }
-    )
-
-
-def _class_rows(summary: Mapping[str, Any]) -> dict[str, str]:
-    return {
-        "loss": f"{summary['train_loss']:.4f} training, {summary['val_loss']:.4f} validation",
-        **score_rows(summary),
-    }
-
-
-def _retrieval_rows(summary: Mapping[str, Any]) -> dict[str, str]:
-    """Return rows with the loss, and the scores averaged over the pairs of views."""
-    names = {"Recall@1": "recall_at_1", "Recall@5": "recall_at_5", "MRR": "mrr"}
-    scores = {f"mean {name}": f"{summary[key]:.1%}" for name, key in names.items()}
-    return {"loss": f"{summary['train_loss']:.4f} training", **scores}
-
-
-def score_rows(scores: Mapping[str, Any]) -> dict[str, str]:
-    """Return rows with the scores of a classifier."""
-    names = {
-        "accuracy": "accuracy",
-        "macro precision": "macro_precision",
-        "macro recall": "macro_recall",
-        "macro F1": "macro_f1",
-    }
-    return {name: f"{scores[key]:.1%}" for name, key in names.items()}
-
-
-def print_rows(rows: Mapping[str, str]) -> None:
-    """Print a table of names and values."""
-    width = max(map(len, rows))
-    for name, value in rows.items():
-        print(f"{name:<{width}}  {value}")

@@ -145,6 +145,17 @@ class RetrievalModel(nn.Module):
                 raise  # the other ranks are waiting inside FSDP, where no error can be sent
             raise reported(type(self).__name__, error, items["labels"]) from None
 
+    def split(self, items: dict[str, Any], size: int) -> list[dict[str, Any]]:
+        """Return the items of a part in chunks of ``size`` rows of every tensor, for GradCache.
+
+        The last chunk may be smaller. A part without items is one empty chunk.
+        """
+        starts = range(0, max(len(items["labels"]), 1), size)
+        return [
+            {name: None if x is None else x[start : start + size] for name, x in items.items()}
+            for start in starts
+        ]
+
     def blank_item(self, items: dict[str, Any]) -> dict[str, Any]:
         """Return one item of zeros, with the arguments of ``items``."""
         return {

@@ -206,8 +206,6 @@ class UNITEProcessor:
                 raise ValueError(f"{name}_fps: got {shown(rate)}, expected a number above 0")
             chosen = sample_frames(len(video), rate, self.fps, *self.frames, self.frame_group)
             video = video[chosen]
-        rest = -len(video) % self.frame_group
-        video = torch.cat([video, video[-1:].expand(rest, -1, -1, -1)])
         return self._resize_frames(video)
 
     def _resize_frames(self, video: Tensor) -> Tensor:

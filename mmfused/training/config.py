@@ -14,6 +14,7 @@ from mmfused.models.fields import check_field
 ModelName: TypeAlias = Literal["fluid", "uniecs", "unica", "moon2", "unite"]
 Modalities: TypeAlias = Literal["both", "image", "text"]
 Precision: TypeAlias = Literal["auto", "bf16", "off"]
+Schedule: TypeAlias = Literal["cosine", "linear", "constant"]
 
 # The papers' settings by model and preset; command-line options override them.
 _FLUID = {
@@ -24,7 +25,17 @@ _FLUID = {
     "max_length": 512,
 }
 _UNIECS = {"lr": 1e-6, "weight_decay": 0.01, "epochs": 50, "batch_size": 256}
-_UNITE = {"lr": 2e-5, "epochs": 1, "batch_size": 1024, "max_length": 2048}
+# The paper gives the batch size; the rest is from the public scripts of the 2B model.
+_UNITE = {"epochs": 1, "batch_size": 4096, "max_length": 2048}
+_UNITE_CODE = {
+    **_UNITE,
+    "weight_decay": 0.0,
+    "warmup": 0.03,
+    "schedule": "cosine",
+    "betas": (0.9, 0.999),
+    "clip": 1.0,
+}
+_UNITE_STAGES = {1: {"lr": 1e-4}, 2: {"lr": 2e-5}}
 RECIPES: dict[tuple[str, str], dict[str, Any]] = {
     ("fluid", "paper"): _FLUID,
     ("fluid", "code"): _FLUID,
@@ -34,7 +45,12 @@ RECIPES: dict[tuple[str, str], dict[str, Any]] = {
     ("unica", "paper"): {"lr": 2e-5, "epochs": 5, "batch_size": 640, "max_length": 109},
     ("moon2", "paper"): {"lr": 1e-5, "epochs": 1, "batch_size": 256},
     ("unite", "paper"): _UNITE,
-    ("unite", "code"): _UNITE,
+    ("unite", "code"): _UNITE_CODE,
+}
+# What depends on the model's stage.
+RECIPES_OF_STAGES: dict[tuple[str, str], dict[int, dict[str, Any]]] = {
+    ("unite", "paper"): _UNITE_STAGES,
+    ("unite", "code"): _UNITE_STAGES,
 }
 # Settings that may differ when a run is resumed. The folders ``data``, ``val`` and ``products`` may
 # be moved, but `check_rows` requires the same contents.
@@ -65,6 +81,24 @@ _NEVER_EMPTY = (
 )
 
 
+def recipe(model: str, preset: str, stage: object = None) -> dict[str, Any]:
+    """Return the settings of a model's paper or public code; empty if it gives none.
+
+    Args:
+        model: name of the model.
+        preset: name of its preset.
+        stage: the stage of UNITE's training, 1 or 2.
+
+    Examples:
+        >>> from mmfused.training.config import recipe
+        >>> [recipe("unite", "code", stage)["lr"] for stage in (1, 2)]
+        [0.0001, 2e-05]
+    """
+    of_stages = RECIPES_OF_STAGES.get((model, preset), {})
+    of_stage = [changes for number, changes in of_stages.items() if number == stage]
+    return {**RECIPES.get((model, preset), {}), **(of_stage[0] if of_stage else {})}
+
+
 @dataclass
 class TrainConfig:
     """The settings of one training run.
@@ -83,13 +117,15 @@ class TrainConfig:
             ``data`` in training and ``val`` in validation.
         text_column: text column of the metadata.csv in ``data`` and ``val``.
         model: "fluid", "uniecs", "unica", "moon2" or "unite".
-        preset: "tiny", "paper" (the paper's sizes) or "code" (the public code's sizes).
-        model_options: fields of the model's config.
+        preset: "tiny", "paper" (the paper's sizes) or "code" (the public code's sizes). With
+            ``init``, the sizes are those of its run.
+        model_options: fields of the model's config. A dict updates the field's dict.
         image_encoder: folder or name of a pretrained image encoder.
         text_encoder: folder or name of a pretrained text encoder.
         host: folder or name of a pretrained Qwen2-VL, for MOON2.0 and UNITE.
-        init: folder of a run or checkpoint of the same model; training starts with the weights and
-            the tokenizer in this folder.
+        init: folder of a run or checkpoint of the same model; training starts with its config,
+            weights and tokenizer. ``model_options`` override fields of the config, and
+            ``image_encoder``, ``text_encoder`` and ``host`` replace parts of the model.
         backend: backend of the ops, see :class:`mmfused.backend`.
         amp: "bf16" trains under bfloat16 autocast, and "off" trains in float32. "auto" is "bf16" on
             CUDA devices that support bfloat16, otherwise "off".
@@ -98,9 +134,13 @@ class TrainConfig:
         epochs: number of passes over the training set.
         batch_size: number of items per batch.
         accumulate: number of batches per step.
-        grad_cache: number of items of a batch that are encoded at a time; None encodes all at once.
-            For retrieval models only.
-        lr: peak of the learning rate, which rises linearly and then falls to 0 as a cosine.
+        grad_cache: number of items of a batch that are encoded at a time, and lie on the device;
+            None encodes all at once. For retrieval models only.
+        lr: peak of the learning rate, which first rises linearly.
+        lr_image: the same for the image encoder, or the vision tower of the host; None: ``lr``.
+        lr_text: the same for the text encoder, or the language model of the host; None: ``lr``.
+        schedule: after its peak, the learning rate falls to 0 as a "cosine" or on a line
+            ("linear"), or stays ("constant").
         betas: the betas of AdamW.
         weight_decay: weight decay of AdamW; norms, biases and vectors have none.
         warmup: fraction of the steps in which the learning rate rises.
@@ -111,14 +151,14 @@ class TrainConfig:
             another class.
         drop_image: fraction of the training items whose image is hidden.
         drop_text: fraction of the training items whose text is hidden.
-        image_size: side of the model's pictures in pixels. None takes the preset's side or, with
-            "tiny", the side of the stored pictures, at most 96.
-        patch_size: side of a patch in pixels. None takes the preset's side or, with "tiny", 8 for
-            pictures of up to 32 pixels, else 16.
+        image_size: side of the model's pictures in pixels. None takes the side of ``init`` or of
+            the preset or, with "tiny", the side of the stored pictures, at most 96.
+        patch_size: side of a patch in pixels, not with ``init``. None takes the preset's side or,
+            with "tiny", 8 for pictures of up to 32 pixels, else 16.
         max_length: largest number of tokens of a text.
         vocab_size: largest vocabulary of a new tokenizer.
-        tokenizer: folder or name of a tokenizer. None takes the tokenizer of ``init``,
-            ``text_encoder`` or ``host``; without these, a new tokenizer is trained on the texts.
+        tokenizer: folder or name of a tokenizer. None takes the tokenizer of ``text_encoder``,
+            ``host`` or ``init``; without these, a new tokenizer is trained on the texts.
         threads: number of CPU threads; None takes torch's.
         device: name of a torch device; "auto" is "cuda" if it is available, else "cpu".
         log_every: number of steps between records in ``metrics.jsonl``.
@@ -166,6 +206,9 @@ class TrainConfig:
     accumulate: int = 1
     grad_cache: int | None = None
     lr: float = 1e-3
+    lr_image: float | None = None
+    lr_text: float | None = None
+    schedule: Schedule = "cosine"
     betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: float = 0.05
     warmup: float = 0.1
@@ -222,9 +265,10 @@ class TrainConfig:
                 raise ValueError(f"{name}: got {value!r}, expected a non-empty string")
 
     def _check_ranges(self) -> None:
-        for name in ("epochs", "lr", "clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected a number above 0")
+        for name in ("epochs", "lr", "lr_image", "lr_text", "clip"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}: got {value}, expected a number above 0")
         if self.weight_decay < 0:
             raise ValueError(
                 f"weight_decay: got {self.weight_decay}, expected a number of at least 0"
@@ -308,12 +352,14 @@ class TrainConfig:
         """Raise ValueError if a setting that is not in ``FREE_ON_RESUME`` differs from ``saved``.
 
         Args:
-            saved: the settings of a run or checkpoint.
+            saved: the settings of a run or checkpoint, perhaps of an earlier version.
             where: folder of the run or checkpoint, for the error message.
         """
+        defaults = type(self)(self.out).to_dict()  # of settings that an earlier version lacks
         for name, value in self.to_dict().items():
-            if name in saved and name not in FREE_ON_RESUME and saved[name] != value:
+            expected = saved.get(name, defaults[name])
+            if name not in FREE_ON_RESUME and value != expected:
                 raise ValueError(
-                    f"resume: {name}: got {value!r}, expected {saved[name]!r}, "
+                    f"resume: {name}: got {value!r}, expected {expected!r}, "
                     f"with which {where} was trained"
                 )

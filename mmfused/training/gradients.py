@@ -57,7 +57,7 @@ def add_cached_gradients(
     GradCache (Gao et al. 2021, arXiv 2101.06983) first encodes all chunks without a graph, and
     computes the gradient of the loss with respect to the encoded rows. Then it encodes each chunk
     again, with the same dropout, and backpropagates the rows' gradient through the encoder. Each
-    chunk is encoded twice, but only one chunk's graph is in memory.
+    chunk is encoded twice, but only one chunk and its graph are on the model's device.
 
     The gradient is exact if the encoder treats items separately. A scalar that the encoder computes
     from all items of a call, such as MOON2.0's balance loss, is computed for each chunk and
@@ -65,7 +65,8 @@ def add_cached_gradients(
 
     Args:
         model: a retrieval model.
-        batch: items by role: "query", "candidate", and "negative" if the model takes negatives.
+        batch: items by role: "query", "candidate", and "negative" if the model takes negatives, on
+            any device.
         chunk: number of items of a chunk.
         amp: compute under bfloat16 autocast.
 
@@ -73,27 +74,29 @@ def add_cached_gradients(
         The loss, and its terms by name, detached.
     """
     device = next(model.parameters()).device
-    batch = to_device(batch, device)
+    parts = {role: model.split(items, chunk) for role, items in batch.items()}
     cached: dict[str, list[Items]] = {role: [] for role in batch}
     states: dict[str, list[list[Tensor]]] = {role: [] for role in batch}
-    for role, items in batch.items():
-        for part in _chunks(items, chunk):
+    for role, chunks in parts.items():
+        for part in chunks:
             states[role].append(_random_state(device))
             with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                cached[role].append(model.encode_part(role, part))
-    leaves = {role: _join(parts, batch[role]["labels"], chunk) for role, parts in cached.items()}
+                cached[role].append(model.encode_part(role, to_device(part, device)))
+    counts = {role: [len(part["labels"]) for part in chunks] for role, chunks in parts.items()}
+    leaves = {role: _join(rows, counts[role]) for role, rows in cached.items()}
     with torch.autocast(device.type, torch.bfloat16, enabled=amp):
         output = model.compare(**leaves)
     output.loss.backward()
     after = _random_state(device)
-    for role, items in batch.items():
-        for index, part in enumerate(_chunks(items, chunk)):
-            _set_random_state(states[role][index], device)
+    for role, chunks in parts.items():
+        first = 0
+        for part, count, state in zip(chunks, counts[role], states[role], strict=True):
+            _set_random_state(state, device)
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                encoded = model.encode_part(role, part)
-            rows = slice(index * chunk, (index + 1) * chunk)
-            share = len(part["labels"]) / max(len(items["labels"]), 1)
-            _backward(encoded, leaves[role], rows, share)
+                encoded = model.encode_part(role, to_device(part, device))
+            rows = slice(first, first + count)
+            _backward(encoded, leaves[role], rows, count / max(sum(counts[role]), 1))
+            first += count
     _set_random_state(after, device)
     return output.loss.detach(), {name: value.detach() for name, value in output.losses.items()}
 
@@ -122,20 +125,12 @@ def _backward(
         torch.autograd.backward(tensors, gradients)
 
 
-def _chunks(items: Items, size: int) -> list[Items]:
-    """Split items into chunks; return one empty chunk if there are no items."""
-    starts = range(0, max(len(items["labels"]), 1), size)
-    return [
-        {name: value[start : start + size] for name, value in items.items()} for start in starts
-    ]
-
-
-def _join(parts: list[Items], labels: Tensor, chunk: int) -> Items:
+def _join(parts: list[Items], counts: list[int]) -> Items:
     """Return leaf tensors: the rows of all chunks, and the mean of each scalar over chunks.
 
-    In the mean, chunks are weighted by their numbers of items.
+    In the mean, chunks are weighted by their numbers of items, ``counts``.
     """
-    shares = [len(part) / max(len(labels), 1) for part in labels.split(chunk)]
+    shares = [count / max(sum(counts), 1) for count in counts]
     leaves: Items = {}
     for name, example in parts[0].items():
         values = [part[name] for part in parts]
@@ -149,10 +144,10 @@ def _join(parts: list[Items], labels: Tensor, chunk: int) -> Items:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """Return ``batch``, a tensor or a nested dict of tensors, on ``device``."""
+    """Return ``batch``, a tensor, None or a nested dict of these, on ``device``."""
     if isinstance(batch, dict):
         return {name: to_device(value, device) for name, value in batch.items()}
-    return batch.to(device, non_blocking=True)
+    return None if batch is None else batch.to(device, non_blocking=True)
 
 
 def _random_state(device: torch.device) -> list[Tensor]:

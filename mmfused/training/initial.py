@@ -17,6 +17,7 @@ from mmfused.models.qwen import pretrained_qwen2_vl
 from mmfused.training.config import TrainConfig
 from mmfused.training.datasets import stored_side
 from mmfused.training.files import check_shapes, load_weights, path_inside, read_shapes
+from mmfused.training.optimizer import make_optimizer, own_rates
 from mmfused.training.run_folder import load_own_tokenizer, read_settings
 
 
@@ -190,6 +191,9 @@ def check_start(config: TrainConfig, start: Start, tokenizer: Any) -> ModelConfi
         The model's config, with placeholders for what depends on the data.
     """
     described = model_config(config, start, tokenizer)
+    for part, other in (("image", "text"), ("text", "image")):
+        if getattr(described, part, {}) is None and config.modalities != other:
+            raise ValueError(f"{part}: got None, expected the options of an encoder to train with")
     if tokenizer is not None:
         check_vocabulary(config, described, tokenizer)
     if start.modules or config.init:
@@ -200,6 +204,8 @@ def check_start(config: TrainConfig, start: Start, tokenizer: Any) -> ModelConfi
             expected = {name: tuple(x.shape) for name, x in model.state_dict().items()}
             with refusing("init"):
                 check_shapes(path, read_shapes(path), expected, _replaced(start))
+    if own_rates(config):
+        make_optimizer(meta_model(MODELS[config.model], described), config)
     return described
 
 

@@ -13,7 +13,7 @@ from mmfused import data as product_data
 from mmfused.models import MODELS
 from mmfused.models.adapters import CONFIG, WEIGHTS, merge_adapter, read_adapter
 from mmfused.models.weights import find_folder, weight_files
-from mmfused.training.config import RECIPES, TrainConfig
+from mmfused.training.config import TrainConfig, recipe
 from mmfused.training.datasets import load_folder
 from mmfused.training.files import sha256
 from mmfused.training.initial import build_model, check_start, load_start, load_tokenizer
@@ -254,11 +254,8 @@ def _host_config(
     if preset is None:
         has_code = model in MODELS and "code" in MODELS[model].config.PRESETS
         preset = "code" if has_code else "paper"
-    recipe = {
-        name: value
-        for name, value in RECIPES.get((model, preset), {}).items()
-        if name == "max_length"
-    }
+    defaults = recipe(model, preset)
+    lengths = {name: defaults[name] for name in ("max_length",) if name in defaults}
     fields = {"model": model, "preset": preset, "model_options": dict(options or {})}
     # `out` is required, but nothing is written.
-    return TrainConfig(out=host, host=host, **{**fields, **recipe, **settings})
+    return TrainConfig(out=host, host=host, **{**fields, **lengths, **settings})

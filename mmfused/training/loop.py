@@ -23,7 +23,7 @@ from mmfused.training.config import TrainConfig
 from mmfused.training.folder_lock import Lock
 from mmfused.training.gradients import average_gradients
 from mmfused.training.metrics import peak_memory
-from mmfused.training.optimizer import learning_rate, make_optimizer
+from mmfused.training.optimizer import make_optimizer, set_rates
 from mmfused.training.ranks import fail_together, stop_together
 from mmfused.training.records import Records, check_history, is_due, read_history
 from mmfused.training.resume import SCORES, Checkpoint
@@ -184,9 +184,9 @@ class Training:
                 raise Stopped(signum, self.step, str(self.saved[1]))
             if self.step == self.steps:
                 return
-            loss, terms, rate = self.advance(stream)
+            loss, terms, rates = self.advance(stream)
             with fail_together():
-                self.report(loss, terms, rate)
+                self.report(loss, terms, rates)
 
     def is_due(self, every: int) -> bool:
         """Return whether an action that runs every ``every`` steps, and at the end, is due now."""
@@ -206,20 +206,23 @@ class Training:
     def advance(
         self,
         stream: Iterator[dict[str, Any]],
-    ) -> tuple[Tensor, dict[str, Tensor], float]:
-        """Make one step from the next batches; return the loss, its terms and the learning rate."""
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, float]]:
+        """Make one step from the next batches; return the loss, its terms and the learning rates.
+
+        The learning rates are by the names of their settings.
+        """
         config = self.config
-        rate = learning_rate(self.step, self.steps, config.lr, config.warmup)
+        rates = set_rates(self.optimizer, config, self.step, self.steps)
         if isinstance(self.model, RetrievalModel):
             self.model.set_progress(self.step / self.steps)
         count = config.accumulate
         batches = map(self.drop, islice(stream, count))
         loss, terms = update(
-            self.model, self.optimizer, self.task, batches, count, rate, config.clip, self.amp
+            self.model, self.optimizer, self.task, batches, count, config.clip, self.amp
         )
         self.step += 1
         self.steps_since_record += 1
-        return loss, terms, rate
+        return loss, terms, rates
 
     def drop(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Hide some images and texts of a batch, with the probabilities in the settings."""
@@ -239,7 +242,7 @@ class Training:
         self,
         loss: Tensor,
         terms: dict[str, Tensor],
-        rate: float,
+        rates: dict[str, float],
     ) -> None:
         """Record the step if a record is due, and update the progress bar.
 
@@ -256,7 +259,7 @@ class Training:
                 )
             seconds = (time.perf_counter() - self.since) / self.steps_since_record
             numbers = {name: float(term) for name, term in terms.items()}
-            record = {"step": self.step, "loss": value, **numbers, "lr": rate, "seconds": seconds}
+            record = {"step": self.step, "loss": value, **numbers, **rates, "seconds": seconds}
             self.records.add("train", record)
             text = f"loss {value:.3f}{self._shown_score()}, {seconds:.3f} s/step"
             self.bar.set_postfix_str(text, refresh=False)
@@ -365,7 +368,6 @@ def update(
     task: Task,
     batches: Iterable[dict[str, Any]],
     count: int,
-    rate: float,
     clip: float,
     amp: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -379,12 +381,9 @@ def update(
         task: computes the gradients.
         batches: the batches of this step.
         count: number of batches.
-        rate: learning rate.
         clip: largest norm of the gradient of all parameters.
         amp: compute under bfloat16 autocast.
     """
-    for group in optimizer.param_groups:
-        group["lr"] = rate
     optimizer.zero_grad(set_to_none=True)
     result = task.gradients(model, batches, count, amp)
     average_gradients(model)

@@ -73,6 +73,18 @@ def find_start(config: TrainConfig, out: Path) -> Checkpoint | Literal["finished
     return Checkpoint(path, state)
 
 
+def resumed_settings(out: Path) -> dict[str, Any] | None:
+    """Return the settings of the run in ``out`` that would be resumed, or None if there is none.
+
+    Raises:
+        ValueError: all checkpoints are damaged, or a file of the finished run is.
+    """
+    if is_finished(out):
+        return read_settings(out)
+    found = checkpoints.newest(out / "checkpoints")
+    return found[1]["settings"] if found else None
+
+
 def finished_summary(config: TrainConfig, out: Path) -> dict[str, Any]:
     """Return the summary of the finished run in ``out``.
 
