@@ -14,7 +14,7 @@ import torch
 import transformers
 from retrieval_models import TEXTS
 
-from mmfused.cli import main
+from mmfused.cli import export, main
 from mmfused.data import train_tokenizer
 from mmfused.models import MODELS, qwen
 from mmfused.models.lora import adapted_layers, add_lora, merge_lora
@@ -257,6 +257,12 @@ def test_only_exported_folders_are_replaced(tmp_path, capsys):
     (out / "model.safetensors").write_bytes(b"old")
     assert main([*command, "--overwrite"]) == 0
     assert (out / "model.safetensors").stat().st_size > 1000
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
+    (out / "tokenizer.json").rename(out / "tokenizer")
+    (out / "tokenizer.json").symlink_to("tokenizer")
+    assert main([*command, "--overwrite"]) == 2
+    assert "did not write (tokenizer, tokenizer.json)" in capsys.readouterr().err
+    (out / "tokenizer").rename(out / "tokenizer.json")
     (out / "notes.txt").touch()
     (out / "README.md").mkdir()
     assert main([*command, "--overwrite"]) == 2
@@ -324,6 +330,19 @@ def test_a_folder_that_appears_during_the_export_is_kept(tmp_path, capsys, monke
     assert main(["export", str(tmp_path / "run"), "--out", str(out)]) == 2
     assert "did not write (notes.txt)" in capsys.readouterr().err
     assert [path.name for path in out.iterdir()] == ["notes.txt"]
+
+
+def test_the_folder_of_a_running_export_is_not_removed(tmp_path, monkeypatch):
+    write_run(tmp_path / "run")
+    out, save = tmp_path / "out", transformers.Qwen2VLProcessor.save_pretrained
+
+    def slow(self, folder):
+        export._remove_abandoned(out)  # as another export to the same folder does
+        save(self, folder)
+
+    monkeypatch.setattr(transformers.Qwen2VLProcessor, "save_pretrained", slow)
+    assert main(["export", str(tmp_path / "run"), "--out", str(out)]) == 0
+    assert (out / "model.safetensors").is_file()
 
 
 def test_folders_of_killed_exports_are_removed_but_no_others(tmp_path):
