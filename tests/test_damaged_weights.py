@@ -224,6 +224,19 @@ def layouts(weights):
 LAYOUTS = tuple(layouts({}))
 
 
+def test_ids_outside_the_vocabulary_are_left_out(folders):
+    change(folders["host"], text_config={"pad_token_id": 10**6, "eos_token_id": [3, 10**6]})
+    fields, host = pretrained_qwen2_vl(str(folders["host"]))
+    assert fields["host"]["text_config"]["eos_token_id"] is None
+    assert host.config.text_config.pad_token_id is None
+
+
+def test_loading_a_host_without_a_head_draws_no_numbers(folders):
+    before = torch.get_rng_state()
+    pretrained_qwen2_vl(str(folders["host"]))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_of_a_host_loads_without_a_message(folders, capfd, layout):
     folder = folders["host"]

@@ -1,6 +1,7 @@
 """A folder of mmfused export gives transformers, and mmfused again, the same hidden states."""
 
 import copy
+import fcntl
 import json
 import os
 import subprocess
@@ -13,7 +14,7 @@ import torch
 import transformers
 from retrieval_models import TEXTS
 
-from mmfused.cli import main
+from mmfused.cli import export, main
 from mmfused.data import train_tokenizer
 from mmfused.models import MODELS, qwen
 from mmfused.models.lora import adapted_layers, add_lora, merge_lora
@@ -256,6 +257,12 @@ def test_only_exported_folders_are_replaced(tmp_path, capsys):
     (out / "model.safetensors").write_bytes(b"old")
     assert main([*command, "--overwrite"]) == 0
     assert (out / "model.safetensors").stat().st_size > 1000
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
+    (out / "tokenizer.json").rename(out / "tokenizer")
+    (out / "tokenizer.json").symlink_to("tokenizer")
+    assert main([*command, "--overwrite"]) == 2
+    assert "did not write (tokenizer, tokenizer.json)" in capsys.readouterr().err
+    (out / "tokenizer").rename(out / "tokenizer.json")
     (out / "notes.txt").touch()
     (out / "README.md").mkdir()
     assert main([*command, "--overwrite"]) == 2
@@ -290,15 +297,70 @@ def test_a_failed_export_leaves_nothing_and_loses_nothing(tmp_path, capsys, monk
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
-def test_folders_of_killed_exports_are_removed(tmp_path):
+def test_a_folder_that_cannot_be_replaced_is_kept(tmp_path, monkeypatch):
     write_run(tmp_path / "run")
-    abandoned, foreign = tmp_path / ".out.1.tmp", tmp_path / ".out.2.tmp"
-    for folder in (abandoned, foreign):
+    out = tmp_path / "out"
+    command = ["export", str(tmp_path / "run"), "--out", str(out), "--overwrite"]
+    assert main(command) == 0
+    before = (out / "model.safetensors").stat().st_ino
+    moved, replace = [], os.replace
+
+    def failing(source, target):
+        moved.append(source)
+        if len(moved) == 2:
+            raise OSError("input/output error")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    assert main(command) == 2 and len(moved) == 3
+    assert (out / "model.safetensors").stat().st_ino == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
+
+
+def test_a_folder_that_appears_during_the_export_is_kept(tmp_path, capsys, monkeypatch):
+    write_run(tmp_path / "run")
+    out, save = tmp_path / "out", transformers.Qwen2VLProcessor.save_pretrained
+
+    def slow(self, folder):
+        save(self, folder)
+        out.mkdir()
+        (out / "notes.txt").touch()
+
+    monkeypatch.setattr(transformers.Qwen2VLProcessor, "save_pretrained", slow)
+    assert main(["export", str(tmp_path / "run"), "--out", str(out)]) == 2
+    assert "did not write (notes.txt)" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == ["notes.txt"]
+
+
+def test_the_folder_of_a_running_export_is_not_removed(tmp_path, monkeypatch):
+    write_run(tmp_path / "run")
+    out, save = tmp_path / "out", transformers.Qwen2VLProcessor.save_pretrained
+
+    def slow(self, folder):
+        export._remove_abandoned(out)  # as another export to the same folder does
+        save(self, folder)
+
+    monkeypatch.setattr(transformers.Qwen2VLProcessor, "save_pretrained", slow)
+    assert main(["export", str(tmp_path / "run"), "--out", str(out)]) == 0
+    assert (out / "model.safetensors").is_file()
+
+
+def test_folders_of_killed_exports_are_removed_but_no_others(tmp_path):
+    write_run(tmp_path / "run")
+    killed, living, foreign, other = (
+        tmp_path / name for name in (".out.1.tmp", ".out.2.tmp", ".out.3.tmp", ".other.1.tmp")
+    )
+    for folder in (killed, living, foreign, other):
         folder.mkdir()
-        (folder / "model.safetensors").touch()
-    (abandoned / "export.json").write_text("{}")
-    assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
-    assert not abandoned.exists() and foreign.exists()
+        if folder != foreign:
+            (folder / "export.json").write_text("{}")
+    descriptor = os.open(living, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
+    finally:
+        os.close(descriptor)
+    assert not killed.exists() and living.exists() and foreign.exists() and other.exists()
 
 
 KILLED = """

@@ -15,6 +15,7 @@ from mmfused.cli import embed, main
 from mmfused.models.adapters import save_adapter
 from mmfused.models.lora import adapted_layers, add_lora
 from mmfused.models.qwen_export import save_host
+from mmfused.training.load import load_host
 
 SMALL = ["--image-size", "16", "--max-length", "12"]
 MODELS = {"unite": [], "moon2": ["--option", "num_experts=3"]}
@@ -117,6 +118,11 @@ def test_a_missing_adapter_is_refused_before_the_host_is_loaded(tmp_path, data, 
     assert message in capsys.readouterr().err
 
 
+def test_the_length_of_texts_is_that_of_the_preset(host):
+    assert load_host("unite", host, device="cpu").settings["training"]["max_length"] == 2048
+    assert load_host("moon2", host, device="cpu").settings["training"]["max_length"] == 64
+
+
 def test_eval_measures_a_host(tmp_path, host, data, capsys):
     out = tmp_path / "scores.json"
     assert main(command("eval", data, out, "--model", "unite", "--host", host, *SMALL)) == 0
@@ -139,7 +145,8 @@ def other_tokenizer(host, folder):
     path = folder / "tokenizer.json"
     values = json.loads(path.read_text())
     vocabulary = values["model"]["vocab"]
-    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    # No prompt has these letters, so that the config is the same.
+    vocabulary["k"], vocabulary["j"] = vocabulary["j"], vocabulary["k"]
     path.write_text(json.dumps(values))
     return ["--tokenizer", str(folder)]
 

@@ -49,8 +49,8 @@ LEGACY_ROPE: dict[str, object] = {
 }
 # The fields with the name of an activation.
 ACTIVATIONS = ("hidden_act", "activation", "hidden_activation", "conv_act")
-# The name of a weight in a numbered layer, except buffers of earlier versions of transformers.
-IN_LAYER = re.compile(r"(?:layers?|blocks|layer_groups|albert_layers)\.\d+\.(?!.*inv_freq$)")
+# The name of a weight in a numbered layer.
+IN_LAYER = re.compile(r"(?:layers?|blocks|layer_groups|albert_layers)\.\d+\.")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # timm's default normalisation of pixels.
 PIXELS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -85,10 +86,12 @@ class Trained:
         """
         if self.weights is None:
             return {"checkpoint": sha256(self.folder / "model.safetensors")}
-        words = self.tokenizer.backend_tokenizer.to_str().encode()
+        words = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        for name in ("truncation", "padding"):  # those of the last call
+            words.pop(name)
         return {
             "files": [sha256(path) for path in self.weights],
-            "tokenizer": hashlib.sha256(words).hexdigest(),
+            "tokenizer": hashlib.sha256(json.dumps(words).encode()).hexdigest(),
             "max_length": self.settings["training"]["max_length"],
             "model": self.name,
             "config": self.settings["model"],
