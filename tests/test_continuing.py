@@ -297,3 +297,34 @@ def test_training_needs_the_encoders_of_its_modalities(tmp_path, capsys, model, 
     command = ["train", "--data", "generated", "--model", model, "--option", f"{part}=null"]
     assert main([*command, "--out", str(tmp_path / "run")]) == 2
     assert f"{part}: got None, expected " in capsys.readouterr().err
+
+
+def test_an_option_changes_a_pretrained_encoder_within_its_weights(tmp_path, monkeypatch):
+    parts = save_encoders(tmp_path / "parts")
+    config = settings(
+        "uniecs", tmp_path / "run", model_options={"text": {"hidden_dropout_prob": 0.4}}, **parts
+    )
+    text = prepare(config, None).model.config.text
+    assert (text["hidden_dropout_prob"], text["intermediate_size"]) == (0.4, 24)
+    monkeypatch.setattr("mmfused.training.run.load_data", None)
+    message = "text_encoder: '.*bert' does not fit the model's options: .*intermediate.dense.weight"
+    with pytest.raises(ValueError, match=message) as caught:
+        wide = {"model_options": {"text": {"intermediate_size": 20}}}
+        train(settings("uniecs", tmp_path / "run", **wide, **parts))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_vocabulary_that_is_transformers_default_is_checked(tmp_path, monkeypatch):
+    """A config.json need not have the fields with transformers' default values."""
+    monkeypatch.setattr("mmfused.training.run.load_data", None)
+    words = [f"word{number}" for number in range(31000)]
+    tokenizer = train_tokenizer(words, vocab_size=31000)
+    tokenizer.add_tokens(words)
+    tokenizer.save_pretrained(tmp_path / "words")
+    sizes = {"hidden_size": 8, "num_attention_heads": 1, "num_hidden_layers": 1}
+    transformers.BertModel(transformers.BertConfig(**sizes, intermediate_size=8)).save_pretrained(
+        tmp_path / "bert"
+    )
+    given = {"text_encoder": str(tmp_path / "bert"), "tokenizer": str(tmp_path / "words")}
+    with pytest.raises(ValueError, match="expected at most 30522, the vocabulary of .*bert"):
+        train(settings("uniecs", tmp_path / "run", **given))

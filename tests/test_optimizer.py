@@ -179,18 +179,18 @@ def test_the_command_passes_the_settings_of_the_optimizer():
 def test_the_recipe_of_unite_is_that_of_the_public_scripts():
     common = {"weight_decay": 0.0, "warmup": 0.03, "schedule": "cosine", "betas": (0.9, 0.999)}
     common |= {"clip": 1.0, "epochs": 1, "batch_size": 4096, "max_length": 2048}
-    for given, lr in ((["stage=1"], 1e-4), (["stage=2"], 2e-5), ([], 2e-5)):
-        given = [part for option in given for part in ("--option", option)]
-        options = options_of("--model", "unite", "--preset", "code", *given)
-        assert {name: options[name] for name in (*common, "lr")} == {**common, "lr": lr}
+    common |= {"grad_checkpointing": True}
+    unite = ["--model", "unite", "--preset", "code"]
+    for stages, lr, alpha in ((["stage=1"], 1e-4, 16), (["stage=2"], 2e-5, 64), ([], 2e-5, 64)):
+        options = options_of(*unite, *(part for stage in stages for part in ("--option", stage)))
+        expected = {**common, "lr": lr, "lora": {"rank": 8, "alpha": alpha, "dropout": 0.05}}
+        assert {name: options[name] for name in expected} == expected
         TrainConfig(**options)
-    assert options_of("--model", "unite", "--preset", "code", "--lr", "1e-3")["lr"] == 1e-3
-    assert recipe("unite", "paper", 1) == {
-        "epochs": 1,
-        "batch_size": 4096,
-        "max_length": 2048,
-        "lr": 1e-4,
-    }
+    assert options_of(*unite, "--lr", "1e-3", "--lora", "none")["lr"] == 1e-3
+    assert TrainConfig(**options_of(*unite, "--lora", "none")).lora is None
+    paper = recipe("unite", "paper", 1)
+    assert paper.keys() == {"epochs", "batch_size", "max_length", "lr", "lora"}
+    assert (paper["batch_size"], paper["lora"]["alpha"]) == (4096, 16)
     assert recipe("unite", "tiny", 1) == recipe("unite", "tiny") == {}
 
 

@@ -26,7 +26,7 @@ _FLUID = {
     "max_length": 512,
 }
 _UNIECS = {"lr": 1e-6, "weight_decay": 0.01, "epochs": 50, "batch_size": 256}
-# The paper gives the batch size; the rest is from the public scripts of the 2B model.
+# The paper gives the batch size and LoRA's; the rest is from the public scripts of the 2B model.
 _UNITE = {"epochs": 1, "batch_size": 4096, "max_length": 2048}
 _UNITE_CODE = {
     **_UNITE,
@@ -35,8 +35,12 @@ _UNITE_CODE = {
     "schedule": "cosine",
     "betas": (0.9, 0.999),
     "clip": 1.0,
+    "grad_checkpointing": True,
 }
-_UNITE_STAGES = {1: {"lr": 1e-4}, 2: {"lr": 2e-5}}
+_UNITE_STAGES = {
+    1: {"lr": 1e-4, "lora": {"rank": 8, "alpha": 16, "dropout": 0.05}},
+    2: {"lr": 2e-5, "lora": {"rank": 8, "alpha": 64, "dropout": 0.05}},
+}
 RECIPES: dict[tuple[str, str], dict[str, Any]] = {
     ("fluid", "paper"): _FLUID,
     ("fluid", "code"): _FLUID,
@@ -94,8 +98,9 @@ def recipe(model: str, preset: str, stage: object = None) -> dict[str, Any]:
 
     Examples:
         >>> from mmfused.training.config import recipe
-        >>> [recipe("unite", "code", stage)["lr"] for stage in (1, 2)]
-        [0.0001, 2e-05]
+        >>> first, second = (recipe("unite", "code", stage) for stage in (1, 2))
+        >>> first["lr"], first["lora"]["alpha"], second["lr"], second["lora"]["alpha"]
+        (0.0001, 16, 2e-05, 64)
     """
     of_stages = RECIPES_OF_STAGES.get((model, preset), {})
     of_stage = [changes for number, changes in of_stages.items() if number == stage]
@@ -249,6 +254,8 @@ class TrainConfig:
         self._check_types()
         first, second = self.betas
         self.betas = (first, second)
+        if self.lora == "none" and self.init is None:  # there are no adapters to merge
+            self.lora = None
         self._check_strings()
         self._check_ranges()
         self._check_pretrained()

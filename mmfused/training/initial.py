@@ -13,6 +13,7 @@ from mmfused.models import MODELS, ModelConfig
 from mmfused.models.adapters import merge_adapter, read_adapter
 from mmfused.models.checkpointing import checkpoint_layers
 from mmfused.models.config import meta_model
+from mmfused.models.encoders import transformers_of
 from mmfused.models.fields import refusing
 from mmfused.models.lora import add_lora, merge_lora, resolve_lora
 from mmfused.models.pretrained import pretrained_text, pretrained_vit
@@ -126,10 +127,11 @@ def load_tokenizer(config: TrainConfig) -> Any:
     setting = _source_of_tokenizer(config)
     if setting is None:
         return None
+    source = getattr(config, setting)
     if setting == "init":
-        tokenizer = load_own_tokenizer(Path(getattr(config, setting)))
+        tokenizer = load_own_tokenizer(Path(source))
     else:
-        tokenizer = product_data.load_tokenizer(getattr(config, setting), setting)
+        tokenizer = product_data.load_tokenizer(source, setting)
     return MODELS[config.model].config.prepare_tokenizer(tokenizer)
 
 
@@ -208,18 +210,17 @@ def check_start(config: TrainConfig, start: Start, tokenizer: Any) -> ModelConfi
     for part, other in (("image", "text"), ("text", "image")):
         if getattr(described, part, {}) is None and config.modalities != other:
             raise ValueError(f"{part}: got None, expected the options of an encoder to train with")
-    if tokenizer is not None:
-        check_vocabulary(config, described, tokenizer)
     kind, kept = MODELS[config.model], start.lora if config.lora is None else None
-    if start.modules or config.init:
-        model = meta_model(kind, described, kept)
-        _load_modules(config, start, model, "meta")
-        if config.init:
-            path = path_inside(Path(config.init), "model.safetensors")
-            expected = {name: tuple(x.shape) for name, x in model.state_dict().items()}
-            found = read_shapes(path) if kept else _merged_shapes(read_shapes(path))
-            with refusing("init"):
-                check_shapes(path, found, expected, _replaced(start))
+    model = meta_model(kind, described, kept)
+    if tokenizer is not None:
+        check_vocabulary(config, model, tokenizer)
+    _load_modules(config, start, model, "meta")
+    if config.init:
+        path = path_inside(Path(config.init), "model.safetensors")
+        expected = {name: tuple(x.shape) for name, x in model.state_dict().items()}
+        found = read_shapes(path) if kept else _merged_shapes(read_shapes(path))
+        with refusing("init"):
+            check_shapes(path, found, expected, _replaced(start))
     lora = _new_lora(config, described) or kept
     if lora or config.grad_checkpointing or own_rates(config):
         model = meta_model(kind, described, lora)
@@ -230,15 +231,16 @@ def check_start(config: TrainConfig, start: Start, tokenizer: Any) -> ModelConfi
     return described
 
 
-def check_vocabulary(config: TrainConfig, model_config: Any, tokenizer: Any) -> None:
+def check_vocabulary(config: TrainConfig, model: Any, tokenizer: Any) -> None:
     """Raise ValueError if the tokenizer has more tokens than the model's vocabulary."""
-    host = getattr(model_config, "host", None)
-    text = host["text_config"] if host else model_config.text
-    tokens, most = len(tokenizer), (text or {}).get("vocab_size")
-    if most is not None and tokens > most:
+    parts = transformers_of(model)
+    text = parts.get("host") or parts.get("text_encoder")
+    most = None if text is None else text.get_input_embeddings().num_embeddings
+    if most is not None and len(tokenizer) > most:
         source = config.host or config.text_encoder or config.init or "the model"
         raise ValueError(
-            f"tokenizer: got {tokens} tokens, expected at most {most}, the vocabulary of {source}"
+            f"tokenizer: got {len(tokenizer)} tokens, expected at most {most}, "
+            f"the vocabulary of {source}"
         )
 
 
@@ -258,8 +260,8 @@ def build_model(
     """
     start = start or load_start(config)
     described = model_config(config, start, tokenizer, num_classes)
-    check_vocabulary(config, described, tokenizer)
     model = MODELS[config.model].model(described)
+    check_vocabulary(config, model, tokenizer)
     _load_modules(config, start, model)
     lora = _new_lora(config, described)
     if start.lora and config.lora is None:
@@ -301,13 +303,8 @@ def _load_modules(
     """Load the pretrained parts into the model; on the device "meta", only check that they fit."""
     for name, module in start.modules.items():
         weights = {key: tensor.to(device) for key, tensor in module.state_dict().items()}
-        source = getattr(config, name)
-        with refusing(f"{name}: {source!r} does not fit the model with option {_given(config)}"):
+        with refusing(f"{name}: {getattr(config, name)!r} does not fit the model's options"):
             getattr(model, name).load_state_dict(weights)
-
-
-def _given(config: TrainConfig) -> str:
-    return ", ".join(config.model_options) or "none"
 
 
 def _replaced(start: Start) -> tuple[str, ...]:
