@@ -14,7 +14,8 @@ from retrieval_models import LANGUAGE
 from training_runs import assert_same_run, fail_in_step
 
 from mmfused.cli import main
-from mmfused.cli.train import add_arguments, config_options
+from mmfused.cli.train import add_arguments
+from mmfused.cli.train_options import config_options
 from mmfused.data import GeneratedProducts, train_tokenizer
 from mmfused.models import MODELS, qwen
 from mmfused.training.files import read_json, read_tensors

@@ -14,7 +14,8 @@ import transformers
 
 from mmfused import data as product_data
 from mmfused.cli import main
-from mmfused.cli.train import add_arguments, config_options
+from mmfused.cli.train import add_arguments
+from mmfused.cli.train_options import config_options
 from mmfused.data import GeneratedProducts, train_tokenizer
 from mmfused.models import FLUID, FLUIDConfig
 from mmfused.models.encoders import build_text, build_vit

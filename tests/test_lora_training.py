@@ -11,7 +11,8 @@ from retrieval_models import LANGUAGE
 from training_runs import assert_same_run, fail_in_step, records
 
 from mmfused.cli import main
-from mmfused.cli.train import add_arguments, config_options
+from mmfused.cli.train import add_arguments
+from mmfused.cli.train_options import config_options
 from mmfused.data import GeneratedProducts, train_tokenizer
 from mmfused.models import MODELS, qwen
 from mmfused.models.adapters import merge_adapter
@@ -380,7 +381,8 @@ def test_the_flags_set_the_settings():
     assert config.lora == wanted and config.adapter == "a" and config.grad_checkpointing
     assert TrainConfig.from_dict(config.to_dict()) == config
     config = parsed("--lora", "none", "--no-grad-checkpointing")
-    assert config.lora == "none" and not config.grad_checkpointing
+    assert config.lora is None and not config.grad_checkpointing
+    assert TrainConfig("x", init="y", lora="none").lora == "none"
     config = parsed()
     assert config.lora is None and config.adapter is None and not config.grad_checkpointing
 

@@ -13,7 +13,8 @@ from retrieval_models import NAMES, small_model
 from training_runs import assert_same_run, fail_in_step, records, small_run
 
 from mmfused.cli import main
-from mmfused.cli.train import add_arguments, config_options
+from mmfused.cli.train import add_arguments
+from mmfused.cli.train_options import config_options
 from mmfused.models import MODELS
 from mmfused.training.checkpoint import saved
 from mmfused.training.config import TrainConfig, recipe

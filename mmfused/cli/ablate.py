@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from . import train
+from .train_options import config_options
 
 HELP = "train a model with all components, then without each of them, and compare the scores"
 
@@ -88,7 +89,7 @@ def _train_without(args: argparse.Namespace, out: Path, part: str | None) -> dic
     given |= {"out": str(out), "without": part}
     print(f"{out.name}:")
     out.parent.mkdir(parents=True, exist_ok=True)
-    return train_model(TrainConfig(**train.config_options(argparse.Namespace(**given))))
+    return train_model(TrainConfig(**config_options(argparse.Namespace(**given))))
 
 
 def _print_table(summaries: Mapping[str, Mapping[str, Any]]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from .train import parse_option
+from .train_options import parse_option
 
 if TYPE_CHECKING:
     from mmfused.training.load import Trained

@@ -1,0 +1,94 @@
+"""From the arguments of ``mmfused train`` to those of TrainConfig."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+MODALITIES = {
+    "image,text": "both",
+    "text,image": "both",
+    "both": "both",
+    "image": "image",
+    "text": "text",
+}
+
+
+def config_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return arguments for TrainConfig: the given options, and the recipe for options not given."""
+    from mmfused.training.config import recipe
+
+    if args.modalities is not None and args.modalities not in MODALITIES:
+        raise ValueError(
+            f"modalities: got {args.modalities!r}, expected 'image,text', 'image' or 'text'"
+        )
+    options = {name: value for name, value in vars(args).items() if value is not None}
+    for name in ("command", "run"):
+        options.pop(name, None)
+    if args.modalities is not None:
+        options["modalities"] = MODALITIES[args.modalities]
+    if args.betas is not None:
+        options["betas"] = _parse_betas(args.betas)
+    first = _settings_of_init(args)
+    for name in ("preset", "modalities"):
+        if name in first["training"]:
+            options.setdefault(name, first["training"][name])
+    fields = dict(map(parse_option, options.pop("option", [])))
+    if "without" in options:
+        fields["without"] = options.pop("without").split(",")
+    if fields:
+        options["model_options"] = fields
+    if "lora" in options:
+        options["lora"] = _parse_lora(options["lora"])
+    preset = options.setdefault("preset", "tiny")
+    stage = fields.get("stage", first["model"].get("stage", 2))  # 2: the default of UNITEConfig
+    return {**recipe(args.model, preset, stage), **options}
+
+
+def _settings_of_init(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings of the run in ``--init``, whose preset and modalities are defaults.
+
+    A run that is resumed has the same preset and modalities, and no longer needs ``--init``.
+    """
+    from mmfused.training.initial import read_init
+    from mmfused.training.resume import resumed_settings
+
+    if args.init is None:
+        return {"training": {}, "model": {}}
+    own = resumed_settings(Path(args.out)) if args.resume else None
+    return own or read_init(args.init, args.model)
+
+
+def _parse_betas(given: str) -> tuple[float, ...]:
+    """Return the numbers of B1,B2."""
+    try:
+        first, second = map(float, given.split(","))
+    except ValueError as error:
+        raise ValueError(f"betas: got {given!r}, expected two numbers, as in 0.9,0.98") from error
+    return first, second
+
+
+def parse_option(given: str) -> tuple[str, object]:
+    """Return the name and the value of NAME=VALUE; a value that is not JSON is a string."""
+    name, equals, value = given.partition("=")
+    if not name or not equals:
+        raise ValueError(f"option: got {given!r}, expected NAME=VALUE")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
+def _parse_lora(given: str) -> dict[str, object] | str:
+    """Return the options in NAME=VALUE,..; names of targets are joined by "+"."""
+    if given == "none":
+        return given
+    options: dict[str, object] = {}
+    for part in given.split(","):
+        name, equals, value = part.partition("=")
+        if not name or not equals:
+            raise ValueError(f"lora: got {given!r}, expected NAME=VALUE,.. or none")
+        options[name] = value.split("+") if name == "targets" else parse_option(part)[1]
+    return options
