@@ -142,7 +142,15 @@ def test_two_ranks_give_the_gradient_of_one_process(chunk, tmp_path):
             torch.testing.assert_close(value, expected[name], rtol=1e-10, atol=1e-12)
 
 
-def test_one_chunk_at_a_time_is_on_the_device(monkeypatch):
+class WithoutNegatives(Toy):
+    """A model whose loss has no gradient for negatives, as in UNITE's first stage."""
+
+    def compare(self, query, candidate, negative=None):
+        return super().compare(query, candidate)
+
+
+@pytest.mark.parametrize("model", [Toy, WithoutNegatives])
+def test_one_chunk_at_a_time_is_on_the_device(monkeypatch, model):
     """Chunks of a batch of 96 items are copied, encoded and dropped before the next is copied."""
     alive, most = weakref.WeakSet(), []
 
@@ -153,7 +161,7 @@ def test_one_chunk_at_a_time_is_on_the_device(monkeypatch):
         return copied
 
     monkeypatch.setattr("mmfused.training.gradients.to_device", copy)
-    whole, cached = Toy(), Toy()
+    whole, cached = model(), model()
     add_cached_gradients(cached, batch(96), 8)
     assert len(most) == 2 * 3 * 12 and max(most) == 1
     monkeypatch.undo()

@@ -97,6 +97,7 @@ def add_cached_gradients(
             rows = slice(first, first + count)
             _backward(encoded, leaves[role], rows, count / max(sum(counts[role]), 1))
             first += count
+            del encoded  # with its graph, if nothing was propagated through it
     _set_random_state(after, device)
     return output.loss.detach(), {name: value.detach() for name, value in output.losses.items()}
 

@@ -36,10 +36,10 @@ def learning_rate(
     ramp = max(1, round(warmup * steps))
     if step < ramp:
         return peak * (step + 1) / ramp
-    share = (step + 1 - ramp) / max(1, steps - ramp)
+    past, rest = step + 1 - ramp, max(1, steps - ramp)
     if schedule == "cosine":
-        return peak * 0.5 * (1 + math.cos(math.pi * (step + 1 - ramp) / max(1, steps - ramp)))
-    return peak * (1 - share) if schedule == "linear" else peak
+        return peak * 0.5 * (1 + math.cos(math.pi * past / rest))
+    return peak * (1 - past / rest) if schedule == "linear" else peak
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
