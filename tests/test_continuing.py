@@ -51,11 +51,11 @@ def settings(model, out, **changes) -> TrainConfig:
     return TrainConfig(str(out), model=model, **{**common, **changes})
 
 
-def save_host(folder, width=16, seed=0):
+def save_host(folder, width=16, hidden=12):
     """Write a host with patches of 4 pixels, and more rows of words than the tokenizer has."""
     tokenizer = qwen.add_vision_tokens(qwen.enclose_texts(train_tokenizer(TEXTS, vocab_size=200)))
-    torch.manual_seed(seed)
-    language = {**LANGUAGE, "hidden_size": width, "vocab_size": len(tokenizer) + SPARE}
+    language = {**LANGUAGE, "hidden_size": width, "intermediate_size": hidden}
+    language["vocab_size"] = len(tokenizer) + SPARE
     vision = {"depth": 1, "embed_dim": 8, "num_heads": 1, "mlp_ratio": 1, "patch_size": 4}
     for part in (
         qwen.build_qwen2_vl({"text_config": language, "vision_config": vision}),
@@ -65,14 +65,13 @@ def save_host(folder, width=16, seed=0):
     return {"host": str(folder)}
 
 
-def save_encoders(folder, width=16, seed=0):
+def save_encoders(folder, width=16, hidden=24):
     """Write a ViT and a BERT, which has more rows of words than the tokenizer has."""
     tokenizer = train_tokenizer(TEXTS, vocab_size=200)
-    torch.manual_seed(seed)
     arguments = {"img_size": 32, "depth": 1}
     vit = timm.create_model("vit_tiny_patch16_224", num_classes=0, **arguments)
     timm.models.save_for_hf(vit, folder / "vit", model_args=arguments, safe_serialization=True)
-    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": hidden}
     bert = transformers.BertConfig(
         **sizes,
         hidden_size=width,
@@ -143,11 +142,13 @@ def test_the_second_run_resumes_bit_for_bit(first, tmp_path, monkeypatch):
 
 def test_a_part_beside_init_replaces_that_part_alone(first, tmp_path):
     model, one = first
-    parts = save_parts(model, tmp_path / "parts", seed=1)
+    parts = save_parts(model, tmp_path / "parts", hidden=28)
     if model not in HOSTED:
         del parts["image_encoder"]
     (name, source), *_ = parts.items()
-    start = initial_weights(settings(model, tmp_path / "two", init=str(one), **parts))
+    built = prepare(settings(model, tmp_path / "two", init=str(one), **parts), None).model
+    start = built.state_dict()
+    assert built.picture_size == 32  # as in the first run
     trained = safetensors.torch.load_file(one / "model.safetensors")
     kept = {key for key in trained if not key.startswith(f"{name}.")}
     assert all(torch.equal(start[key], trained[key]) for key in kept)
@@ -155,8 +156,8 @@ def test_a_part_beside_init_replaces_that_part_alone(first, tmp_path):
     weights = safetensors.torch.load_file(f"{source}/model.safetensors")
     key = "embed_tokens.weight" if name == "host" else "embeddings.word_embeddings.weight"
     (given,) = [tensor for found, tensor in weights.items() if found.endswith(key)]
-    (built,) = [start[found] for found in start if found.endswith(key)]
-    assert torch.equal(built, given)
+    (loaded,) = [start[found] for found in start if found.endswith(key)]
+    assert torch.equal(loaded, given)
 
 
 def test_the_tokenizer_is_that_of_the_newest_part(unite_run, tmp_path):

@@ -13,6 +13,7 @@ from mmfused.models.lora import (
     adapted_layers,
     add_lora,
     check_lora,
+    lora_of,
     merge_lora,
     resolve_lora,
     root_of,
@@ -216,6 +217,7 @@ def test_the_merge_is_that_of_peft(name):
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
     assert not adapted_layers(model) and not hasattr(root_of(model), "peft_config")
+    assert lora_of(model) is None
     assert torch.allclose(model(**batch_of(name)).loss, before, rtol=1e-9)
 
 

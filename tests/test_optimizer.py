@@ -83,10 +83,10 @@ def test_the_optimizer_groups_parameters_by_part_and_decay(name):
 
 def test_the_rates_of_parts_follow_the_schedule_from_their_own_peaks():
     model = small_model("uniecs")
-    config = TrainConfig("x", model="uniecs", lr=1e-3, warmup=0.5, schedule="linear", **OWN)
+    config = TrainConfig("x", model="uniecs", lr=1e-3, warmup=0.4, schedule="linear", **OWN)
     optimizer = make_optimizer(model, config)
-    for step, share in enumerate((0.5, 1.0, 0.5, 0.0)):
-        rates = set_rates(optimizer, config, step, 4)
+    for step, share in enumerate((1 / 2, 1, 2 / 3, 1 / 3, 0)):
+        rates = set_rates(optimizer, config, step, 5)
         expected = {"lr": 1e-3 * share, "lr_image": 1e-5 * share, "lr_text": 1e-4 * share}
         assert rates == pytest.approx(expected)
         assert [group["lr"] for group in optimizer.param_groups] == [

@@ -389,7 +389,9 @@ def test_presets_have_the_sizes_of_the_host(name):
     # The size of Qwen2-VL-2B with a tied head.
     assert 2.1e9 < sum(parameter.numel() for parameter in model.parameters()) < 2.3e9
     assert model.picture_size == 448 and config.temperature == 0.03 and config.stage == 2
-    assert config.same_id == ("sum" if name == "code" else "drop")
+    released = (config.same_id, config.same_id_with_negatives, config.prompt, config.positions)
+    of_code, of_paper = ("sum", "ignore", "chat", "1d"), ("drop", None, "plain", "mrope")
+    assert released == (of_code if name == "code" else of_paper)
     assert {parameter.requires_grad for parameter in model.host.visual.parameters()} == {False}
 
 
@@ -421,6 +423,14 @@ def test_config_round_trips_through_json_with_the_trainers_sizes():
         (
             {"tokens": None},
             r"tokens: got None, expected the result of mmfused.models.qwen.token_ids",
+        ),
+        (
+            {"tokens": {**TOKENS, "chat": {"start": [1]}}},
+            "tokens.chat: got a dict without prompts, expected start, prompts",
+        ),
+        (
+            {"tokens": {**TOKENS, "chat": {"start": [1], "prompts": {"text": [2]}}}},
+            "tokens.chat.prompts: got a dict without image, image and text, video, video and text",
         ),
         (
             {"image_size": 20},

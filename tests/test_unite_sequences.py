@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mmfused.models import UNITE, UNITEConfig, UNITEProcessor, qwen
 from mmfused.models.unite_inputs import sample_frames
-from mmfused.training.gradients import add_gradients
+from mmfused.training.gradients import add_cached_gradients, add_gradients
 from mmfused.training.setup import make_collate
 
 SPECIAL = [
@@ -374,6 +374,24 @@ def test_training_takes_sequences():
     scores = (rows["query"] @ rows["candidate"].T / 0.03).masked_fill(~same, float("-inf"))
     assert_close(loss, torch.nn.functional.cross_entropy(scores, labels))
     assert any(p.grad.any() for p in model.host.visual.parameters())
+
+
+def test_cached_gradients_of_sequences_equal_plain_ones():
+    model, processor = make_model(stage=1).train(), processor_of(make_model())
+    parts = {
+        role: {**{k: double(v) for k, v in processor(x).items()}, "labels": torch.arange(5)}
+        for role, x in (("query", ITEMS[::-1]), ("candidate", ITEMS))
+    }
+    gradients = []
+    for step in (
+        lambda: add_gradients(model, [parts], 1),
+        lambda: add_cached_gradients(model, parts, 2),
+    ):
+        model.zero_grad()
+        loss, _ = step()
+        gradients.append([loss, *(p.grad.clone() for p in model.parameters())])
+    for plain, cached in zip(*gradients, strict=True):
+        assert_close(cached, plain, rtol=0, atol=1e-12 * (1 + plain.abs().max().item()))
 
 
 def test_a_blank_item_has_the_arguments_of_the_others():

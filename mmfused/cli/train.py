@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_pretrained_arguments(parser.add_argument_group("pretrained weights"))
     _add_data_arguments(parser.add_argument_group("data"))
     _add_step_arguments(parser.add_argument_group("optimization"))
+    _add_lora_arguments(parser.add_argument_group("LoRA and memory"))
     _add_run_arguments(parser.add_argument_group("run folder"))
     _add_device_arguments(parser.add_argument_group("device"))
 
@@ -104,6 +105,11 @@ def _add_pretrained_arguments(group: Group) -> None:
         "--host",
         metavar="NAME",
         help="moon2 and unite: Qwen2-VL, a folder or a hub name",
+    )
+    group.add_argument(
+        "--adapter",
+        metavar="DIR",
+        help="folder of a LoRA adapter, which is merged into --host before training",
     )
     group.add_argument(
         "--tokenizer",
@@ -247,6 +253,20 @@ def _add_optimizer_arguments(group: Group) -> None:
     )
 
 
+def _add_lora_arguments(group: Group) -> None:
+    group.add_argument(
+        "--lora",
+        metavar="NAME=VALUE,..",
+        help="train LoRA adapters: rank=8,alpha=16,dropout=0.05,targets=q_proj+v_proj; or none "
+        "(default: the adapters of --init, if it has some)",
+    )
+    group.add_argument(
+        "--grad-checkpointing",
+        action=argparse.BooleanOptionalAction,
+        help="save memory: compute activations of the transformers again in the backward pass",
+    )
+
+
 def _add_run_arguments(group: Group) -> None:
     group.add_argument(
         "--out",
@@ -361,6 +381,8 @@ def config_options(args: argparse.Namespace) -> dict[str, Any]:
         fields["without"] = options.pop("without").split(",")
     if fields:
         options["model_options"] = fields
+    if "lora" in options:
+        options["lora"] = _parse_lora(options["lora"])
     preset = options.setdefault("preset", "tiny")
     stage = fields.get("stage", first["model"].get("stage", 2))  # 2: the default of UNITEConfig
     return {**recipe(args.model, preset, stage), **options}
@@ -398,3 +420,16 @@ def parse_option(given: str) -> tuple[str, object]:
         return name, json.loads(value)
     except json.JSONDecodeError:
         return name, value
+
+
+def _parse_lora(given: str) -> dict[str, object] | str:
+    """Return the options in NAME=VALUE,..; names of targets are joined by "+"."""
+    if given == "none":
+        return given
+    options: dict[str, object] = {}
+    for part in given.split(","):
+        name, equals, value = part.partition("=")
+        if not name or not equals:
+            raise ValueError(f"lora: got {given!r}, expected NAME=VALUE,.. or none")
+        options[name] = value.split("+") if name == "targets" else parse_option(part)[1]
+    return options

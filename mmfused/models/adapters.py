@@ -138,13 +138,13 @@ def read_adapter(folder: Path) -> Adapter:
     return Adapter(folder, settings, weights)
 
 
-def merge_adapter(model: Model, folder: str | Path) -> Model:
+def merge_adapter(model: Model, folder: str | Path | Adapter) -> Model:
     """Merge an adapter folder into the weights of a host or model, in place, as peft does.
 
     Args:
         model: a Qwen2-VL without head, a model with a host, or, for a folder that `mmfused train`
             has written, a model with encoders.
-        folder: the folder, from `mmfused train` or from peft.
+        folder: the folder, from `mmfused train` or from peft, or what `read_adapter` returned.
 
     Returns:
         The model.
@@ -164,7 +164,7 @@ def merge_adapter(model: Model, folder: str | Path) -> Model:
         ...     save_adapter(pathlib.Path(folder, "adapter"), add_lora(UniECS(config)))
         ...     model = merge_adapter(UniECS(config), f"{folder}/adapter")
     """
-    adapter = read_adapter(Path(folder))
+    adapter = folder if isinstance(folder, Adapter) else read_adapter(Path(folder))
     root = root_of(model)
     if adapted_layers(root):
         raise ValueError("adapter: got a model with adapters, expected one without")

@@ -11,6 +11,7 @@ from typing_extensions import Self
 from mmfused.json_files import one_line
 from mmfused.models.encoders import check_image, check_text, picture_size
 from mmfused.models.fields import Options, check_field, shown
+from mmfused.models.lora import add_lora
 from mmfused.models.presets import Presets
 from mmfused.models.weights import on_meta
 
@@ -233,21 +234,28 @@ def check_sizes(**sizes: object) -> None:
         check_field(name, size, int | None)
 
 
-def shapes_of(kind: Kind, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def shapes_of(
+    kind: Kind,
+    config: ModelConfig,
+    lora: Options | None = None,
+) -> dict[str, tuple[int, ...]]:
     """Return the shapes in the state_dict of ``kind.model(config)`` without allocating the model.
+
+    The model has adapters if ``lora`` holds the options of `add_lora`.
 
     Raises:
         ValueError: the model cannot be built from the config.
     """
-    state = meta_model(kind, config).state_dict()
+    state = meta_model(kind, config, lora).state_dict()
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
-def meta_model(kind: Kind, config: ModelConfig) -> Any:
-    """Return ``kind.model(config)`` on the meta device; raise like `shapes_of`."""
+def meta_model(kind: Kind, config: ModelConfig, lora: Options | None = None) -> Any:
+    """Return the model of `shapes_of` on the meta device; raise like `shapes_of`."""
     try:
         with on_meta():
-            return kind.model(config)
+            model = kind.model(config)
+            return model if lora is None else add_lora(model, **lora)
     except (ImportError, ValueError):
         raise
     except Exception as error:

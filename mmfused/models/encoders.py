@@ -133,7 +133,7 @@ class ConvStem(nn.Sequential):
     convolution (Xiao et al. 2021, "Early Convolutions Help Transformers See Better"). The number of
     channels doubles up to the token width. ``group`` replaces BatchNorm by GroupNorm, so that a
     picture's tokens do not depend on the other pictures in the batch. Raises ValueError unless the
-    side of a patch is a power of two, at least 2.
+    side of a patch is a power of two, at least 2, and the token width at least 8.
     """
 
     def __init__(self, projection: nn.Conv2d, group: bool = False) -> None:
@@ -141,6 +141,10 @@ class ConvStem(nn.Sequential):
         if side < 2 or side & (side - 1):
             raise ValueError(
                 f"patch_size: got {side}, expected a power of two for the convolutional stem"
+            )
+        if width < 8:
+            raise ValueError(
+                f"image_dim: got {width}, expected at least 8 for the convolutional stem"
             )
         count = side.bit_length() - 1
         inner = [max(8, width >> (count - 1 - layer)) for layer in range(count)]
@@ -189,6 +193,10 @@ def build_vit(dim: int, stem: Stem, options: Options) -> nn.Module:
         with refusing("image: got options that cannot build a VisionTransformer"):
             vit = timm.models.VisionTransformer(embed_dim=dim, **options)
     if stem != "patch":
+        size, patch = vit.patch_embed.img_size[0], vit.patch_embed.patch_size[0]
+        if size % patch:
+            expected = f"a multiple of patch_size={patch} for the convolutional stem"
+            raise ValueError(f"image.img_size: got {size}, expected {expected}")
         vit.patch_embed.proj = ConvStem(vit.patch_embed.proj, group=stem == "conv_group")
     return vit
 
@@ -249,8 +257,12 @@ def check_activation(field: str, name: object) -> None:
 def check_text(options: Options) -> None:
     """Check options of :func:`build_text`."""
     check_field("text", options, dict)
-    _, kinds = text_fields(options.get("model_type", "bert"))
+    model_type = options.get("model_type", "bert")
+    _, kinds = text_fields(model_type)
     check_fields("text", options, kinds)
+    # Without token types, only DeBERTa leaves their embedding out.
+    if options.get("type_vocab_size") == 0 and "deberta" not in model_type:
+        raise ValueError("text.type_vocab_size: got 0, expected at least 1")
 
 
 def build_text(dim: int, options: Options) -> nn.Module:

@@ -51,6 +51,11 @@ def resolve_lora(options: Options, config: Any) -> dict[str, Any]:
     return {**defaults, **given}
 
 
+def lora_of(model: nn.Module) -> dict[str, Any] | None:
+    """Return the options of the model's adapters, or None if it has none."""
+    return model.__dict__.get("lora")
+
+
 def add_lora(
     model: Model,
     rank: int = 8,
@@ -118,6 +123,7 @@ def add_lora(
         for name, part in layer.named_children():
             if name != "base_layer":
                 part.train(model.training)
+    model.__dict__["lora"] = options  # for `lora_of`
     return model
 
 
@@ -147,6 +153,7 @@ def merge_lora(model: Model) -> Model:
         parent, _, last = name.rpartition(".")
         setattr(root.get_submodule(parent), last, layer.get_base_layer())
     root.__dict__.pop("peft_config", None)
+    model.__dict__.pop("lora", None)
     return model
 
 

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, TypeAlias, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -61,8 +61,6 @@ Component = Literal[
     "moe", "dual_alignment", "sparsity", "balance", "filtering", "inter", "intra", "fusion"
 ]
 COMPONENTS: tuple[Component, ...] = get_args(Component)
-# What each mixture reports of a forward pass.
-Reports: TypeAlias = "dict[Experts, tuple[Tensor, Tensor]]"
 
 
 @dataclasses.dataclass
@@ -144,8 +142,8 @@ class Experts(TopKMoE):
     """
 
     padding: Tensor | None  # (B, L) bool, True = ignore
-    # Dict to which `forward` adds the experts' shares (B, Z) and the balance loss.
-    reports: Reports | None
+    # List to which `forward` appends the experts' shares (B, Z) and the balance loss.
+    reports: list[tuple[Tensor, Tensor]] | None
 
     def __init__(self, layer: Any, config: MOON2Config) -> None:
         weight = layer.mlp.up_proj.weight
@@ -176,13 +174,12 @@ class Experts(TopKMoE):
         return args, kwargs
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the mixture's output for x (B, L, D), and add to `reports`."""
+        """Return the mixture's output for x (B, L, D), and append to `reports`."""
         padding, reports = self.padding, self.reports
         self.padding = self.reports = None
         out, routing = super().forward(x, token_padding_mask=padding)
         assert reports is not None
-        # When gradient checkpointing runs the layer again, `reports` must not keep its graph.
-        reports.setdefault(self, (expert_shares(routing, len(x)), routing.balance_loss))
+        reports.append((expert_shares(routing, len(x)), routing.balance_loss))
         return out
 
 
@@ -398,13 +395,11 @@ class MOON2(RetrievalModel):
             both = late_fusion(out["image"], out["text"])
             out["both"] = torch.where((has_image == has_text)[:, None], both, single)
         if reports:  # one for each layer with a mixture
-            shares = (
-                torch.stack([share for share, _ in reports.values()]).mean(0).chunk(len(host_views))
-            )
+            shares = torch.stack([share for share, _ in reports]).mean(0).chunk(len(host_views))
             if not fused:
                 shares = (*shares, (shares[0] + shares[1]) / 2)
             out["shares"] = torch.stack(shares, 1)
-            out["balance"] = torch.stack([balance for _, balance in reports.values()]).mean(0)
+            out["balance"] = torch.stack([balance for _, balance in reports]).mean(0)
         return {**out, "has_image": has_image, "has_text": has_text}
 
     def _sequences(self, views: Sequence[View], x: qwen.Items) -> qwen.Sequence:
@@ -424,11 +419,11 @@ class MOON2(RetrievalModel):
         self,
         sequence: qwen.Sequence,
         pictures: Tensor,
-    ) -> tuple[Tensor, Reports]:
-        """Return `qwen.hidden_states`, and the reports of the mixtures (`Experts`)."""
-        reports: Reports = {}
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Return `qwen.hidden_states`, and a list of the reports of the mixtures (`Experts`)."""
         if "moe" in self.config.without:
-            return qwen.hidden_states(self.host, sequence, pictures), reports
+            return qwen.hidden_states(self.host, sequence, pictures), []
+        reports: list[tuple[Tensor, Tensor]] = []
         # A sequence that shows nothing is a lone end token, from which no expert should learn.
         shows = sequence.has_image | sequence.has_text
         padding = (sequence.attention_mask == 0) | ~shows[:, None]

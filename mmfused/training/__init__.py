@@ -7,7 +7,8 @@ The modules, in a good order for reading:
 3. ``loop``: the training loop.
 4. ``tasks``, ``gradients``, ``optimizer``: the computation of one step.
 5. ``metrics``, ``retrieval_metrics``: scores of classifiers and of retrieval models.
-6. ``datasets``, ``setup``: the data, tokenizer, batches and model that the settings describe.
+6. ``datasets``, ``initial``, ``setup``: the data, tokenizer, model and batches that the settings
+   describe.
 7. ``checkpoint``, ``resume``, ``records``, ``signals``: stopping and resuming.
 8. ``run_folder``, ``load``: writing the result, and loading a trained model.
 9. ``ranks``: several processes that stop and fail together.

@@ -9,7 +9,8 @@ from os import PathLike
 from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
 from mmfused.library import Backend
-from mmfused.models.fields import check_field
+from mmfused.models.fields import Options, check_field
+from mmfused.models.lora import check_lora
 
 ModelName: TypeAlias = Literal["fluid", "uniecs", "unica", "moon2", "unite"]
 Modalities: TypeAlias = Literal["both", "image", "text"]
@@ -66,6 +67,7 @@ FREE_ON_RESUME = {
     "resume",
     "save_every",
     "keep",
+    "grad_checkpointing",
 }
 _NEVER_EMPTY = (
     "out",
@@ -76,6 +78,7 @@ _NEVER_EMPTY = (
     "image_encoder",
     "text_encoder",
     "host",
+    "adapter",
     "init",
     "tokenizer",
 )
@@ -123,9 +126,15 @@ class TrainConfig:
         image_encoder: folder or name of a pretrained image encoder.
         text_encoder: folder or name of a pretrained text encoder.
         host: folder or name of a pretrained Qwen2-VL, for MOON2.0 and UNITE.
+        adapter: folder of a LoRA adapter of ``host``, which is merged into it before training.
         init: folder of a run or checkpoint of the same model; training starts with its config,
             weights and tokenizer. ``model_options`` override fields of the config, and
             ``image_encoder``, ``text_encoder`` and ``host`` replace parts of the model.
+        lora: options of :func:`mmfused.models.lora.add_lora`, which trains adapters in place of the
+            transformers' weights. None goes on with the adapters of ``init``, if it has some.
+            Options start new adapters, and "none" trains without; both merge those of ``init``.
+        grad_checkpointing: keep only the inputs of the transformers' layers, and compute the rest
+            again in the backward pass; this saves memory and does not change the gradients.
         backend: backend of the ops, see :class:`mmfused.backend`.
         amp: "bf16" trains under bfloat16 autocast, and "off" trains in float32. "auto" is "bf16" on
             CUDA devices that support bfloat16, otherwise "off".
@@ -196,7 +205,10 @@ class TrainConfig:
     image_encoder: str | None = None
     text_encoder: str | None = None
     host: str | None = None
+    adapter: str | None = None
     init: str | None = None
+    lora: Options | Literal["none"] | None = None
+    grad_checkpointing: bool = False
     backend: Backend = "auto"
     amp: Precision = "auto"
     modalities: Modalities = "both"
@@ -302,6 +314,14 @@ class TrainConfig:
                     f"patch_size: got {self.patch_size} with {name}, "
                     f"expected no patch_size: {owner} has its own"
                 )
+
+        if self.adapter and not self.host:
+            raise ValueError(
+                f"adapter: got {self.adapter!r} without host, "
+                "expected a host, into which the adapter is merged"
+            )
+        if isinstance(self.lora, dict):
+            check_lora(self.lora)
 
     def _check_model(self) -> None:
         """Raise ValueError for settings that the model does not use."""

@@ -138,17 +138,26 @@ def _open_tensors(path: Path) -> Iterator[Any]:
         ) from error
 
 
-def load_weights(model: nn.Module, path: Path, skipped: tuple[str, ...] = ()) -> None:
+def load_weights(
+    model: nn.Module,
+    path: Path,
+    skipped: tuple[str, ...] = (),
+    got: Mapping[str, Tensor] | None = None,
+) -> None:
     """Load the weights in ``path`` into ``model``.
 
-    Names that begin with one of ``skipped`` are left out.
+    Args:
+        model: the model.
+        path: a safetensors file.
+        skipped: beginnings of the names that are left out.
+        got: the weights, if they have been read from ``path`` before.
 
     Raises:
         FileNotFoundError: the file does not exist.
         ValueError: the file is not a complete safetensors file, or the names or shapes of its
             tensors are not those of the model.
     """
-    got = read_tensors(path)
+    got = read_tensors(path) if got is None else got
     expected = model.state_dict()
     check_shapes(path, _shapes(got), _shapes(expected), skipped)
     kept = {name: tensor for name, tensor in got.items() if not name.startswith(skipped)}

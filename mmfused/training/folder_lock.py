@@ -24,8 +24,10 @@ MARKER_TEXT = (
 )
 # Names that `temporary_path` makes.
 TEMPORARY_NAME = re.compile(r"\.(.+)\.\d+\.tmp")
+FOLDERS = ("tokenizer", "adapter", "checkpoints")
 STEP_NAME = re.compile(r"step-(\d{8,18})")
 CHECKPOINT_FILES = ("model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json")
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 # Files that the tokenizers' `save_pretrained` writes.
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -206,9 +208,10 @@ def foreign_paths(path: Path) -> Iterator[Path]:
                 yield inner
             else:
                 yield from foreign_in_checkpoint(inner)
-    elif name == "tokenizer":
+    elif name in ("tokenizer", "adapter"):
+        names = TOKENIZER_FILES if name == "tokenizer" else ADAPTER_FILES
         for inner in sorted(path.iterdir()):
-            if _is_foreign(inner, TOKENIZER_FILES):
+            if _is_foreign(inner, names):
                 yield inner
 
 
@@ -226,7 +229,7 @@ def foreign_in_checkpoint(path: Path) -> list[Path]:
 def wrong_kind_files(folder: Path, names: Collection[str]) -> list[str]:
     """Return the ``names`` that are in ``folder``, but not as the regular file or folder of a run.
 
-    In a run, ``tokenizer`` and ``checkpoints`` are folders, and all other names are regular files.
+    In a run, the names in ``FOLDERS`` are folders, and all other names are regular files.
     """
     return [
         name
@@ -236,7 +239,7 @@ def wrong_kind_files(folder: Path, names: Collection[str]) -> list[str]:
 
 
 def _is_wrong_kind(path: Path, name: str) -> bool:
-    is_folder = name in ("tokenizer", "checkpoints") or STEP_NAME.fullmatch(name)
+    is_folder = name in FOLDERS or STEP_NAME.fullmatch(name)
     return path.is_symlink() or not (path.is_dir() if is_folder else path.is_file())
 
 

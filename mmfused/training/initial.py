@@ -10,15 +10,18 @@ import torch
 
 from mmfused import data as product_data
 from mmfused.models import MODELS, ModelConfig
+from mmfused.models.adapters import merge_adapter, read_adapter
+from mmfused.models.checkpointing import checkpoint_layers
 from mmfused.models.config import meta_model
 from mmfused.models.fields import refusing
+from mmfused.models.lora import add_lora, merge_lora, resolve_lora
 from mmfused.models.pretrained import pretrained_text, pretrained_vit
 from mmfused.models.qwen import pretrained_qwen2_vl
 from mmfused.training.config import TrainConfig
 from mmfused.training.datasets import stored_side
 from mmfused.training.files import check_shapes, load_weights, path_inside, read_shapes
 from mmfused.training.optimizer import make_optimizer, own_rates
-from mmfused.training.run_folder import load_own_tokenizer, read_settings
+from mmfused.training.run_folder import build_saved, load_own_tokenizer, read_settings
 
 
 class Start(NamedTuple):
@@ -29,6 +32,7 @@ class Start(NamedTuple):
     modules: dict[str, torch.nn.Module]  # the pretrained parts, by the name of the setting
     image_size: int | None  # side of the pictures; None leaves it to ``values`` and ``fields``
     patch_size: int | None  # side of the patches, likewise
+    lora: dict[str, Any] | None  # options of the adapters of the run in ``init``
 
 
 def read_init(init: str, model: str) -> dict[str, Any]:
@@ -54,12 +58,19 @@ def load_start(config: TrainConfig) -> Start:
     """Load what the settings name as the start of training, except the weights of ``init``."""
     kind = MODELS[config.model].config
     values = {**kind.UNKNOWN, **kind.values_of(config.preset)}
+    lora = None
     if config.init:
         settings = read_init(config.init, config.model)
+        lora = settings.get("lora")
         with refusing(f"init: {config.init}"):
             values = kind.from_dict(settings["model"]).to_dict()
     fields, modules = load_parts(config)
-    return Start(values, fields, modules, *image_sizes(config, values))
+    if lora is not None and modules and config.lora is None:
+        raise ValueError(
+            f"lora: got nothing with {', '.join(modules)} in place of a part of {config.init}, "
+            "which has adapters, expected options of new adapters, or none"
+        )
+    return Start(values, fields, modules, *image_sizes(config, values), lora)
 
 
 def load_parts(config: TrainConfig) -> tuple[dict[str, Any], dict[str, torch.nn.Module]]:
@@ -75,7 +86,10 @@ def load_parts(config: TrainConfig) -> tuple[dict[str, Any], dict[str, torch.nn.
         part_fields, modules["text_encoder"] = pretrained_text(config.text_encoder)
         fields = {**part_fields, **fields}
     if config.host:
+        adapter = None if config.adapter is None else read_adapter(Path(config.adapter))
         part_fields, modules["host"] = pretrained_qwen2_vl(config.host)
+        if adapter is not None:
+            merge_adapter(modules["host"], adapter)
         fields = {**part_fields, **fields}
     return fields, modules
 
@@ -196,16 +210,23 @@ def check_start(config: TrainConfig, start: Start, tokenizer: Any) -> ModelConfi
             raise ValueError(f"{part}: got None, expected the options of an encoder to train with")
     if tokenizer is not None:
         check_vocabulary(config, described, tokenizer)
+    kind, kept = MODELS[config.model], start.lora if config.lora is None else None
     if start.modules or config.init:
-        model = meta_model(MODELS[config.model], described)
+        model = meta_model(kind, described, kept)
         _load_modules(config, start, model, "meta")
         if config.init:
             path = path_inside(Path(config.init), "model.safetensors")
             expected = {name: tuple(x.shape) for name, x in model.state_dict().items()}
+            found = read_shapes(path) if kept else _merged_shapes(read_shapes(path))
             with refusing("init"):
-                check_shapes(path, read_shapes(path), expected, _replaced(start))
-    if own_rates(config):
-        make_optimizer(meta_model(MODELS[config.model], described), config)
+                check_shapes(path, found, expected, _replaced(start))
+    lora = _new_lora(config, described) or kept
+    if lora or config.grad_checkpointing or own_rates(config):
+        model = meta_model(kind, described, lora)
+        if config.grad_checkpointing:
+            checkpoint_layers(model)
+        if own_rates(config):
+            make_optimizer(model, config)
     return described
 
 
@@ -240,9 +261,35 @@ def build_model(
     check_vocabulary(config, described, tokenizer)
     model = MODELS[config.model].model(described)
     _load_modules(config, start, model)
+    lora = _new_lora(config, described)
+    if start.lora and config.lora is None:
+        add_lora(model, **start.lora)
     if config.init:
-        load_weights(model, path_inside(Path(config.init), "model.safetensors"), _replaced(start))
-    return model
+        path = path_inside(Path(config.init), "model.safetensors")
+        weights = _merged_weights(Path(config.init)) if start.lora and config.lora else None
+        load_weights(model, path, _replaced(start), weights)
+    return model if lora is None else add_lora(model, **lora)
+
+
+def _new_lora(config: TrainConfig, described: ModelConfig) -> dict[str, Any] | None:
+    """Return all options of the adapters that training starts with B = 0, or None."""
+    return resolve_lora(config.lora, described) if isinstance(config.lora, dict) else None
+
+
+def _merged_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Return the weights of a run or checkpoint, with its adapters merged."""
+    model = build_saved(read_settings(folder), folder)
+    load_weights(model, path_inside(folder, "model.safetensors"))
+    return merge_lora(model).state_dict()
+
+
+def _merged_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes by name after a merge of the adapters."""
+    return {
+        name.replace(".base_layer.", "."): shape
+        for name, shape in shapes.items()
+        if ".lora_" not in name
+    }
 
 
 def _load_modules(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mmfused.extras import from_extra
 from mmfused.models import MODELS
+from mmfused.models.lora import lora_of
 from mmfused.models.retrieval import RetrievalModel
 from mmfused.training import checkpoint as checkpoints
 from mmfused.training.config import TrainConfig
@@ -335,7 +336,7 @@ class Training:
             self.restore_folder()
             history = self.records.history
             save_run(self.out, self.settings, self.model, self.tokenizer, summary, history)
-            check_complete(self.out, self.records.size)
+            check_complete(self.out, self.records.size, lora_of(self.model) is not None)
         return summary
 
     def summary(self) -> dict[str, Any]:

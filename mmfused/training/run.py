@@ -18,6 +18,8 @@ import torch
 import mmfused
 from mmfused.data._common import torch_generator
 from mmfused.models import MODELS, ModelConfig
+from mmfused.models.checkpointing import checkpoint_layers
+from mmfused.models.lora import lora_of
 from mmfused.training.config import TrainConfig
 from mmfused.training.datasets import (
     SPLITS,
@@ -150,6 +152,8 @@ def prepare(
         torch.set_num_threads(config.threads)
     model, tokenizer, data = _load_parts(config, found)
     model = model.to(device)
+    if config.grad_checkpointing:
+        checkpoint_layers(model)
     # The class `Classification` or `Retrieval` in tasks.py.
     make_task = TASKS[MODELS[config.model].task]
     size = model.picture_size
@@ -208,6 +212,7 @@ def _saved_settings(config: TrainConfig, model: Any, data: tuple) -> dict[str, A
         "mmfused": mmfused.__version__,
         "model": model.config.to_dict(),
         "training": config.to_dict(),
+        "lora": lora_of(model),
         "image_size": model.picture_size,
         "rows": {name: split.digest for name, split in splits if split is not None},
     }

@@ -16,7 +16,9 @@ from torch import nn
 from mmfused import data as product_data
 from mmfused.extras import from_extra
 from mmfused.models import MODELS
+from mmfused.models.adapters import save_adapter
 from mmfused.models.config import shapes_of
+from mmfused.models.lora import add_lora, check_lora, lora_of
 from mmfused.training.config import TrainConfig
 from mmfused.training.files import (
     check_fields,
@@ -47,6 +49,7 @@ RUN_FILES = (
     "summary.json",
     "curves.png",
     "tokenizer",
+    "adapter",  # with LoRA only
 )
 # The score of each task that the progress bar shows and curves.png plots.
 SCORE_OF_TASK = {
@@ -121,14 +124,16 @@ def remove_half_written(out: Path) -> None:
         remove(path)
 
 
-def check_complete(out: Path, metrics_bytes: int) -> None:
+def check_complete(out: Path, metrics_bytes: int, adapter: bool = False) -> None:
     """Raise RuntimeError if a file of the run is missing, or ``metrics.jsonl`` has a wrong size.
 
     Args:
         out: the folder of the run.
         metrics_bytes: expected size of ``metrics.jsonl``.
+        adapter: whether the run has the folder of an adapter.
     """
-    missing = [name for name in RUN_FILES if not (out / name).exists()]
+    names = [name for name in RUN_FILES if adapter or name != "adapter"]
+    missing = [name for name in names if not (out / name).exists()]
     if missing:
         raise RuntimeError(
             f"out: {out} lacks {', '.join(missing)}, which the run wrote; "
@@ -166,6 +171,8 @@ def save_run(
     write_atomically(
         out / "model.safetensors", lambda path: save_tensors(path, model_tensors(model))
     )
+    if lora_of(model) is not None:
+        write_atomically(out / "adapter", lambda path: save_adapter(path, model))
     write_atomically(out / "curves.png", lambda path: draw_curves(curves, path, score))
     write_atomically(out / "summary.json", lambda path: write_json(path, summary))
     write_atomically(out / "config.json", lambda path: write_json(path, settings))
@@ -246,17 +253,18 @@ def build_saved(settings: Mapping[str, Any], folder: Path) -> Any:
 
     Before the model is allocated, its shapes are compared with those in ``model.safetensors``.
     """
-    kind = MODELS[settings["training"]["model"]]
+    kind, lora = MODELS[settings["training"]["model"]], settings.get("lora")
     try:
         config = kind.config.from_dict(settings["model"])
-        shapes = shapes_of(kind, config)
+        shapes = shapes_of(kind, config, lora)
     except ValueError as error:
         raise ValueError(
             f"{folder} holds model settings that this version of mmfused cannot use: {error}"
         ) from error
     path = path_inside(folder, "model.safetensors")
     check_shapes(path, read_shapes(path), shapes)
-    return kind.model(config)
+    model = kind.model(config)
+    return model if lora is None else add_lora(model, **lora)
 
 
 def load_own_tokenizer(folder: Path) -> Any:
@@ -276,8 +284,8 @@ def load_own_tokenizer(folder: Path) -> Any:
 def read_settings(folder: Path) -> dict[str, Any]:
     """Return the settings of the finished run or checkpoint in ``folder``.
 
-    The keys include "mmfused" (the version), "model", "training" and "image_size". Raises like
-    :func:`load_run`.
+    The keys include "mmfused" (the version), "model", "training", "image_size" and, if the model
+    has adapters, "lora" (the options of `add_lora`). Raises like :func:`load_run`.
     """
     if (folder / "state.json").is_file():
         return read_checkpoint(folder)["settings"]
@@ -304,6 +312,11 @@ def _check_settings(settings: Mapping[str, Any], path: Path) -> None:
         TrainConfig.from_dict(settings["training"])
     except ValueError as error:
         raise ValueError(f"{path} holds invalid training settings: {error}") from error
+    if settings.get("lora") is not None:
+        try:
+            check_lora(settings["lora"])
+        except ValueError as error:
+            raise ValueError(f"{path} is corrupt: {error}") from error
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
