@@ -247,6 +247,16 @@ def test_models_without_a_class_in_transformers_are_refused(
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+def test_all_files_have_the_rights_of_new_files(tmp_path):
+    write_run(tmp_path / "run")
+    old = os.umask(0o027)
+    try:
+        assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
+    finally:
+        os.umask(old)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o640}
+
+
 def test_only_exported_folders_are_replaced(tmp_path, capsys):
     write_run(tmp_path / "run")
     out = tmp_path / "out"

@@ -111,6 +111,21 @@ def test_an_adapter_is_merged_into_the_host(tmp_path, host, adapted, data, model
     assert not np.allclose(before["both"], expected["both"], atol=0.01)
 
 
+def test_a_run_with_adapters_is_exported_with_them_merged(tmp_path, host, data):
+    pytest.importorskip("peft")
+    named, run = ["--model", "unite", *SMALL], tmp_path / "run"
+    steps = ["--steps", "2", "--lr", "0.01", "--batch-size", "4", "--preset", "code"]
+    steps += ["--lora", "rank=2", "--host", host]
+    assert main(command("train", data, run, "--val", data, *named, *steps)) == 0
+    assert main(["export", str(run), "--out", str(tmp_path / "out")]) == 0
+    adapter = ["--host", host, "--adapter", str(run / "adapter")]
+    expected = embeddings(data, tmp_path / "a.npz", *named, *adapter)
+    out = ["--host", str(tmp_path / "out")]
+    assert_equal(embeddings(data, tmp_path / "b.npz", *named, *out), expected)
+    before = embeddings(data, tmp_path / "c.npz", *named, "--host", host)
+    assert not np.allclose(before["both"], expected["both"], atol=0.01)
+
+
 def test_a_missing_adapter_is_refused_before_the_host_is_loaded(tmp_path, data, capsys):
     named = ["--model", "unite", "--host", "./nowhere", "--adapter", str(tmp_path)]
     assert main(command("embed", data, tmp_path / "x.npz", *named)) == 2

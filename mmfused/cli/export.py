@@ -118,6 +118,8 @@ def new_folder(out: Path, record: Mapping[str, Any], overwrite: bool) -> Iterato
         yield temporary
         names = sorted(path.name for path in temporary.iterdir() if path.name != RECORD)
         write_json(temporary / RECORD, {**record, "files": names})
+        for name in names:  # safetensors lets only the owner read its files
+            (temporary / name).chmod((temporary / RECORD).stat().st_mode)
         sync(temporary)
         # Checked again, because another process may have written the folder in the meantime.
         check_out(out, overwrite)

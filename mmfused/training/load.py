@@ -12,7 +12,7 @@ import torch
 
 from mmfused import data as product_data
 from mmfused.models import MODELS
-from mmfused.models.adapters import CONFIG, WEIGHTS, merge_adapter, read_adapter
+from mmfused.models.adapters import CONFIG, WEIGHTS
 from mmfused.models.weights import find_folder, weight_files
 from mmfused.training.config import TrainConfig, recipe
 from mmfused.training.datasets import load_folder
@@ -181,7 +181,6 @@ def load_host(
     *,
     preset: str | None = None,
     options: Mapping[str, Any] | None = None,
-    adapter: str | None = None,
     backend: str = "auto",
     device: str = "auto",
     threads: int | None = None,
@@ -198,13 +197,11 @@ def load_host(
         host: folder in transformers' format, or hub name.
         preset: None is "code" if the model has it, else "paper".
         options: fields of the model's config.
-        adapter: folder of LoRA adapters, from ``mmfused train`` or from peft, which are merged into
-            the host.
         backend: backend with which the model will run; only checked, not set.
         device: name of a torch device; "auto" is "cuda" if it is available, else "cpu".
         threads: number of CPU threads; None takes torch's.
         settings: further settings of :class:`~mmfused.training.config.TrainConfig`, such as
-            tokenizer, image_size and max_length.
+            adapter, tokenizer, image_size and max_length.
 
     Raises:
         ValueError: an option is invalid, or the host cannot be used.
@@ -230,16 +227,13 @@ def load_host(
     check_backend(backend, chosen, torch.bfloat16 if amp else torch.float32)
     if threads:
         torch.set_num_threads(threads)
-    if adapter is not None:
-        read_adapter(Path(adapter))  # checked before the host is loaded
     start, tokenizer = load_start(config), load_tokenizer(config)
     check_start(config, start, tokenizer)
     folder = find_folder("host", host)
     files = weight_files("host", folder)
+    if config.adapter is not None:
+        files += [Path(config.adapter) / name for name in (CONFIG, WEIGHTS)]
     with torch.random.fork_rng(devices=[]):
-        if adapter is not None:
-            merge_adapter(start.modules["host"], adapter)
-            files += [Path(adapter) / name for name in (CONFIG, WEIGHTS)]
         torch.manual_seed(config.seed)
         built = build_model(config, 1, tokenizer, start).eval()
     values = {"model": built.config.to_dict(), "training": config.to_dict()}
