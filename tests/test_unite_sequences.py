@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from transformers import PreTrainedTokenizerFast
 
 from mmfused.models import UNITE, UNITEConfig, UNITEProcessor, qwen
+from mmfused.models.qwen_export import save_host
 from mmfused.models.unite_inputs import sample_frames
 from mmfused.training.gradients import add_cached_gradients, add_gradients
 from mmfused.training.setup import make_collate
@@ -341,6 +342,23 @@ def test_the_output_of_transformers_own_processor_is_accepted():
     theirs = processor(text=[text], images=[picture(16, 32)], return_tensors="pt")
     own = processor_of(model)([{"text": "red.", "image": picture(16, 32)}])
     assert_close(model.embed_sequences(**theirs), model.embed_sequences(**own))
+
+
+def test_an_exported_processor_makes_the_same_sequences(tmp_path):
+    model = make_model()
+    save_host(model, TOKENIZER, tmp_path)
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path)
+    middles = [f"{PICTURE.format('<|image_pad|>')}red.\nSummary above sentence and image"]
+    middles.append("mug\nSummary above sentence")
+    texts = [START + middle + END for middle in middles]
+    image = picture(200, 90)
+    theirs = processor(text=texts, images=[image], padding=True, return_tensors="pt")
+    own = UNITEProcessor(TOKENIZER, model.config)(
+        [{"text": "red.", "image": image}, {"text": "mug"}]
+    )
+    for name in ("input_ids", "attention_mask", "pixel_values", "image_grid_thw"):
+        assert torch.equal(theirs[name], own[name]), name
+    assert TOKENIZER("mug")["input_ids"][0] == TOKENIZER.cls_token_id  # it still encloses texts
 
 
 def test_parts_of_a_batch_have_their_own_pictures():

@@ -11,6 +11,7 @@ import torch
 from mmfused.models.encoders import import_transformers, quiet_transformers
 from mmfused.models.lora import merge_lora
 from mmfused.models.qwen_host import keep_known_ids, token_side
+from mmfused.models.qwen_tokens import plain_tokenizer
 from mmfused.models.unite_inputs import UNITEProcessor
 from mmfused.models.weights import on_meta
 
@@ -44,7 +45,8 @@ def save_host(
 
     ``transformers.AutoModel`` loads the host, and ``AutoModelForImageTextToText`` the host with a
     head, which is the matrix of the word embeddings: training has no head. AutoTokenizer and
-    AutoProcessor load the rest. The processor keeps the shape of a picture and gives it 256 to 1280
+    AutoProcessor load the rest; they pad on the left, and add no special tokens to a text that is
+    already a whole sequence. The processor keeps the shape of a picture and gives it 256 to 1280
     tokens (UNITE), or about as many as a square picture of the config's image_size has (MOON2).
 
     Args:
@@ -84,7 +86,7 @@ def save_host(
         whole.model = host
         whole.tie_weights()
         whole.save_pretrained(folder)
-        make_processor(model, tokenizer).save_pretrained(folder)
+        make_processor(model, plain_tokenizer(tokenizer)).save_pretrained(folder)
 
 
 def make_processor(model: Any, tokenizer: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 # The special tokens of a sequence, by their keys in a config's `tokens`.
@@ -26,6 +27,8 @@ CHAT_KINDS = {
     "video": "video",
     "video and text": "sentence and video",
 }
+# The tokens around each text, which sequences leave out.
+ENCLOSING = ("<|im_start|>", "<|im_end|>")
 # The token of a video in transformers' processor.
 VIDEO_PAD = "<|video_pad|>"
 
@@ -41,13 +44,27 @@ def enclose_texts(tokenizer: Any) -> Any:
 
     if tokenizer("")["input_ids"]:
         return tokenizer
-    tokenizer.add_special_tokens({"cls_token": "<|im_start|>", "sep_token": "<|im_end|>"})
-    added = ("<|im_start|>", "<|im_end|>")
+    tokenizer.add_special_tokens(dict(zip(("cls_token", "sep_token"), ENCLOSING, strict=True)))
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<|im_start|> $A <|im_end|>",
         pair="<|im_start|> $A <|im_end|> $B:1 <|im_end|>:1",
-        special_tokens=[(token, tokenizer.convert_tokens_to_ids(token)) for token in added],
+        special_tokens=[(token, tokenizer.convert_tokens_to_ids(token)) for token in ENCLOSING],
     )
+    return tokenizer
+
+
+def plain_tokenizer(tokenizer: Any) -> Any:
+    """Return a copy of the tokenizer that does not enclose texts (`enclose_texts`).
+
+    The copy pads on the left, so that the last token of each sequence is in the last slot.
+    """
+    from tokenizers.processors import ByteLevel
+
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # the second is saved
+    if (tokenizer.cls_token, tokenizer.sep_token) == ENCLOSING:
+        # Qwen2's own rule, which changes no ids.
+        tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=False)
     return tokenizer
 
 

@@ -37,8 +37,8 @@ class UNITEProcessor:
 
     An item is a dict with one or more of
 
-    * "text": a string. Each <|IMAGE|> and <|VIDEO|> in it stands for one of the item's pictures and
-      videos, in order. Without them, pictures and videos precede the text.
+    * "text": a string. Each ``<|IMAGE|>`` and ``<|VIDEO|>`` in it stands for one of the item's
+      pictures and videos, in order. Without them, pictures and videos precede the text.
     * "instruction": a string, which precedes the text on a line of its own.
     * "image": a picture or a list of pictures, uint8 (3, H, W) tensors or images of Pillow.
     * "video": a video or a list of videos, uint8 (frames, 3, H, W) tensors.
