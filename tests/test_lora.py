@@ -64,6 +64,16 @@ def test_adapters_and_what_is_outside_the_transformers_are_trained(name):
     assert (settings.r, settings.bias, settings.lora_dropout) == (2, "none", 0.05)
 
 
+@pytest.mark.parametrize("stem", ["conv", "conv_group"])
+def test_the_statistics_of_a_convolutional_stem_are_frozen_too(stem):
+    model = add_lora(dropping_model("uniecs", image_stem=stem)).train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model(**batch_of("uniecs"))
+    after = model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert any("running_mean" in name for name in before) == (stem == "conv")
+
+
 def test_mixtures_in_some_layers_leave_the_other_layers_to_the_adapters():
     model = add_lora(dropping_model("moon2", moe_every=2))
     names = [name for name in adapted_layers(root_of(model)) if ".mlp." in name]

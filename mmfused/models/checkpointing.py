@@ -56,9 +56,9 @@ def _checkpoint_of_transformers(name: str, transformer: Any) -> None:
             "expected a type that transformers can checkpoint"
         )
     # The name since transformers 5.24, and the name before.
-    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
-    enable = next(getattr(transformer, name) for name in names if hasattr(transformer, name))
-    enable({"use_reentrant": False})
+    methods = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+    enable = next(method for method in methods if hasattr(transformer, method))
+    getattr(transformer, enable)({"use_reentrant": False})
     # Only reentrant checkpoints need inputs with gradients; here they would cost a backward pass
     # through a frozen encoder.
     transformer.disable_input_require_grads()

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from mmfused.extras import from_extra
-from mmfused.models.encoders import transformers_of
+from mmfused.models.encoders import freeze, transformers_of
 from mmfused.models.fields import Options, check_fields, shown
 from mmfused.ops.grouped_mlp import TopKMoE
 
@@ -67,8 +67,8 @@ def add_lora(
 
     The transformers are the host, with its vision tower, or the encoders. Trained are the adapters
     and what was trained outside the transformers: heads, fusion, and MOON2.0's mixtures, although
-    they lie in the host. ``model.train()`` also reaches the adapters in a part that
-    the config freezes. This function needs the package peft.
+    they lie in the host. ``model.train()`` also reaches the adapters in a part that the config
+    freezes. This function needs the package peft.
 
     Args:
         model: one of the five models.
@@ -117,6 +117,9 @@ def add_lora(
         for parameter in transformer.parameters():
             if id(parameter) not in kept:
                 parameter.requires_grad_(False)
+        for part in transformer.modules():
+            if isinstance(part, nn.BatchNorm2d):  # of a ConvStem; its statistics stay too
+                freeze(part)
     inject(root, settings)
     for layer in adapted_layers(root).values():
         layer.training = layer.get_base_layer().training

@@ -65,12 +65,15 @@ def load_start(config: TrainConfig) -> Start:
         lora = settings.get("lora")
         with refusing(f"init: {config.init}"):
             values = kind.from_dict(settings["model"]).to_dict()
+        parts = [
+            part for part in ("image_encoder", "text_encoder", "host") if getattr(config, part)
+        ]
+        if lora is not None and parts and config.lora is None:
+            raise ValueError(
+                f"lora: got nothing with {', '.join(parts)} in place of a part of {config.init}, "
+                "which has adapters, expected options of new adapters, or none"
+            )
     fields, modules = load_parts(config)
-    if lora is not None and modules and config.lora is None:
-        raise ValueError(
-            f"lora: got nothing with {', '.join(modules)} in place of a part of {config.init}, "
-            "which has adapters, expected options of new adapters, or none"
-        )
     return Start(values, fields, modules, *image_sizes(config, values), lora)
 
 
