@@ -329,3 +329,22 @@ def test_a_vocabulary_that_is_transformers_default_is_checked(tmp_path, monkeypa
     given = {"text_encoder": str(tmp_path / "bert"), "tokenizer": str(tmp_path / "words")}
     with pytest.raises(ValueError, match="expected at most 30522, the vocabulary of .*bert"):
         train(settings("uniecs", tmp_path / "run", **given))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stages": 1}, "UNITEConfig: got a field 'stages', expected host, tokens, "),
+        ({"stage": 3}, "stage: got 3, expected one of 1, 2"),
+        ({"temperature": "hot"}, "temperature: got 'hot', expected a finite number"),
+    ],
+)
+def test_options_of_wrong_names_and_types_are_refused_before_a_host_is_loaded(
+    tmp_path, options, message
+):
+    damaged = tmp_path / "host"
+    damaged.mkdir()
+    config = settings("unite", tmp_path / "run", host=str(damaged), model_options=options)
+    with pytest.raises(ValueError, match=message):
+        train(config)
+    assert not (tmp_path / "run").exists()

@@ -175,17 +175,31 @@ class ModelConfig:
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """Invert `to_dict`; raise ValueError for an unknown, missing or invalid field."""
         check_field("model", values, dict)
-        fields = {field.name: field for field in dataclasses.fields(typing.cast(Any, cls))}
-        for name in values:
-            if name not in fields:
-                expected = ", ".join(fields)
-                raise ValueError(f"{cls.__name__}: got a field {shown(name)}, expected {expected}")
+        fields = cls._fields_of(values)
         for name, field in fields.items():
             if name not in values and field.default is dataclasses.MISSING:
                 raise ValueError(
                     f"{name}: got nothing, expected a value: {cls.__name__} has no default for it"
                 )
         return cls(**values)
+
+    @classmethod
+    def check_options(cls, options: dict[str, Any]) -> None:
+        """Require that each option is a field of the config, and of the field's type."""
+        cls._fields_of(options)
+        kinds = typing.get_type_hints(cls)
+        for name, value in options.items():
+            check_field(name, value, kinds[name])
+
+    @classmethod
+    def _fields_of(cls, values: dict[str, Any]) -> dict[str, dataclasses.Field[Any]]:
+        """Return the config's fields by name, which must include those of ``values``."""
+        fields = {field.name: field for field in dataclasses.fields(typing.cast(Any, cls))}
+        for name in values:
+            if name not in fields:
+                expected = ", ".join(fields)
+                raise ValueError(f"{cls.__name__}: got a field {shown(name)}, expected {expected}")
+        return fields
 
     def __post_init__(self) -> None:
         """Check the fields, and turn lists into tuples."""

@@ -59,6 +59,7 @@ def load_start(config: TrainConfig) -> Start:
     """Load what the settings name as the start of training, except the weights of ``init``."""
     kind = MODELS[config.model].config
     values = {**kind.UNKNOWN, **kind.values_of(config.preset)}
+    kind.check_options(config.model_options)  # before the weights of a part are read
     lora = None
     if config.init:
         settings = read_init(config.init, config.model)
