@@ -344,6 +344,19 @@ def test_the_output_of_transformers_own_processor_is_accepted():
     assert_close(model.embed_sequences(**theirs), model.embed_sequences(**own))
 
 
+@pytest.mark.parametrize("positions", ["1d", "mrope"])
+def test_padding_may_be_on_the_right(positions):
+    model = make_model(positions=positions)
+    batch = processor_of(model)(ITEMS)
+    lengths = batch["attention_mask"].sum(1)
+    moved = {name: torch.zeros_like(batch[name]) for name in ("input_ids", "attention_mask")}
+    for name, rows in moved.items():
+        for row, full, length in zip(rows, batch[name], lengths.tolist(), strict=True):
+            row[:length] = full[len(full) - length :]
+    rows = model.embed_sequences(**{**batch, **moved})
+    assert_close(rows, model.embed_sequences(**batch), rtol=0, atol=1e-10)
+
+
 def test_an_exported_processor_makes_the_same_sequences(tmp_path):
     model = make_model()
     save_host(model, TOKENIZER, tmp_path)

@@ -31,7 +31,7 @@ def packed_states(
         host: the Qwen2-VL.
         tokens: see `qwen.token_ids`.
         positions: "mrope" (those of transformers) or "1d".
-        input_ids: (B, L) int64, padded on the left. A picture of n tokens has n times the id
+        input_ids: (B, L) int64, padded on either side. A picture of n tokens has n times the id
             tokens["image"], and a video n times tokens["video"].
         attention_mask: (B, L), 1 = real token; None = all real.
         pictures: the arguments in `GRID_OF`: patches (n, 3 * t * p * p) and their grids

@@ -269,12 +269,11 @@ class UNITE(RetrievalModel):
     ) -> Tensor:
         """Return unit embeddings (B, D) of complete sequences, in float32 or float64.
 
-        `UNITEProcessor` makes the arguments. An item may have several pictures and videos of any
-        sizes. The arguments, and those of the same names of transformers' Qwen2VLProcessor, are
-        equal.
+        `UNITEProcessor` makes the arguments, and transformers' Qwen2VLProcessor makes the same. An
+        item may have several pictures and videos of any sizes.
 
         Args:
-            input_ids: (B, L) int64, padded on the left; the last token is pooled.
+            input_ids: (B, L) int64, padded on the left or right; the last real token is pooled.
             attention_mask: (B, L), 1 = real token; None = all real.
             packed: "pixel_values" (n, 3 * t * p * p), the patches of all pictures, and
                 "image_grid_thw" (pictures, 3) int64, their numbers of patches in time, rows and
@@ -312,7 +311,7 @@ class UNITE(RetrievalModel):
     ) -> Tensor:
         """Return normalised hidden states of the last tokens, in the model's dtype.
 
-        ``mm_token_type_ids`` is what transformers' processor returns beside; it has no effect.
+        ``mm_token_type_ids``, which transformers' processor returns too, has no effect.
         """
         c = self.config
         for name in pictures:
@@ -322,7 +321,12 @@ class UNITE(RetrievalModel):
         states = packed_states(
             self.host, c.tokens or {}, c.positions, input_ids, attention_mask, **pictures
         )
-        return F.normalize(states[:, -1], dim=-1)
+        if attention_mask is None:
+            last = states[:, -1]
+        else:
+            padding = attention_mask.flip(1).bool().long().argmax(1)  # on the right
+            last = states[torch.arange(len(states), device=states.device), -1 - padding]
+        return F.normalize(last, dim=-1)
 
     def _items(
         self,
