@@ -171,6 +171,8 @@ def without(tensors):
             r"embed_tokens\.lora_embedding_A: got shape \(2, 16\), expected no tensor",
         ),
         (lambda t: {}, r"layers\.0\..*: got no tensor, expected shape"),
+        (lambda t: {**t, KEY: t[KEY] / 0}, rf"{KEY}: got torch.float32, not all finite, expected"),
+        (lambda t: {**t, KEY: t[KEY].long()}, rf"{KEY}: got torch.int64, expected finite numbers"),
     ],
 )
 def test_unfit_tensors_are_refused_and_change_nothing(change, message, tmp_path):

@@ -308,7 +308,7 @@ def test_an_option_changes_a_pretrained_encoder_within_its_weights(tmp_path, mon
     text = prepare(config, None).model.config.text
     assert (text["hidden_dropout_prob"], text["intermediate_size"]) == (0.4, 24)
     monkeypatch.setattr("mmfused.training.run.load_data", None)
-    message = "text_encoder: '.*bert' does not fit the model's options: .*intermediate.dense.weight"
+    message = "text_encoder: the model's options change its weights: .*intermediate.dense.weight"
     with pytest.raises(ValueError, match=message) as caught:
         wide = {"model_options": {"text": {"intermediate_size": 20}}}
         train(settings("uniecs", tmp_path / "run", **wide, **parts))
@@ -348,3 +348,13 @@ def test_options_of_wrong_names_and_types_are_refused_before_a_host_is_loaded(
     with pytest.raises(ValueError, match=message):
         train(config)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_does_not_replace_the_run_that_it_starts_from(unite_run, tmp_path):
+    before = sorted(path.name for path in (tmp_path / "one").rglob("*"))
+    options = {"overwrite": True, "model_options": {"stage": 2}}
+    for init in ("one", "one/checkpoints/step-00000002"):
+        config = settings("unite", tmp_path / "one", init=str(tmp_path / init), **options)
+        with pytest.raises(ValueError, match="init: got .* which overwrite removes, expected anot"):
+            train(config)
+    assert sorted(path.name for path in (tmp_path / "one").rglob("*")) == before

@@ -21,6 +21,7 @@ from mmfused.models.lora import adapted_layers, add_lora, merge_lora
 from mmfused.models.qwen_export import make_processor, save_host
 from mmfused.training.config import TrainConfig
 from mmfused.training.files import model_tensors, save_tensors, write_json
+from mmfused.training.folder_lock import temporary_path
 
 TEXT = {
     "vocab_size": 200,  # more than the tokenizer has
@@ -278,15 +279,52 @@ def test_only_exported_folders_are_replaced(tmp_path, capsys):
     assert main([*command, "--overwrite"]) == 2
     message = "holds files that mmfused export did not write (README.md, notes.txt)"
     assert message in capsys.readouterr().err
-    for other in (tmp_path / "run", tmp_path / "empty"):
-        other.mkdir(exist_ok=True)
-        assert main([*command[:-1], str(other), "--overwrite"]) == 2
-        assert "did not write" in capsys.readouterr().err
+    assert main([*command[:-1], str(tmp_path / "run"), "--overwrite"]) == 2
+    assert "did not write" in capsys.readouterr().err
     assert (tmp_path / "run" / "config.json").exists()
+    (tmp_path / "empty").mkdir()
+    assert main([*command[:-1], str(tmp_path / "empty")]) == 2
+    assert "already exists; choose another name or overwrite it" in capsys.readouterr().err
+    assert main([*command[:-1], str(tmp_path / "empty"), "--overwrite"]) == 0
     assert main([*command[:-1], str(tmp_path / "no" / "out")]) == 2
     assert "expected a new folder in an existing folder" in capsys.readouterr().err
     assert main([*command, "--dtype", "int8"]) == 2
     assert "dtype: got 'int8', expected float32 or bfloat16" in capsys.readouterr().err
+
+
+def test_an_export_moves_back_what_a_killed_process_moved_aside(tmp_path, capsys):
+    write_run(tmp_path / "run")
+    out = tmp_path / "out"
+    command = ["export", str(tmp_path / "run"), "--out", str(out)]
+    assert main(command) == 0
+    out.rename(temporary_path(tmp_path / "out.old"))  # killed between its two renames
+    assert main(command) == 2
+    assert "already exists; choose another name or overwrite it" in capsys.readouterr().err
+    assert (out / "model.safetensors").exists()
+
+
+def test_a_full_disk_ends_an_export_in_one_sentence(tmp_path, capsys, monkeypatch):
+    write_run(tmp_path / "run")
+
+    def fail(*_, **__):
+        raise safetensors.SafetensorError("No space left on device (os error 28)")
+
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", fail)
+    assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 2
+    assert "cannot be written: No space left on device" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_the_exported_tokenizer_does_not_truncate_as_training_did(tmp_path):
+    """A tokenizer that has truncated texts is saved with their largest length."""
+    model, tokenizer = build()
+    tokenizer(TEXTS, truncation=True, max_length=5, padding=True)
+    save_host(model, tokenizer, tmp_path)
+    loaded = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert len(loaded("red " * 40)["input_ids"]) > 40
+    assert (loaded.padding_side, loaded.truncation_side) == ("left", "left")
+    truncated = tokenizer("red " * 40, truncation=True, max_length=5)
+    assert len(truncated["input_ids"]) == 5
 
 
 def test_a_failed_export_leaves_nothing_and_loses_nothing(tmp_path, capsys, monkeypatch):

@@ -74,6 +74,7 @@ def test_an_exported_run_is_a_host_with_the_same_embeddings(tmp_path, host, data
     """The run is trained, with another tokenizer and picture size than the defaults."""
     named = ["--model", "unite", "--host", host, *SMALL]
     steps = ["--steps", "2", "--lr", "0.01", "--batch-size", "4", "--preset", "code"]
+    steps += ["--lora", "none"]  # merged adapters would round differently
     arguments = command("train", data, tmp_path / "run", "--val", data, *named, *steps)
     assert main(arguments) == 0
     assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0

@@ -393,6 +393,11 @@ def test_a_malformed_flag_is_refused(given):
         parsed("--lora", given)
 
 
+def test_a_name_that_is_given_twice_is_refused():
+    with pytest.raises(ValueError, match="lora: got targets twice in 'targets=a,targets=b', expec"):
+        parsed("--lora", "targets=a,targets=b")
+
+
 @pytest.mark.parametrize("first", ["uniecs", "unite"], indirect=True)
 def test_the_command_embeds_with_a_run_that_has_adapters(first, tmp_path, capsys):
     _, one = first

@@ -257,6 +257,9 @@ def test_frames_are_reduced_to_the_given_number_of_pixels():
     processor = processor_of(make_model(), frame_pixels=6 * 64, picture_tokens=(1, 1000))
     grid = processor([{"video": video(4, 400, 100)}])["video_grid_thw"] // torch.tensor([1, 2, 2])
     assert grid.tolist() == [[2, 4, 1]]
+    processor = processor_of(make_model(), frame_pixels=10**6, picture_tokens=(1, 1000))
+    grid = processor([{"video": video(4, 16, 8)}])["video_grid_thw"] // torch.tensor([1, 2, 2])
+    assert grid.tolist() == [[2, 16, 8]]  # small frames are enlarged to 128 tokens
 
 
 # --- length ---
@@ -462,6 +465,10 @@ def test_text_only_candidates_have_the_code_of_texts():
         (["a"], r"items\[0\]: got 'a', expected a dict"),
         ([{"text": "a"}, {"title": "a"}], r"items\[1\]: got the key 'title', expected text, "),
         ([{"text": 3}], r"items\[0\].text: got 3, expected a string"),
+        ([{"text": "a\ud800"}], r"items\[0\].text: got 'a.*', expected a string of Unicode"),
+        ([{"text": "<|image_pad|>"}], r"items\[0\]: got no text, image or video, expected at"),
+        (({"text": "a"} for _ in range(1)), "items: got <generator.*, expected a list of at least"),
+        ([{"video": video(), "video_fps": True}], r"items\[0\].video_fps: got True, expected a"),
         ([{"text": " "}], r"items\[0\]: got no text, image or video, expected at least one"),
         ([{"image": torch.zeros(3, 8, 8)}], r"items\[0\].image: got torch.float32 \(3, 8, 8\)"),
         ([{"image": picture(1, 999)}], r"items\[0\].image: got 1 x 999 pixels, expected sides"),
@@ -485,7 +492,9 @@ def test_bad_items_are_refused(items, message):
         ({"max_length": 0}, "max_length: got 0, expected an integer from 2"),
         ({"picture_tokens": (5, 4)}, r"picture_tokens: got \(5, 4\), expected the smaller number"),
         ({"frames": 4}, "frames: got 4, expected 2 integers"),
+        ({"frames": (1, 1)}, r"frames: got \(1, 1\), expected at least 2, the number of frames of"),
         ({"fps": 0}, "fps: got 0, expected a number above 0"),
+        ({"fps": float("inf")}, "fps: got inf, expected a finite number"),
     ],
 )
 def test_bad_options_are_refused(options, message):
@@ -512,6 +521,28 @@ def test_labels_of_another_number_are_refused():
     batch = processor_of(model)([{"text": "red"}, {"text": "blue"}])
     with pytest.raises(ValueError, match=r"labels: got torch.int64 \(3,\), expected int64 \(2,\)"):
         model.encode("query", labels=torch.arange(3), **batch)
+
+
+def test_arguments_that_contradict_complete_sequences_are_refused():
+    model = make_model()
+    batch = {**processor_of(model)([{"image": picture()}]), "labels": torch.arange(1)}
+    for change, message in (
+        ({"code": torch.arange(2)}, "code: got 2 rows, expected 1"),
+        ({"image_present": torch.tensor([True])}, "image_present and code: got both, expected ex"),
+        ({"image_tokens": torch.zeros(1, 4, 32)}, "image_tokens and code: got both, expected ex"),
+        ({"pixel_values": batch["pixel_values"][:-1]}, r"pixel_values: got shape \(15, 96\), exp"),
+        (
+            {"pixel_values": batch["pixel_values"][:, 1:]},
+            r"got shape \(16, 95\), expected \(16, 9",
+        ),
+        ({"image_grid_thw": batch["image_grid_thw"].float()}, "image_grid_thw: got torch.float32"),
+        (
+            {"image_grid_thw": batch["image_grid_thw"][:, 1:]},
+            r"image_grid_thw: got .* \(1, 2\)",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.encode("query", **{**batch, **change})
 
 
 def test_videos_are_refused_with_qwen2_5():

@@ -25,7 +25,6 @@ from mmfused.models import FLUIDConfig, MOON2Config, UniCAConfig, UniECSConfig, 
 from mmfused.models.encoders import freeze
 from mmfused.models.inputs import encode_image, encode_text
 from mmfused.models.qwen import KINDS
-from mmfused.models.unite import lora
 
 # published: encoders trained or frozen as in the paper. frozen: no encoder is trained. tokens: the
 # image tokens, and in FLUID and UniECS the text tokens too, are computed before training.
@@ -103,7 +102,7 @@ class Step:
         self.config = config(name, preset, variant == "tokens", depth)
         self.model: Any = getattr(models, self.setup.model)(self.config)
         if name == "unite":
-            lora(self.model, dropout=0.0)
+            add_lora(self.model, dropout=0.0)
         if variant == "frozen":
             for encoder in (self.model.image_encoder, self.model.text_encoder):
                 freeze(encoder)

@@ -80,7 +80,7 @@ def check_out(out: Path, overwrite: bool) -> None:
 
 
 def _foreign_files(out: Path) -> list[str]:
-    """Return the files in ``out`` that are not in its record, or ``out`` if it has no record."""
+    """Return the files in ``out`` that are not in its record, or ``out`` if it is no folder."""
     from mmfused.training.files import read_json
 
     if out.is_symlink() or not out.is_dir():
@@ -88,7 +88,7 @@ def _foreign_files(out: Path) -> list[str]:
     try:
         own = read_json(out / RECORD)["files"]
     except (ValueError, KeyError, FileNotFoundError):
-        return [path.name for path in sorted(out.iterdir())] or [out.name]
+        return [path.name for path in sorted(out.iterdir())]
     known = [RECORD, *own] if isinstance(own, list) else []
     return [
         path.name
@@ -136,7 +136,10 @@ def new_folder(out: Path, record: Mapping[str, Any], overwrite: bool) -> Iterato
 
 
 def _remove_abandoned(out: Path) -> None:
-    """Remove the temporary folders beside ``out`` that no living process has locked."""
+    """Remove the temporary folders beside ``out`` that no living process has locked.
+
+    If a process was killed while it replaced ``out``, the old folder is moved back.
+    """
     from mmfused.training.files import remove
     from mmfused.training.folder_lock import TEMPORARY_NAME
 
@@ -147,7 +150,9 @@ def _remove_abandoned(out: Path) -> None:
         if (path / RECORD).is_file():
             descriptor = os.open(path, os.O_RDONLY)
             try:
-                if _try_lock(descriptor):
+                if _try_lock(descriptor) and name[1] != out.name and not out.exists():
+                    os.replace(path, out)
+                elif _try_lock(descriptor):
                     remove(path)
             finally:
                 os.close(descriptor)

@@ -90,5 +90,7 @@ def _parse_lora(given: str) -> dict[str, object] | str:
         name, equals, value = part.partition("=")
         if not name or not equals:
             raise ValueError(f"lora: got {given!r}, expected NAME=VALUE,.. or none")
+        if name in options:
+            raise ValueError(f"lora: got {name} twice in {given!r}, expected each name once")
         options[name] = value.split("+") if name == "targets" else parse_option(part)[1]
     return options

@@ -248,7 +248,7 @@ def _check_shapes(
     weights: dict[str, Tensor],
     expected: dict[str, tuple[int, ...]],
 ) -> None:
-    """Require the expected keys and shapes, and no other keys."""
+    """Require the expected keys and shapes, no other keys, and finite numbers."""
     for key in [*expected, *weights]:
         found = f"shape {tuple(weights[key].shape)}" if key in weights else "no tensor"
         wanted = f"shape {expected[key]}" if key in expected else "no tensor"
@@ -256,6 +256,10 @@ def _check_shapes(
             why = f": {CONFIG} selects no such Linear layer of the model"
             message = f"adapter: {path}: {key}: got {found}, expected {wanted}"
             raise ValueError(message if key in expected else message + why)
+    for key, tensor in weights.items():
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
+            got = f"{tensor.dtype}, not all finite" if tensor.is_floating_point() else tensor.dtype
+            raise ValueError(f"adapter: {path}: {key}: got {got}, expected finite numbers")
     if not expected:
         raise ValueError(f"adapter: {path}: got no tensors, expected adapters of Linear layers")
 

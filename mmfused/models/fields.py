@@ -52,6 +52,7 @@ BOUNDS: dict[str, tuple[int, int]] = {
     "image": TOKEN,
     "pad": TOKEN,
     "prompts": TOKEN,
+    "rank": (1, 2**14),
     "start": TOKEN,
     "video": TOKEN,
     "vision_end": TOKEN,

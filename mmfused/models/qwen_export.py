@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 
 from mmfused.models.encoders import import_transformers, quiet_transformers
+from mmfused.models.fields import refusing
 from mmfused.models.lora import merge_lora
 from mmfused.models.qwen_host import keep_known_ids, token_side
 from mmfused.models.qwen_tokens import plain_tokenizer
@@ -85,7 +86,8 @@ def save_host(
             whole = transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)](config)
         whole.model = host
         whole.tie_weights()
-        whole.save_pretrained(folder)
+        with refusing(f"out: {folder} cannot be written"):  # a full disk is a SafetensorError
+            whole.save_pretrained(folder)
         make_processor(model, plain_tokenizer(tokenizer)).save_pretrained(folder)
 
 

@@ -37,7 +37,7 @@ def packed_states(
         pictures: the arguments in `GRID_OF`: patches (n, 3 * t * p * p) and their grids
             (pictures, 3) int64, as Qwen2VLImageProcessor and Qwen2VLVideoProcessor return them.
     """
-    _check(input_ids, attention_mask, pictures)
+    _check(host, input_ids, attention_mask, pictures)
     if pictures.get("pixel_values_videos") is not None:
         check_takes_videos(host)
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
@@ -144,7 +144,25 @@ def _position_ids(
     return ((mask.cumsum(1) - 1) * mask).expand(3, -1, -1)
 
 
+def _check_patches(
+    host: Any,
+    name: str,
+    pixels: Tensor,
+    grid: Tensor,
+) -> None:
+    """Require a grid for each picture, and the patches of these grids."""
+    if grid.ndim != 2 or grid.shape[1] != 3 or grid.dtype not in (torch.int32, torch.int64):
+        got = f"{grid.dtype} {tuple(grid.shape)}"
+        raise ValueError(f"{GRID_OF[name]}: got {got}, expected int64 (pictures, 3)")
+    c = host.config.vision_config
+    expected = (int(grid.prod(1).sum()), c.in_channels * c.temporal_patch_size * c.patch_size**2)
+    if tuple(pixels.shape) != expected:
+        got = tuple(pixels.shape)
+        raise ValueError(f"{name}: got shape {got}, expected {expected}, as in {GRID_OF[name]}")
+
+
 def _check(
+    host: Any,
     input_ids: Tensor,
     attention_mask: Tensor | None,
     pictures: dict[str, Tensor | None],
@@ -159,9 +177,8 @@ def _check(
         if (pixels is None) != (grid is None):
             given, lacking = (name, grid_name) if grid is None else (grid_name, name)
             raise ValueError(f"{lacking}: got None with {given}, expected both or neither")
-        if grid is not None and (grid.ndim != 2 or grid.shape[1] != 3):
-            got = tuple(grid.shape)
-            raise ValueError(f"{grid_name}: got shape {got}, expected (pictures, 3)")
+        if grid is not None and pixels is not None:
+            _check_patches(host, name, pixels, grid)
 
 
 def _check_count(

@@ -29,6 +29,16 @@ CHAT_KINDS = {
 }
 # The tokens around each text, which sequences leave out.
 ENCLOSING = ("<|im_start|>", "<|im_end|>")
+# Arguments of a call that transformers saves with a tokenizer.
+TOKENIZING = (
+    "max_length",
+    "pad_to_multiple_of",
+    "pad_token_type_id",
+    "pad_type_id",
+    "stride",
+    "truncation_strategy",
+    "padding_strategy",
+)
 # The token of a video in transformers' processor.
 VIDEO_PAD = "<|video_pad|>"
 
@@ -54,14 +64,21 @@ def enclose_texts(tokenizer: Any) -> Any:
 
 
 def plain_tokenizer(tokenizer: Any) -> Any:
-    """Return a copy of the tokenizer that does not enclose texts (`enclose_texts`).
+    """Return a copy of the tokenizer for whole sequences.
 
-    The copy pads on the left, so that the last token of each sequence is in the last slot.
+    The copy does not enclose texts (`enclose_texts`), does not truncate by itself, and pads on the
+    left, so that the last token of each sequence is in the last slot.
     """
     from tokenizers.processors import ByteLevel
 
     tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # the second is saved
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    for name in TOKENIZING:  # what a tokenizer that was saved after a call repeats
+        tokenizer.init_kwargs.pop(name, None)
+    for name in ("padding_side", "truncation_side"):
+        setattr(tokenizer, name, "left")
+        tokenizer.init_kwargs[name] = "left"  # this value is saved
     if (tokenizer.cls_token, tokenizer.sep_token) == ENCLOSING:
         # Qwen2's own rule, which changes no ids.
         tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=False)

@@ -26,7 +26,7 @@ from mmfused.losses import unit_rows
 from mmfused.models import presets, qwen
 from mmfused.models.config import absent_part
 from mmfused.models.fields import Options
-from mmfused.models.inputs import check_labels
+from mmfused.models.inputs import check_labels, check_rows, one_source
 from mmfused.models.qwen_config import HostedConfig
 from mmfused.models.qwen_packed import GRID_OF, blank_sequence, packed_states, split_packed
 from mmfused.models.qwen_tokens import end_line
@@ -182,6 +182,9 @@ class UNITE(RetrievalModel):
         ids = qwen.check_ids(input_ids)
         if code is not None:
             check_labels(labels, len(ids))
+            check_rows("code", len(code), len(ids))
+            one_source("image_tokens and code", image_tokens, code)
+            one_source("image_present and code", image_present, code)
             rows = self._read_sequences(ids, attention_mask, pixel_values=pixel_values, **packed)
             return {"embedding": rows, "code": code, "labels": labels}
         if packed:

@@ -14,12 +14,14 @@ from mmfused.models.encoders import import_transformers
 from mmfused.models.fields import check_field, shown
 from mmfused.models.qwen import start_and_prompts
 from mmfused.models.qwen_packed import GRID_OF
-from mmfused.models.qwen_tokens import PROMPT, VIDEO_PAD, chat_prompt
+from mmfused.models.qwen_tokens import PROMPT, SPECIAL_TOKENS, VIDEO_PAD, chat_prompt
 from mmfused.models.unite import IMAGE, TEXT, VIDEO, UNITEConfig
 
 PLACEHOLDERS = {"<|IMAGE|>": "image", "<|VIDEO|>": "video"}
 _SPLIT = re.compile("(" + "|".join(map(re.escape, PLACEHOLDERS)) + ")")
 KEYS = ("text", "instruction", "image", "video", "video_fps")
+# The names of the tokens that pictures have in sequences; in a text, they are left out.
+_NAMES = re.compile("|".join(map(re.escape, (SPECIAL_TOKENS["image"], VIDEO_PAD))))
 _PACKED = (*GRID_OF, *GRID_OF.values())
 # The longest side of a picture over its shortest, of transformers' processor.
 LONGEST_RATIO = 200
@@ -91,8 +93,7 @@ class UNITEProcessor:
             check_field(name, pair, tuple[int, int])
             if pair[0] > pair[1]:
                 raise ValueError(f"{name}: got {pair}, expected the smaller number first")
-        if not fps > 0:
-            raise ValueError(f"fps: got {fps}, expected a number above 0")
+        check_rate("fps", fps)
         self.tokenizer = tokenizer
         self.config = config
         self.tokens: dict[str, Any] = config.tokens or {}
@@ -104,6 +105,9 @@ class UNITEProcessor:
         self.merge_size: int = vision.get("spatial_merge_size", 2)
         self.frame_group: int = vision.get("temporal_patch_size", 2)
         self.side: int = vision.get("patch_size", 14) * self.merge_size
+        if frames[1] < self.frame_group:
+            expected = f"at least {self.frame_group}, the number of frames of a patch"
+            raise ValueError(f"frames: got {frames}, expected {expected}")
         options = {
             "patch_size": self.side // self.merge_size,
             "temporal_patch_size": self.frame_group,
@@ -130,7 +134,7 @@ class UNITEProcessor:
         Raises:
             ValueError: an item is empty or unfit, or does not fit into ``max_length``.
         """
-        if isinstance(items, (str, Mapping)) or not items:
+        if not isinstance(items, (list, tuple)) or not items:
             raise ValueError(f"items: got {shown(items)}, expected a list of at least one dict")
         names = [f"items[{i}]" for i in range(len(items))]
         media = [self._media(name, item) for name, item in zip(names, items, strict=True)]
@@ -178,8 +182,9 @@ class UNITEProcessor:
             if key not in KEYS:
                 raise ValueError(f"{name}: got the key {shown(key)}, expected {', '.join(KEYS)}")
         for key in ("text", "instruction"):
-            if item.get(key) is not None and not isinstance(item[key], str):
-                raise ValueError(f"{name}.{key}: got {shown(item[key])}, expected a string")
+            text = item.get(key)
+            if text is not None and not (isinstance(text, str) and text == valid_text(text)):
+                raise ValueError(f"{name}.{key}: got {shown(text)}, expected a string of Unicode")
         images = [read_picture(f"{name}.image", picture) for picture in as_list(item.get("image"))]
         videos = [
             self._video(f"{name}.video", video, item.get("video_fps"))
@@ -202,8 +207,7 @@ class UNITEProcessor:
             raise ValueError(f"{name}: got {_described(video)}, expected uint8 (frames, 3, H, W)")
         read_picture(name, video[0])
         if rate is not None:
-            if not (isinstance(rate, (int, float)) and rate > 0):
-                raise ValueError(f"{name}_fps: got {shown(rate)}, expected a number above 0")
+            check_rate(f"{name}_fps", rate)
             chosen = sample_frames(len(video), rate, self.fps, *self.frames, self.frame_group)
             video = video[chosen]
         return self._resize_frames(video)
@@ -230,7 +234,8 @@ class UNITEProcessor:
     ) -> tuple[list[int], int]:
         """Return the ids and the code of an item whose pictures have ``counts`` tokens."""
         lines = [(item.get(key) or "").strip() for key in ("instruction", "text")]
-        text = _place(name, "\n".join(line for line in lines if line), counts)
+        text = _NAMES.sub("", "\n".join(line for line in lines if line))
+        text = _place(name, text, counts)
         has_text = bool(_SPLIT.sub("", text).strip())
         has_image, has_video = bool(counts["image"]), bool(counts["video"])
         if not (has_text or has_image or has_video):
@@ -256,9 +261,7 @@ class UNITEProcessor:
             key = PLACEHOLDERS[part]
             inner = [tokens[key]] * next(left[key])
             return Piece([tokens["vision_start"], *inner, tokens["vision_end"]], False)
-        pictures = (tokens["image"], tokens.get("video"))
-        # A text may contain the names of these tokens.
-        return Piece([token for token in self._encode(part) if token not in pictures], True)
+        return Piece(self._encode(part), True)
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -330,6 +333,7 @@ def sample_frames(
         >>> sample_frames(count=3, rate=1)
         [0, 1, 2]
     """
+    check_rate("rate", rate)
     low, high = -(-least // multiple) * multiple, most // multiple * multiple
     wanted = round(min(max(count / rate * fps, low), high) / multiple) * multiple
     if wanted >= count:
@@ -357,6 +361,18 @@ def read_picture(name: str, picture: Any) -> Tensor:
             f"expected sides whose ratio is at most {LONGEST_RATIO}"
         )
     return picture
+
+
+def check_rate(name: str, rate: object) -> None:
+    """Require a number of frames in a second."""
+    check_field(name, rate, float)
+    if not rate > 0:  # type: ignore[operator]
+        raise ValueError(f"{name}: got {rate}, expected a number above 0")
+
+
+def valid_text(text: str) -> str:
+    """Return the text without surrogates, which no tokenizer takes."""
+    return text.encode("utf-8", "ignore").decode()
 
 
 def as_list(value: Any) -> list[Any]:

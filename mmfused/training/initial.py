@@ -18,6 +18,7 @@ from mmfused.models.fields import refusing
 from mmfused.models.lora import add_lora, merge_lora, resolve_lora
 from mmfused.models.pretrained import pretrained_text, pretrained_vit
 from mmfused.models.qwen import pretrained_qwen2_vl
+from mmfused.models.weights import named
 from mmfused.training.config import TrainConfig
 from mmfused.training.datasets import stored_side
 from mmfused.training.files import check_shapes, load_weights, path_inside, read_shapes
@@ -64,7 +65,7 @@ def load_start(config: TrainConfig) -> Start:
     if config.init:
         settings = read_init(config.init, config.model)
         lora = settings.get("lora")
-        with refusing(f"init: {config.init}"):
+        with named(f"init: {config.init}"):
             values = kind.from_dict(settings["model"]).to_dict()
         parts = [
             part for part in ("image_encoder", "text_encoder", "host") if getattr(config, part)
@@ -223,7 +224,7 @@ def check_start(config: TrainConfig, start: Start, tokenizer: Any) -> ModelConfi
         path = path_inside(Path(config.init), "model.safetensors")
         expected = {name: tuple(x.shape) for name, x in model.state_dict().items()}
         found = read_shapes(path) if kept else _merged_shapes(read_shapes(path))
-        with refusing("init"):
+        with named("init"):
             check_shapes(path, found, expected, _replaced(start))
     lora = _new_lora(config, described) or kept
     if lora or config.grad_checkpointing or own_rates(config):
@@ -307,8 +308,17 @@ def _load_modules(
     """Load the pretrained parts into the model; on the device "meta", only check that they fit."""
     for name, module in start.modules.items():
         weights = {key: tensor.to(device) for key, tensor in module.state_dict().items()}
+        part = getattr(model, name)
+        # Names are not compared here: MOON2 replaces some weights when it loads them.
+        kept = part.state_dict().keys() & weights
+        with named(f"{name}: the model's options change its weights"):
+            check_shapes(
+                Path(getattr(config, name)),
+                {key: tuple(weights[key].shape) for key in kept},
+                {key: tuple(part.state_dict()[key].shape) for key in kept},
+            )
         with refusing(f"{name}: {getattr(config, name)!r} does not fit the model's options"):
-            getattr(model, name).load_state_dict(weights)
+            part.load_state_dict(weights)
 
 
 def _replaced(start: Start) -> tuple[str, ...]:

@@ -49,8 +49,11 @@ def find_start(config: TrainConfig, out: Path) -> Checkpoint | Literal["finished
 
     Raises:
         FileExistsError: ``out`` holds files that no run made, or a run that must not be replaced.
-        ValueError: all checkpoints are damaged, or the newest intact checkpoint has other settings.
+        ValueError: all checkpoints are damaged, the newest intact checkpoint has other settings, or
+            training would start from the run that it replaces.
     """
+    if config.overwrite:
+        _check_sources(config, out)
     if not config.resume:
         check_out(out, config.overwrite)
         return None
@@ -83,6 +86,17 @@ def resumed_settings(out: Path) -> dict[str, Any] | None:
         return read_settings(out)
     found = checkpoints.newest(out / "checkpoints")
     return found[1]["settings"] if found else None
+
+
+def _check_sources(config: TrainConfig, out: Path) -> None:
+    """Raise ValueError if a folder that training starts from is in ``out``, which is replaced."""
+    for name in ("init", "host", "adapter", "image_encoder", "text_encoder", "tokenizer"):
+        source = getattr(config, name)
+        if source and Path(source).resolve().is_relative_to(out.resolve()):
+            raise ValueError(
+                f"{name}: got {source!r} in {out}, which overwrite removes, "
+                "expected another folder for one of the two"
+            )
 
 
 def finished_summary(config: TrainConfig, out: Path) -> dict[str, Any]:

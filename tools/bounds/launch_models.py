@@ -25,7 +25,9 @@ TITLES = {
     "moon2": "MOON2.0",
     "unite": "UNITE",
 }
-_ADAMW: Any = SimpleNamespace(weight_decay=0.01, lr=1e-4, betas=(0.9, 0.999))
+_ADAMW: Any = SimpleNamespace(
+    weight_decay=0.01, lr=1e-4, lr_image=None, lr_text=None, betas=(0.9, 0.999)
+)
 
 
 class StepLaunches(NamedTuple):
