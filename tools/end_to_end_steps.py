@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from mmfused.models import FLUIDConfig, MOON2Config, UniCAConfig, UniECSConfig, UNITEConfig
 from mmfused.models.encoders import freeze
 from mmfused.models.inputs import encode_image, encode_text
+from mmfused.models.lora import add_lora
 from mmfused.models.qwen import KINDS
 
 # published: encoders trained or frozen as in the paper. frozen: no encoder is trained. tokens: the
