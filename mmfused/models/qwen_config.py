@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from typing_extensions import Self
-
 from mmfused.models.config import ModelConfig, check_sizes
 from mmfused.models.fields import Options, check_field, check_fields
 from mmfused.models.qwen_host import check_host, token_side
@@ -39,6 +37,10 @@ class HostedConfig(ModelConfig):
 
     `host` holds the options of `build_qwen2_vl`. `tokens` is the result of `token_ids`.
     `image_size` is the side of the pictures in pixels.
+
+    In `preset`, `patch_size` is the side in pixels of a token, which merges several patches of the
+    vision tower. `host` updates the preset's host, part by part. A `host` with a `model_type`
+    replaces the preset's host. Pictures then have 16 x 16 tokens unless `image_size` is given.
     """
 
     UNKNOWN: ClassVar[dict[str, Any]] = {  # placeholder, see ModelConfig
@@ -55,30 +57,6 @@ class HostedConfig(ModelConfig):
         host: Options
         tokens: Options | None
         image_size: int
-
-    @classmethod
-    def preset(
-        cls,
-        name: str = "tiny",
-        *,
-        vocab_size: int | None = None,
-        image_size: int | None = None,
-        patch_size: int | None = None,
-        **overrides: Any,
-    ) -> Self:
-        """Return the named preset with some of its fields replaced.
-
-        `patch_size` is the side in pixels of a token, which merges several patches of the vision
-        tower. `host` updates the preset's host, part by part. A `host` with a `model_type` replaces
-        the preset's host. Pictures then have 16 x 16 tokens unless `image_size` is given.
-        """
-        return super().preset(
-            name,
-            vocab_size=vocab_size,
-            image_size=image_size,
-            patch_size=patch_size,
-            **overrides,
-        )
 
     @classmethod
     def replaced(

@@ -11,7 +11,7 @@ from mmfused.training.config import Schedule, TrainConfig
 
 # The parts with a learning rate of their own, by its setting: the beginnings of their parameters'
 # names, and their names in error messages.
-PARTS = {
+RATED = {
     "lr_image": (("image_encoder.", "host.visual."), "image encoder or vision tower"),
     "lr_text": (("text_encoder.", "host.language_model."), "text encoder or language model"),
 }
@@ -62,7 +62,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
         if not groups[setting, True] and not groups[setting, False]:
             raise ValueError(
                 f"{setting}: got {getattr(config, setting)}, expected None: the model trains no "
-                f"{PARTS[setting][1]}"
+                f"{RATED[setting][1]}"
             )
     return torch.optim.AdamW(
         [
@@ -80,12 +80,12 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
 
 def own_rates(config: TrainConfig) -> list[str]:
     """Return the settings of parts with a learning rate of their own."""
-    return [setting for setting in PARTS if getattr(config, setting) is not None]
+    return [setting for setting in RATED if getattr(config, setting) is not None]
 
 
 def _setting_of(name: str, config: TrainConfig) -> str:
     """Return the setting with the learning rate of the parameter ``name``."""
-    found = [setting for setting in own_rates(config) if name.startswith(PARTS[setting][0])]
+    found = [setting for setting in own_rates(config) if name.startswith(RATED[setting][0])]
     return found[0] if found else "lr"
 
 
