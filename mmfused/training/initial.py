@@ -310,7 +310,7 @@ def _load_modules(
         weights = {key: tensor.to(device) for key, tensor in module.state_dict().items()}
         part = getattr(model, name)
         # Names are not compared here: MOON2 replaces some weights when it loads them.
-        kept = part.state_dict().keys() & weights
+        kept = [key for key in part.state_dict() if key in weights]
         with named(f"{name}: the model's options change its weights"):
             check_shapes(
                 Path(getattr(config, name)),
