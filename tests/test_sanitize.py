@@ -271,11 +271,11 @@ def test_terminating_the_program_terminates_its_runs(fake, tmp_path):
         until = time.monotonic() + 60
         while not (log.exists() and "busy" in log.read_text()) and time.monotonic() < until:
             time.sleep(0.1)
-        (child,) = [
-            path.parent
-            for path in Path("/proc").glob("[0-9]*/cmdline")
-            if is_run(path, tmp_path, b"query_pooling")
-        ]
+        # Between its fork and its exec, a child of the run has the run's command line.
+        while len(children := running(tmp_path, b"query_pooling")) != 1:
+            assert time.monotonic() < until
+            time.sleep(0.1)
+        (child,) = children
     finally:
         program.terminate()
     assert program.wait(30) == 143
@@ -287,6 +287,12 @@ def test_terminating_the_program_terminates_its_runs(fake, tmp_path):
     ):
         time.sleep(0.1)
     assert not child.exists() or "Z" in (child / "stat").read_text().split()[2]
+
+
+def running(tmp_path: Path, op: bytes) -> list[Path]:
+    """Return the folders in /proc of the runs of an op."""
+    paths = Path("/proc").glob("[0-9]*/cmdline")
+    return [path.parent for path in paths if is_run(path, tmp_path, op)]
 
 
 def is_run(path: Path, tmp_path: Path, op: bytes) -> bool:
