@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from functools import partial
+from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 import training_runs
 from retrieval_models import LANGUAGE
-from training_runs import assert_same_run, fail_in_step
+from training_runs import assert_resumes
 
 from mmfused.cli import main
 from mmfused.cli.train import add_arguments
@@ -19,6 +21,7 @@ from mmfused.cli.train_options import config_options
 from mmfused.data import GeneratedProducts, train_tokenizer
 from mmfused.models import MODELS, qwen
 from mmfused.training.files import read_json, read_tensors
+from mmfused.training.resume import find_start
 from mmfused.training.run import TrainConfig, prepare, train
 
 timm = pytest.importorskip("timm")
@@ -129,16 +132,8 @@ def test_the_second_run_starts_with_the_last_weights_of_the_first(first, tmp_pat
 
 def test_the_second_run_resumes_bit_for_bit(first, tmp_path, monkeypatch):
     model, one = first
-    changes = {"init": str(tmp_path / "init"), "model_options": SECOND[model], "steps": 3}
-    shutil.copytree(one, tmp_path / "init")
-    train(settings(model, tmp_path / "whole", **changes))
-    with monkeypatch.context() as patch:
-        fail_in_step(patch, 3)
-        with pytest.raises(OSError, match="power failure"):
-            train(settings(model, tmp_path / "resumed", **changes))
-    shutil.rmtree(tmp_path / "init")  # the run rebuilds its model from its own checkpoint
-    train(settings(model, tmp_path / "resumed", **changes, resume=True))
-    assert_same_run(tmp_path / "whole", tmp_path / "resumed")
+    changes = {"model_options": SECOND[model]}
+    assert_resumes(partial(settings, model), one, tmp_path, monkeypatch, **changes)
 
 
 def test_a_part_beside_init_replaces_that_part_alone(first, tmp_path):
@@ -350,11 +345,17 @@ def test_options_of_wrong_names_and_types_are_refused_before_a_host_is_loaded(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_does_not_replace_the_run_that_it_starts_from(unite_run, tmp_path):
-    before = sorted(path.name for path in (tmp_path / "one").rglob("*"))
+def test_a_run_does_not_replace_the_run_that_it_starts_from(unite_run):
+    before = sorted(path.name for path in unite_run.rglob("*"))
     options = {"overwrite": True, "model_options": {"stage": 2}}
-    for init in ("one", "one/checkpoints/step-00000002"):
-        config = settings("unite", tmp_path / "one", init=str(tmp_path / init), **options)
+    for init in (unite_run, *unite_run.glob("checkpoints/step-*")):
+        config = settings("unite", unite_run, init=str(init), **options)
         with pytest.raises(ValueError, match="init: got .* which overwrite removes, expected anot"):
             train(config)
-    assert sorted(path.name for path in (tmp_path / "one").rglob("*")) == before
+    assert sorted(path.name for path in unite_run.rglob("*")) == before
+
+
+def test_a_hub_name_is_no_folder_in_the_run_that_is_replaced(unite_run, monkeypatch):
+    monkeypatch.chdir(unite_run)
+    config = settings("unite", ".", host="Qwen/Qwen2-VL-2B-Instruct", overwrite=True)
+    assert find_start(config, Path(".")) is None

@@ -3,12 +3,13 @@
 import argparse
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
 import training_runs
 from retrieval_models import LANGUAGE
-from training_runs import assert_same_run, fail_in_step, records
+from training_runs import assert_resumes, assert_same_run, fail_in_step, records
 
 from mmfused.cli import main
 from mmfused.cli.train import add_arguments
@@ -119,20 +120,12 @@ def test_training_moves_the_adapters_and_what_is_outside_the_transformers(first,
 @pytest.mark.parametrize("first", ["uniecs", "unite"], indirect=True)
 def test_a_run_with_lora_resumes_bit_for_bit(first, tmp_path, monkeypatch):
     name, one = first
-    changes = {"init": str(tmp_path / "init"), "lora": {**LORA, "dropout": 0.5}, "steps": 3}
-    shutil.copytree(one, tmp_path / "init")
-    train(settings(name, tmp_path / "whole", **changes))
-    with monkeypatch.context() as patch:
-        fail_in_step(patch, 3)
-        with pytest.raises(OSError, match="power failure"):
-            train(settings(name, tmp_path / "resumed", **changes))
-    shutil.rmtree(tmp_path / "init")
-    train(settings(name, tmp_path / "resumed", **changes, resume=True))
-    assert_same_run(tmp_path / "whole", tmp_path / "resumed")
+    lora = {**LORA, "dropout": 0.5}
+    assert_resumes(partial(settings, name), one, tmp_path, monkeypatch, lora=lora)
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         one_file, other = (tmp_path / run / "adapter" / file for run in ("whole", "resumed"))
         assert one_file.read_bytes() == other.read_bytes()
-    plain = settings(name, tmp_path / "plain", **{**changes, "init": str(one), "lora": LORA})
+    plain = settings(name, tmp_path / "plain", init=str(one), lora=LORA, steps=3)
     train(plain)
     assert records(plain.out) != records(tmp_path / "whole")  # dropout has an effect
 

@@ -95,9 +95,10 @@ def test_padding_is_on_the_left_and_codes_tell_the_modalities():
 
 def test_names_of_picture_tokens_in_a_text_are_dropped():
     model = make_model()
-    named = processor_of(model)([{"text": "red <|image_pad|><|video_pad|>mug"}])
-    assert read(named) == f"{START}red mug\nSummary above sentence{END}"
-    assert model.embed_sequences(**named).isfinite().all()
+    for text in ("red <|image_pad|><|video_pad|>mug", "red <|image_<|image_pad|>pad|>mug"):
+        named = processor_of(model)([{"text": text}])
+        assert read(named) == f"{START}red mug\nSummary above sentence{END}"
+        assert model.embed_sequences(**named).isfinite().all()
 
 
 def test_batches_of_a_folder_have_the_released_texts():

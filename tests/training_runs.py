@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from functools import partial
 from pathlib import Path
@@ -117,3 +118,21 @@ def stopped_run(tmp_path_factory):
 
 def contents_of(folder):
     return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def assert_resumes(settings, first, folder, monkeypatch, **changes) -> None:
+    """Require that a run from the run ``first`` resumes bit for bit from its own checkpoint.
+
+    ``settings`` makes a TrainConfig of a folder and of changes. The runs are "whole" and "resumed"
+    in ``folder``.
+    """
+    shutil.copytree(first, folder / "init")
+    changes = {"init": str(folder / "init"), "steps": 3, **changes}
+    train(settings(folder / "whole", **changes))
+    with monkeypatch.context() as patch:
+        fail_in_step(patch, 3)
+        with pytest.raises(OSError, match="power failure"):
+            train(settings(folder / "resumed", **changes))
+    shutil.rmtree(folder / "init")
+    train(settings(folder / "resumed", **changes, resume=True))
+    assert_same_run(folder / "whole", folder / "resumed")

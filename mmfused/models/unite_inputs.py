@@ -234,7 +234,9 @@ class UNITEProcessor:
     ) -> tuple[list[int], int]:
         """Return the ids and the code of an item whose pictures have ``counts`` tokens."""
         lines = [(item.get(key) or "").strip() for key in ("instruction", "text")]
-        text = _NAMES.sub("", "\n".join(line for line in lines if line))
+        text = "\n".join(line for line in lines if line)
+        while _NAMES.search(text):  # removing a name may join the halves of another
+            text = _NAMES.sub("", text)
         text = _place(name, text, counts)
         has_text = bool(_SPLIT.sub("", text).strip())
         has_image, has_video = bool(counts["image"]), bool(counts["video"])

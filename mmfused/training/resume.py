@@ -92,7 +92,9 @@ def _check_sources(config: TrainConfig, out: Path) -> None:
     """Raise ValueError if a folder that training starts from is in ``out``, which is replaced."""
     for name in ("init", "host", "adapter", "image_encoder", "text_encoder", "tokenizer"):
         source = getattr(config, name)
-        if source and Path(source).resolve().is_relative_to(out.resolve()):
+        if source is None or not Path(source).exists():  # such as a name on the hub
+            continue
+        if Path(source).resolve().is_relative_to(out.resolve()):
             raise ValueError(
                 f"{name}: got {source!r} in {out}, which overwrite removes, "
                 "expected another folder for one of the two"
