@@ -12,25 +12,31 @@ import pytest
 import safetensors.torch
 import torch
 import training_runs
-from retrieval_models import LANGUAGE
+from starting_parts import (
+    HOSTED,
+    TEXTS,
+    assert_equal,
+    initial_weights,
+    save_encoders,
+    save_host,
+    save_parts,
+    settings,
+)
 from training_runs import assert_resumes
 
 from mmfused.cli import main
 from mmfused.cli.train import add_arguments
 from mmfused.cli.train_options import config_options
-from mmfused.data import GeneratedProducts, train_tokenizer
+from mmfused.data import train_tokenizer
 from mmfused.models import MODELS, qwen
 from mmfused.training.files import read_json, read_tensors
 from mmfused.training.resume import find_start
-from mmfused.training.run import TrainConfig, prepare, train
+from mmfused.training.run import prepare, train
 
 timm = pytest.importorskip("timm")
 transformers = pytest.importorskip("transformers")
 
 few_products = training_runs.few_products
-TEXTS = [text for text in GeneratedProducts("train", size=60).texts if text]
-SPARE = 37  # rows of a vocabulary that the tokenizer does not use
-HOSTED = ("moon2", "unite")
 # Sizes that no preset has.
 FIRST = {
     "fluid": {"dim": 24, "num_queries": 3, "num_heads": 2, "gate_hidden": (8,), "num_experts": 3},
@@ -48,49 +54,6 @@ SECOND = {
 }
 
 
-def settings(model, out, **changes) -> TrainConfig:
-    common = {"steps": 2, "batch_size": 4, "max_length": 24, "lr": 1e-2, "threads": 1}
-    common |= {"device": "cpu", "backend": "composed", "progress": False, "save_every": 1}
-    common |= {"val_every": 3}
-    return TrainConfig(str(out), model=model, **{**common, **changes})
-
-
-def save_host(folder, width=16, hidden=12):
-    """Write a host with patches of 4 pixels, and more rows of words than the tokenizer has."""
-    tokenizer = qwen.add_vision_tokens(qwen.enclose_texts(train_tokenizer(TEXTS, vocab_size=200)))
-    language = {**LANGUAGE, "hidden_size": width, "intermediate_size": hidden}
-    language["vocab_size"] = len(tokenizer) + SPARE
-    vision = {"depth": 1, "embed_dim": 8, "num_heads": 1, "mlp_ratio": 1, "patch_size": 4}
-    for part in (
-        qwen.build_qwen2_vl({"text_config": language, "vision_config": vision}),
-        tokenizer,
-    ):
-        part.save_pretrained(folder)
-    return {"host": str(folder)}
-
-
-def save_encoders(folder, width=16, hidden=24):
-    """Write a ViT and a BERT, which has more rows of words than the tokenizer has."""
-    tokenizer = train_tokenizer(TEXTS, vocab_size=200)
-    arguments = {"img_size": 32, "depth": 1}
-    vit = timm.create_model("vit_tiny_patch16_224", num_classes=0, **arguments)
-    timm.models.save_for_hf(vit, folder / "vit", model_args=arguments, safe_serialization=True)
-    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": hidden}
-    bert = transformers.BertConfig(
-        **sizes,
-        hidden_size=width,
-        vocab_size=len(tokenizer) + SPARE,
-        max_position_embeddings=64,
-    )
-    for part in (transformers.BertModel(bert), tokenizer):
-        part.save_pretrained(folder / "bert")
-    return {"image_encoder": str(folder / "vit"), "text_encoder": str(folder / "bert")}
-
-
-def save_parts(model, folder, **sizes):
-    return (save_host if model in HOSTED else save_encoders)(folder, **sizes)
-
-
 @pytest.fixture(scope="module", params=MODELS)
 def first(request, tmp_path_factory):
     """Return the name of a model and the folder of a run from pretrained parts of odd sizes."""
@@ -106,16 +69,6 @@ def first(request, tmp_path_factory):
 def unite_run(tmp_path):
     train(settings("unite", tmp_path / "one", **save_host(tmp_path / "host"), steps=1))
     return tmp_path / "one"
-
-
-def initial_weights(config):
-    return prepare(config, None).model.state_dict()
-
-
-def assert_equal(got, expected):
-    assert got.keys() == expected.keys() and len(got) > 20
-    for name, tensor in expected.items():
-        assert torch.equal(got[name], tensor), name
 
 
 def test_the_second_run_starts_with_the_last_weights_of_the_first(first, tmp_path):

@@ -15,7 +15,7 @@ from mmfused.cli import embed, main
 from mmfused.models.adapters import save_adapter
 from mmfused.models.lora import adapted_layers, add_lora
 from mmfused.models.qwen_export import save_host
-from mmfused.training.load import load_host
+from mmfused.training.load import load_pretrained
 
 SMALL = ["--image-size", "16", "--max-length", "12"]
 MODELS = {"unite": [], "moon2": ["--option", "num_experts=3"]}
@@ -135,8 +135,8 @@ def test_a_missing_adapter_is_refused_before_the_host_is_loaded(tmp_path, data, 
 
 
 def test_the_length_of_texts_is_that_of_the_preset(host):
-    assert load_host("unite", host, device="cpu").settings["training"]["max_length"] == 2048
-    assert load_host("moon2", host, device="cpu").settings["training"]["max_length"] == 64
+    assert load_pretrained("unite", host, device="cpu").settings["training"]["max_length"] == 2048
+    assert load_pretrained("moon2", host, device="cpu").settings["training"]["max_length"] == 64
 
 
 def test_eval_measures_a_host(tmp_path, host, data, capsys):
@@ -207,13 +207,13 @@ REFUSED = [
     ),
     (
         ["--checkpoint", "run", "--preset", "code"],
-        "preset: got 'code' with checkpoint, expected it only with host",
+        "preset: got 'code' with the run 'run', expected it only with host or a pretrained folder",
     ),
-    (["--host", "host"], "model: got None with host 'host', expected unite or moon2"),
-    (["--host", "host", "--model", "x"], "model: got 'x', expected one of fluid, uniecs"),
+    (["--host", "host"], "model: got None with 'host', expected moon2, unite"),
+    (["--host", "host", "--model", "x"], "model: got 'x' with 'host', expected moon2, unite"),
     (
         ["--host", "host", "--model", "fluid"],
-        "host: got 'host' with model 'fluid', expected moon2 or unite",
+        "model: got 'fluid' with 'host', expected moon2, unite",
     ),
     (
         ["--host", "./nowhere", "--model", "unite"],

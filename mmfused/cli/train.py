@@ -82,12 +82,13 @@ def _add_pretrained_arguments(group: Group) -> None:
         "--init",
         metavar="DIR",
         help="folder of a run or checkpoint, with whose model, weights and tokenizer training "
-        "starts; the options below replace parts of it",
+        "starts, or a pretrained folder; the options below replace parts of it",
     )
     group.add_argument(
         "--image-encoder",
         metavar="NAME",
-        help="image encoder: a folder in timm's format or the name of a timm model",
+        help="image encoder: a folder in the format of timm, open_clip or transformers, or the "
+        "name of a timm model",
     )
     group.add_argument(
         "--text-encoder",

@@ -50,15 +50,18 @@ def config_options(args: argparse.Namespace) -> dict[str, Any]:
 def _settings_of_init(args: argparse.Namespace) -> dict[str, Any]:
     """Return the settings of the run in ``--init``, whose preset and modalities are defaults.
 
-    A run that is resumed has the same preset and modalities, and no longer needs ``--init``.
+    A run that is resumed has the same preset and modalities, and no longer needs ``--init``. A
+    pretrained folder in ``--init`` has neither.
     """
-    from mmfused.training.initial import read_init
+    from mmfused.training.initial import is_pretrained, read_init
     from mmfused.training.resume import resumed_settings
 
-    if args.init is None:
+    own = resumed_settings(Path(args.out)) if args.init is not None and args.resume else None
+    if own is not None:
+        return own
+    if args.init is None or is_pretrained(Path(args.init)):
         return {"training": {}, "model": {}}
-    own = resumed_settings(Path(args.out)) if args.resume else None
-    return own or read_init(args.init, args.model)
+    return read_init(args.init, args.model)
 
 
 def _parse_betas(given: str) -> tuple[float, ...]:

@@ -17,6 +17,9 @@ Modalities: TypeAlias = Literal["both", "image", "text"]
 Precision: TypeAlias = Literal["auto", "bf16", "off"]
 Schedule: TypeAlias = Literal["cosine", "linear", "constant"]
 
+# The models on a Qwen2-VL; the others have an image and a text encoder.
+HOSTED = ("moon2", "unite")
+
 # The papers' settings by model and preset; command-line options override them.
 _FLUID = {
     "lr": 2e-5,
@@ -332,7 +335,7 @@ class TrainConfig:
 
     def _check_model(self) -> None:
         """Raise ValueError for settings that the model does not use."""
-        hosted = self.model in ("moon2", "unite")
+        hosted = self.model in HOSTED
         encoders = "fluid, uniecs or unica; moon2 and unite take a host"
         for name, fits, expected in (
             ("products", self.model != "fluid", "a retrieval model"),

@@ -1,4 +1,8 @@
-"""The model that training starts with: from a preset, from pretrained parts, or from a run."""
+"""The model that training starts with: from a preset, from pretrained parts, or from a run.
+
+``init`` is the folder of a run or checkpoint, whose config and weights are used, or a pretrained
+folder, whose parts are used as if each were named alone.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +21,13 @@ from mmfused.models.encoders import transformers_of
 from mmfused.models.fields import refusing
 from mmfused.models.lora import add_lora, merge_lora, resolve_lora
 from mmfused.models.pretrained import pretrained_text, pretrained_vit
+from mmfused.models.published import parts_of, pretrained_projection
 from mmfused.models.qwen import pretrained_qwen2_vl
 from mmfused.models.weights import named
-from mmfused.training.config import TrainConfig
+from mmfused.training.config import HOSTED, TrainConfig
 from mmfused.training.datasets import stored_side
-from mmfused.training.files import check_shapes, load_weights, path_inside, read_shapes
+from mmfused.training.files import check_shapes, load_weights, path_inside, read_json, read_shapes
+from mmfused.training.folder_lock import is_run_folder
 from mmfused.training.optimizer import make_optimizer, own_rates
 from mmfused.training.run_folder import build_saved, load_own_tokenizer, read_settings
 
@@ -31,10 +37,60 @@ class Start(NamedTuple):
 
     values: dict[str, Any]  # fields of the model's config, from the preset or the run in ``init``
     fields: dict[str, Any]  # fields of the model's config that describe the pretrained parts
-    modules: dict[str, torch.nn.Module]  # the pretrained parts, by the name of the setting
+    modules: dict[str, torch.nn.Module]  # the pretrained parts, by the name of the model's part
+    sources: dict[str, str]  # the folder or hub name of each pretrained part
     image_size: int | None  # side of the pictures; None leaves it to ``values`` and ``fields``
     patch_size: int | None  # side of the patches, likewise
-    lora: dict[str, Any] | None  # options of the adapters of the run in ``init``
+    run: Path | None  # the run or checkpoint in ``init``, if there is one
+    lora: dict[str, Any] | None  # options of the adapters of this run
+
+
+def is_pretrained(folder: Path) -> bool:
+    """Return whether a folder holds a pretrained model, and not a run or checkpoint."""
+    if not folder.is_dir() or (folder / "state.json").is_file() or is_run_folder(folder):
+        return False
+    try:
+        if (folder / "config.json").is_file():
+            return not {"model_type", "architecture"}.isdisjoint(read_json(folder / "config.json"))
+        return bool(parts_of(folder))
+    except ValueError:
+        return False
+
+
+def init_run(config: TrainConfig) -> Path | None:
+    """Return the run or checkpoint in ``init``; None if there is none.
+
+    A folder that is missing counts as a run. A run that is resumed does not need it.
+    """
+    return Path(config.init) if config.init and not is_pretrained(Path(config.init)) else None
+
+
+def part_sources(config: TrainConfig) -> dict[str, str]:
+    """Return the folder or hub name of each pretrained part that the settings name.
+
+    The parts of a pretrained folder in ``init`` are those that the model takes.
+
+    Raises:
+        ValueError: the pretrained folder holds none of them.
+    """
+    takes = ("host",) if config.model in HOSTED else ("image_encoder", "text_encoder")
+    held: tuple[str, ...] = ()
+    if config.init and init_run(config) is None:
+        with named("init"):
+            held = parts_of(Path(config.init))
+        if set(held).isdisjoint(takes):
+            raise ValueError(
+                f"init: got {config.init!r}, which holds {' and '.join(held)}, "
+                f"expected {' or '.join(takes)} for model {config.model!r}"
+            )
+    found = {name: getattr(config, name) for name in takes}
+    found = {
+        name: source or (config.init if name in held else None) for name, source in found.items()
+    }
+    if config.model == "unica" and "visual_proj" in held and set(found.values()) == {config.init}:
+        found["visual_proj"] = config.init
+    unused = {"text": "image_encoder", "image": "text_encoder"}.get(config.modalities)
+    return {name: source for name, source in found.items() if source and name != unused}
 
 
 def read_init(init: str, model: str) -> dict[str, Any]:
@@ -57,43 +113,46 @@ def read_init(init: str, model: str) -> dict[str, Any]:
 
 
 def load_start(config: TrainConfig) -> Start:
-    """Load what the settings name as the start of training, except the weights of ``init``."""
+    """Load what the settings name as the start of training, except the weights of a run."""
     kind = MODELS[config.model].config
     values = {**kind.UNKNOWN, **kind.values_of(config.preset)}
     kind.check_options(config.model_options)  # before the weights of a part are read
-    lora = None
-    if config.init:
-        settings = read_init(config.init, config.model)
+    run, lora = init_run(config), None
+    if run is not None:
+        settings = read_init(str(config.init), config.model)
         lora = settings.get("lora")
         with named(f"init: {config.init}"):
             values = kind.from_dict(settings["model"]).to_dict()
-        parts = [
-            part for part in ("image_encoder", "text_encoder", "host") if getattr(config, part)
-        ]
-        if lora is not None and parts and config.lora is None:
-            raise ValueError(
-                f"lora: got nothing with {', '.join(parts)} in place of a part of {config.init}, "
-                "which has adapters, expected options of new adapters, or none"
-            )
-    fields, modules = load_parts(config)
-    return Start(values, fields, modules, *image_sizes(config, values), lora)
+    sources = part_sources(config)
+    if lora is not None and sources and config.lora is None:
+        raise ValueError(
+            f"lora: got nothing with {', '.join(sources)} in place of a part of {config.init}, "
+            "which has adapters, expected options of new adapters, or none"
+        )
+    fields, modules = load_parts(config, sources)
+    sizes = image_sizes(config, values, sources)
+    return Start(values, fields, modules, sources, *sizes, run, lora)
 
 
-def load_parts(config: TrainConfig) -> tuple[dict[str, Any], dict[str, torch.nn.Module]]:
-    """Load the pretrained parts that ``config`` names; return ``fields`` and ``modules``."""
+def load_parts(
+    config: TrainConfig,
+    sources: Mapping[str, str],
+) -> tuple[dict[str, Any], dict[str, torch.nn.Module]]:
+    """Load the pretrained parts; return ``fields`` and ``modules`` of `Start`."""
     fields: dict[str, Any] = {}
     modules: dict[str, torch.nn.Module] = {}
-    if config.image_encoder and config.modalities != "text":
-        part_fields, modules["image_encoder"] = pretrained_vit(
-            config.image_encoder, config.image_size
-        )
+    if "image_encoder" in sources:
+        source = sources["image_encoder"]
+        part_fields, modules["image_encoder"] = pretrained_vit(source, config.image_size)
         fields |= part_fields
-    if config.text_encoder and config.modalities != "image":
-        part_fields, modules["text_encoder"] = pretrained_text(config.text_encoder)
+    if "text_encoder" in sources:
+        part_fields, modules["text_encoder"] = pretrained_text(sources["text_encoder"])
         fields = {**part_fields, **fields}
-    if config.host:
+    if "visual_proj" in sources:
+        modules["visual_proj"] = pretrained_projection(Path(sources["visual_proj"]))
+    if "host" in sources:
         adapter = None if config.adapter is None else read_adapter(Path(config.adapter))
-        part_fields, modules["host"] = pretrained_qwen2_vl(config.host)
+        part_fields, modules["host"] = pretrained_qwen2_vl(sources["host"])
         if adapter is not None:
             merge_adapter(modules["host"], adapter)
         fields = {**part_fields, **fields}
@@ -103,18 +162,19 @@ def load_parts(config: TrainConfig) -> tuple[dict[str, Any], dict[str, torch.nn.
 def image_sizes(
     config: TrainConfig,
     values: Mapping[str, Any],
+    sources: Mapping[str, str],
 ) -> tuple[int | None, int | None]:
     """Return the sides of pictures and of patches; None leaves a side to the model's config.
 
-    With ``init``, a host keeps the size of the run's pictures. With the preset "tiny" and neither
-    ``init`` nor a pretrained image encoder or host, sides that are not in the settings follow from
-    the data. The side of pictures is `stored_side`, but at most 96, rounded down to a multiple of
-    the side of patches. The side of patches is 8 for pictures with a side of up to 32 pixels,
+    With a run in ``init``, a host keeps the size of the run's pictures. With the preset "tiny" and
+    neither a run nor a pretrained image encoder or host, sides that are not in the settings follow
+    from the data. The side of pictures is `stored_side`, but at most 96, rounded down to a multiple
+    of the side of patches. The side of patches is 8 for pictures with a side of up to 32 pixels,
     otherwise 16.
     """
-    if config.init:
+    if init_run(config) is not None:
         return config.image_size or values.get("image_size"), None
-    if config.preset != "tiny" or config.image_encoder or config.host:
+    if config.preset != "tiny" or "image_encoder" in sources or "host" in sources:
         return config.image_size, config.patch_size
     side = config.image_size or min(96, stored_side(config))
     patch = config.patch_size or (8 if side <= 32 else 16)
@@ -127,13 +187,13 @@ def load_tokenizer(config: TrainConfig) -> Any:
     """Return the tokenizer that the settings name, or None if they name none.
 
     The first of the settings ``tokenizer``, ``text_encoder``, ``host`` and ``init`` that is given
-    determines the tokenizer.
+    determines the tokenizer. A pretrained folder in ``init`` has none if it holds no text encoder.
     """
     setting = _source_of_tokenizer(config)
     if setting is None:
         return None
     source = getattr(config, setting)
-    if setting == "init":
+    if setting == "init" and init_run(config) is not None:
         tokenizer = load_own_tokenizer(Path(source))
     else:
         tokenizer = product_data.load_tokenizer(source, setting)
@@ -141,7 +201,9 @@ def load_tokenizer(config: TrainConfig) -> Any:
 
 
 def _source_of_tokenizer(config: TrainConfig) -> str | None:
-    names = ("tokenizer", "text_encoder", "host", "init")
+    names = ["tokenizer", "text_encoder", "host"]
+    if init_run(config) is not None or {"text_encoder", "host"} & part_sources(config).keys():
+        names.append("init")
     return next((name for name in names if getattr(config, name)), None)
 
 
@@ -174,18 +236,18 @@ def model_config(
     """
     kind = MODELS[config.model]
     changes: dict[str, Any] = {}
-    if tokenizer is not None and _source_of_tokenizer(config) != "init":
+    if tokenizer is not None and not (start.run and _source_of_tokenizer(config) == "init"):
         changes |= kind.config.of_tokenizer(tokenizer)
     vocab_size = changes.pop("vocab_size", None)
     if kind.task == "classification":
         changes["modalities"] = config.modalities
-        if num_classes is not None and not config.init:
+        if num_classes is not None and start.run is None:
             changes["num_classes"] = num_classes
     changes |= start.fields
     values = kind.config.replaced(
         start.values,
         changes,
-        vocab_size=None if config.init else vocab_size,
+        vocab_size=None if start.run else vocab_size,
         image_size=start.image_size,
         patch_size=start.patch_size,
     )
@@ -195,7 +257,7 @@ def model_config(
 
 def fixed_classes(config: TrainConfig, model_config: Mapping[str, Any]) -> int | None:
     """Return a classifier's number of classes if it does not follow from the data, else None."""
-    if config.init or "num_classes" in config.model_options:
+    if init_run(config) is not None or "num_classes" in config.model_options:
         return model_config.get("num_classes")
     return None
 
@@ -219,9 +281,9 @@ def check_start(config: TrainConfig, start: Start, tokenizer: Any) -> ModelConfi
     model = meta_model(kind, described, kept)
     if tokenizer is not None:
         check_vocabulary(config, model, tokenizer)
-    _load_modules(config, start, model, "meta")
-    if config.init:
-        path = path_inside(Path(config.init), "model.safetensors")
+    _load_modules(start, model, "meta")
+    if start.run:
+        path = path_inside(start.run, "model.safetensors")
         expected = {name: tuple(x.shape) for name, x in model.state_dict().items()}
         found = read_shapes(path) if kept else _merged_shapes(read_shapes(path))
         with named("init"):
@@ -267,13 +329,13 @@ def build_model(
     described = model_config(config, start, tokenizer, num_classes)
     model = MODELS[config.model].model(described)
     check_vocabulary(config, model, tokenizer)
-    _load_modules(config, start, model)
+    _load_modules(start, model)
     lora = _new_lora(config, described)
     if start.lora and config.lora is None:
         add_lora(model, **start.lora)
-    if config.init:
-        path = path_inside(Path(config.init), "model.safetensors")
-        weights = _merged_weights(Path(config.init)) if start.lora and config.lora else None
+    if start.run:
+        path = path_inside(start.run, "model.safetensors")
+        weights = _merged_weights(start.run) if start.lora and config.lora else None
         load_weights(model, path, _replaced(start), weights)
     return model if lora is None else add_lora(model, **lora)
 
@@ -300,7 +362,6 @@ def _merged_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int
 
 
 def _load_modules(
-    config: TrainConfig,
     start: Start,
     model: Any,
     device: str = "cpu",
@@ -313,11 +374,11 @@ def _load_modules(
         kept = [key for key in part.state_dict() if key in weights]
         with named(f"{name}: the model's options change its weights"):
             check_shapes(
-                Path(getattr(config, name)),
+                Path(start.sources[name]),
                 {key: tuple(weights[key].shape) for key in kept},
                 {key: tuple(part.state_dict()[key].shape) for key in kept},
             )
-        with refusing(f"{name}: {getattr(config, name)!r} does not fit the model's options"):
+        with refusing(f"{name}: {start.sources[name]!r} does not fit the model's options"):
             part.load_state_dict(weights)
 
 

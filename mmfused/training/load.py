@@ -13,8 +13,8 @@ import torch
 from mmfused import data as product_data
 from mmfused.models import MODELS
 from mmfused.models.adapters import CONFIG, WEIGHTS
-from mmfused.models.weights import find_folder, weight_files
-from mmfused.training.config import TrainConfig, recipe
+from mmfused.models.weights import find_folder
+from mmfused.training.config import HOSTED, TrainConfig, recipe
 from mmfused.training.datasets import load_folder
 from mmfused.training.files import sha256
 from mmfused.training.initial import build_model, check_start, load_start, load_tokenizer
@@ -175,9 +175,9 @@ def load_trained(
     return trained
 
 
-def load_host(
+def load_pretrained(
     model: str,
-    host: str,
+    source: str,
     *,
     preset: str | None = None,
     options: Mapping[str, Any] | None = None,
@@ -186,15 +186,17 @@ def load_host(
     threads: int | None = None,
     **settings: Any,
 ) -> Trained:
-    r"""Load a pretrained Qwen2-VL as a model that embeds, without a training.
+    r"""Load a pretrained Qwen2-VL, or pretrained encoders, as a model, without a training.
 
-    The model is that of which ``mmfused train`` with the same options starts a training with
-    seed 0. MOON2's mixtures of experts therefore have random routers, always the same;
-    ``options={"without": ["moe"]}`` leaves out the mixtures.
+    The model is that of which ``mmfused train --init SOURCE`` with the same options starts a
+    training with seed 0. Weights that the source lacks are random, always the same: none in UNITE
+    and in UniCA's preset "code" from a Visualized BGE; in MOON2 the routers, whose mixtures
+    ``options={"without": ["moe"]}`` leaves out; in the other models all but the encoders.
 
     Args:
-        model: "unite" or "moon2".
-        host: folder in transformers' format, or hub name.
+        model: name of the model, a key of ``mmfused.models.MODELS``.
+        source: a folder with the parts of the model (`mmfused.models.published.parts_of`), for
+            MOON2 and UNITE also a hub name.
         preset: None is "code" if the model has it, else "paper".
         options: fields of the model's config.
         backend: backend with which the model will run; only checked, not set.
@@ -204,50 +206,56 @@ def load_host(
             adapter, tokenizer, image_size and max_length.
 
     Raises:
-        ValueError: an option is invalid, or the host cannot be used.
-        FileNotFoundError: a file of the host is missing.
+        ValueError: an option is invalid, or the source cannot be used.
+        FileNotFoundError: a file of the source is missing.
 
     Examples:
         >>> import tempfile
         >>> from mmfused.data import train_tokenizer
         >>> from mmfused.models import UNITE, UNITEConfig
         >>> from mmfused.models.qwen_export import save_host
-        >>> from mmfused.training.load import load_host
+        >>> from mmfused.training.load import load_pretrained
         >>> tokenizer = UNITEConfig.prepare_tokenizer(train_tokenizer(["Red mug", "Blue plate"]))
         >>> model = UNITE(UNITEConfig.preset("tiny", **UNITEConfig.of_tokenizer(tokenizer)))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save_host(model, tokenizer, folder)
-        ...     loaded = load_host("unite", folder, device="cpu", max_length=16)
+        ...     loaded = load_pretrained("unite", folder, device="cpu", max_length=16)
         >>> loaded.name, loaded.model.picture_size
         ('unite', 256)
     """
-    config = _host_config(model, host, preset, options, settings)
+    setting = "host" if model in HOSTED else "init"
+    config = _config(model, {setting: source}, preset, options, settings)
     chosen = pick_device(device)
     amp = use_amp(config.amp, chosen)
     check_backend(backend, chosen, torch.bfloat16 if amp else torch.float32)
     if threads:
         torch.set_num_threads(threads)
     start, tokenizer = load_start(config), load_tokenizer(config)
+    if tokenizer is None:
+        raise ValueError(
+            f"tokenizer: got None with {source}, which holds no text encoder, expected a tokenizer"
+        )
     check_start(config, start, tokenizer)
-    folder = find_folder("host", host)
-    files = weight_files("host", folder)
+    folder = find_folder(setting, source)
+    files = sorted(folder.glob("*.safetensors"))
     if config.adapter is not None:
         files += [Path(config.adapter) / name for name in (CONFIG, WEIGHTS)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        built = build_model(config, 1, tokenizer, start).eval()
+        # What an untrained classifier predicts means nothing; its preset has the number of classes.
+        built = build_model(config, start.values.get("num_classes", 1), tokenizer, start).eval()
     values = {"model": built.config.to_dict(), "training": config.to_dict()}
     return Trained(folder, built, tokenizer, values, chosen, files)
 
 
-def _host_config(
+def _config(
     model: Any,
-    host: str,
+    source: Mapping[str, str],
     preset: str | None,
     options: Mapping[str, Any] | None,
     settings: Mapping[str, Any],
 ) -> TrainConfig:
-    """Return the settings of a training that starts with a host; see :func:`load_host`."""
+    """Return the settings of a training that starts with ``source``; see `load_pretrained`."""
     if preset is None:
         has_code = model in MODELS and "code" in MODELS[model].config.PRESETS
         preset = "code" if has_code else "paper"
@@ -255,4 +263,4 @@ def _host_config(
     lengths = {name: defaults[name] for name in ("max_length",) if name in defaults}
     fields = {"model": model, "preset": preset, "model_options": dict(options or {})}
     # `out` is required, but nothing is written.
-    return TrainConfig(out=host, host=host, **{**fields, **lengths, **settings})
+    return TrainConfig(out="unused", **{**fields, **lengths, **source, **settings})

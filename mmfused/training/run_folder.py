@@ -356,6 +356,6 @@ def _refuse_pickles(path: Path) -> None:
     pickles = [inner for inner in pickles if inner.suffix in PICKLES]
     if pickles and not (path / "model.safetensors").is_file():
         raise ValueError(
-            f"{pickles[0]} is a pickle, which can run any code when it is loaded; "
-            "only safetensors are read"
+            f"{pickles[0]} is a pickle, which can run any code when it is loaded; only safetensors "
+            "are read, which mmfused convert makes of it"
         )

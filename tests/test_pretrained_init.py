@@ -1,0 +1,142 @@
+"""``--init`` and ``--checkpoint`` take a pretrained folder as they take a run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+import training_runs
+from starting_parts import (
+    HOSTED,
+    SPARE,
+    TEXTS,
+    assert_equal,
+    initial_weights,
+    save_parts,
+    settings,
+)
+
+from mmfused.cli import main
+from mmfused.data import train_tokenizer
+from mmfused.models import MODELS
+from mmfused.training.files import read_tensors
+from mmfused.training.initial import is_pretrained
+from mmfused.training.load import load_pretrained
+from mmfused.training.run import train
+
+transformers = pytest.importorskip("transformers")
+
+few_products = training_runs.few_products
+ENCODER_MODELS = [name for name in MODELS if name not in HOSTED]
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """Return the folder of a small Chinese-CLIP of transformers, with a tokenizer."""
+    folder = tmp_path_factory.mktemp("published") / "clip"
+    tokenizer = train_tokenizer(TEXTS, vocab_size=200)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    sizes["num_attention_heads"] = 2
+    text = {**sizes, "vocab_size": len(tokenizer) + SPARE, "max_position_embeddings": 64}
+    vision = {**sizes, "image_size": 32, "patch_size": 8, "hidden_act": "quick_gelu"}
+    config = transformers.ChineseCLIPConfig(text_config=text, vision_config=vision)
+    for part in (transformers.ChineseCLIPModel(config), tokenizer):
+        part.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("model", ENCODER_MODELS)
+def test_the_parts_of_a_folder_are_those_that_are_named_alone(tmp_path, clip, model):
+    named = settings(model, tmp_path / "a", image_encoder=clip, text_encoder=clip)
+    expected = initial_weights(named)
+    assert_equal(initial_weights(settings(model, tmp_path / "b", init=clip)), expected)
+
+
+@pytest.mark.parametrize("model", HOSTED)
+def test_a_host_is_taken_by_init(tmp_path, model):
+    host = save_parts(model, tmp_path / "host")["host"]
+    expected = initial_weights(settings(model, tmp_path / "a", host=host))
+    assert_equal(initial_weights(settings(model, tmp_path / "b", init=host)), expected)
+
+
+def test_a_part_that_is_named_replaces_that_of_the_folder(tmp_path, clip):
+    parts = save_parts("uniecs", tmp_path / "parts")
+    found = initial_weights(settings("uniecs", tmp_path / "a", init=clip, **parts))
+    expected = initial_weights(settings("uniecs", tmp_path / "b", **parts))
+    assert_equal(found, expected)
+    del parts["text_encoder"]
+    found = initial_weights(settings("uniecs", tmp_path / "c", init=clip, **parts))
+    text = initial_weights(settings("uniecs", tmp_path / "d", text_encoder=clip))
+    for name, tensor in found.items():
+        if name.startswith(("image_encoder.", "text_encoder.")):
+            source = expected if name.startswith("image_encoder.") else text
+            assert torch.equal(tensor, source[name]), name
+
+
+def test_a_folder_with_a_text_encoder_alone_has_its_tokenizer(tmp_path):
+    bert = save_parts("uniecs", tmp_path / "parts")["text_encoder"]
+    expected = initial_weights(settings("uniecs", tmp_path / "a", text_encoder=bert))
+    assert_equal(initial_weights(settings("uniecs", tmp_path / "b", init=bert)), expected)
+
+
+def test_a_folder_with_an_image_encoder_alone_leaves_the_tokenizer_to_the_data(tmp_path):
+    vit = save_parts("uniecs", tmp_path / "parts")["image_encoder"]
+    expected = initial_weights(settings("uniecs", tmp_path / "a", image_encoder=vit))
+    assert_equal(initial_weights(settings("uniecs", tmp_path / "b", init=vit)), expected)
+    with pytest.raises(ValueError, match="tokenizer: got None with .* holds no text enc"):
+        load_pretrained("uniecs", vit, preset="tiny", device="cpu")
+
+
+def test_modalities_leave_out_a_part(tmp_path, clip):
+    model = settings("fluid", tmp_path / "a", init=clip, modalities="text")
+    assert not any(name.startswith("image_") for name in initial_weights(model))
+
+
+def test_a_run_from_a_folder_is_resumed_without_it(tmp_path, clip):
+    source = shutil.copytree(clip, tmp_path / "clip")
+    run = settings("fluid", tmp_path / "run", init=str(source), steps=2)
+    train(run)
+    shutil.rmtree(source)
+    (tmp_path / "run" / "summary.json").unlink()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000002", ignore_errors=True)
+    again = settings("fluid", tmp_path / "run", init=str(source), steps=2, resume=True)
+    assert train(again)["steps"] == 2
+    assert train(again)["steps"] == 2  # the finished run is read, and not trained
+
+
+def test_a_folder_embeds_as_the_model_from_which_training_starts(tmp_path, clip):
+    """A learning rate of 1e-30 leaves the weights as they are."""
+    sizes = ["--model", "uniecs", "--preset", "tiny", "--device", "cpu"]
+    steps = ["--steps", "1", "--lr", "1e-30", "--batch-size", "4", "--data", "generated"]
+    out = ["--out", str(tmp_path / "run")]
+    assert main(["train", *sizes, *steps, "--init", clip, *out]) == 0
+    start = load_pretrained("uniecs", clip, preset="tiny", device="cpu")
+    saved = read_tensors(tmp_path / "run" / "model.safetensors")
+    assert_equal(start.model.state_dict(), saved)
+
+
+def test_eval_and_embed_take_the_folder(tmp_path, clip, capsys):
+    given = ["--checkpoint", clip, "--data", "generated", "--device", "cpu", "--preset", "tiny"]
+    scores = tmp_path / "scores.json"
+    assert main(["eval", *given, "--model", "uniecs", "--out", str(scores)]) == 0
+    assert json.loads(scores.read_text())["checkpoint"] == clip
+    assert main(["embed", *given, "--model", "unica", "--out", str(tmp_path / "a.npz")]) == 0
+    capsys.readouterr()
+    assert main(["eval", *given, "--model", "unite"]) == 2
+    message = "which holds image_encoder and text_encoder, expected host for model 'unite'"
+    assert message in capsys.readouterr().err
+    assert main(["eval", *given]) == 2
+    message = f"model: got None with '{clip}', expected fluid, uniecs, unica, moon2, unite"
+    assert message in capsys.readouterr().err
+
+
+def test_runs_are_not_pretrained_folders(tmp_path, clip):
+    train(settings("fluid", tmp_path / "run", init=clip, steps=1))
+    checkpoint = next((tmp_path / "run" / "checkpoints").iterdir())
+    assert is_pretrained(tmp_path / "run") is is_pretrained(checkpoint) is False
+    (tmp_path / "run" / "config.json").unlink()  # a damaged run
+    assert not is_pretrained(tmp_path / "run")
+    for path in (tmp_path, tmp_path / "nowhere", tmp_path / "run" / "model.safetensors"):
+        assert not is_pretrained(path)
