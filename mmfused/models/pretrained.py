@@ -21,9 +21,11 @@ from mmfused.models.encoders import (
     check_architecture,
     check_image,
     check_text,
+    check_vit,
     create_vit,
     declared,
     import_timm,
+    is_eva,
     quiet_transformers,
     text_class,
     text_fields,
@@ -60,7 +62,7 @@ def pretrained_vit(
     source: str,
     image_size: int | None = None,
 ) -> tuple[dict[str, Any], nn.Module]:
-    """Load a pretrained VisionTransformer.
+    """Load a pretrained VisionTransformer or Eva.
 
     Args:
         source: a folder in timm's format (config.json, model.safetensors), or the name of a timm
@@ -81,7 +83,7 @@ def pretrained_vit(
         expected = "a folder, or the name of a timm model with weights on the hub"
         raise ValueError(f"image encoder: got {source!r}, expected {expected}")
     with on_meta():  # checked before the download
-        check_vit(source, create_vit(name=source, num_classes=0))
+        check_vit(f"image encoder: got {source!r}, ", create_vit(name=source, num_classes=0))
     overlay = {"hf_hub_filename": "model.safetensors"}
     vit = timm.create_model(
         model_name=source,
@@ -129,23 +131,17 @@ def vit_of_folder(folder: Path, size: dict[str, int]) -> tuple[dict[str, Any], n
         pixels[name] = tuple(value)
     with on_meta():
         meta_vit = create_vit(**saved, num_classes=0)
-    check_vit(folder, meta_vit)
+    check_vit(f"image encoder: got {str(folder)!r}, ", meta_vit)
     weights = read_weights("image encoder", folder)
     check_size(f"image encoder: {weights_path(folder)}", weights, meta_vit)
     vit = create_vit(num_classes=0, **image)
     path = weights_path(folder)
     with refusing(f"image encoder: {path} holds the weights of another model"):
-        weights = timm.models.vision_transformer.checkpoint_filter_fn(weights, vit)
+        family = timm.models.eva if is_eva(saved["name"]) else timm.models.vision_transformer
+        weights = family.checkpoint_filter_fn(weights, vit)
         missing, unexpected = vit.load_state_dict(weights, strict=False)
     check_keys(f"image encoder: {path}", saved["name"], weights, missing, unexpected)
     return vit_fields(image, vit, pixels), vit
-
-
-def check_vit(source: object, encoder: nn.Module) -> None:
-    """Require a VisionTransformer."""
-    if not isinstance(encoder, import_timm().models.VisionTransformer):
-        found = f"{str(source)!r}, a {type(encoder).__name__}"
-        raise ValueError(f"image encoder: got {found}, expected a VisionTransformer")
 
 
 def pretrained_text(source: str) -> tuple[dict[str, Any], nn.Module]:
