@@ -202,6 +202,7 @@ CLIP_TABLE: Pairs = {
     "blocks.{}.mlp.fc1": ("transformer.resblocks.{}.mlp.c_fc",),
     "blocks.{}.mlp.fc2": ("transformer.resblocks.{}.mlp.c_proj",),
 }
+IGNORED_IDS = r"embeddings\.position_ids$"  # which earlier versions saved
 TRANSFORMERS_TABLE: Pairs = {
     "cls_token": ("embeddings.class_embedding",),
     "pos_embed": ("embeddings.position_embedding.weight",),
@@ -322,7 +323,7 @@ def timm_of_open_clip(at: str, vision: dict[str, Any], pixels: dict[str, Any]) -
         # it: with "avg", the last norm follows the pooling.
         options["global_pool"] = vision.get("timm_pool", "avg")
     prefix = "visual.trunk."
-    return Part(options, blocks({}, prefix), prefix, r"(head|fc_norm|attn_pool)\.", pixels)
+    return Part(options, prefixed(prefix), prefix, r"(head|fc_norm|attn_pool)\.", pixels)
 
 
 def object_of(where: str, saved: dict[str, Any], field: str) -> dict[str, Any]:
@@ -405,7 +406,7 @@ def image_of_transformers(layout: Layout) -> Part:
         saved = read_object(preprocess) if preprocess.is_file() else {}
     pixels = pixels_of(f"{layout.name}: {preprocess}", saved, "image_mean", "image_std")
     prefix = prefix_of(layout, "embeddings.patch_embedding.weight")
-    return Part(options, blocks(TRANSFORMERS_TABLE, prefix), prefix, "position_ids", pixels)
+    return Part(options, blocks(TRANSFORMERS_TABLE, prefix), prefix, IGNORED_IDS, pixels)
 
 
 def prefix_of(layout: Layout, end: str) -> str:
