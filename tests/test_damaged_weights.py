@@ -124,12 +124,12 @@ DAMAGE = {
     lose_part: "{folder}/model-2-of-2.safetensors is missing",
     forget_part: "{folder}/model.safetensors.index.json lacks",
     cut_index: "{folder}/model.safetensors.index.json is truncated or corrupt",
-    drop: "{folder}/model.safetensors lacks 1 weights of {type}, {key} among them, expected all",
+    drop: "{folder}/model.safetensors lacks 1 weights of {type}: {key}, expected all",
     reshape: "{folder}/model.safetensors holds the weights of another model: {key}: "
     "got shape (3, 5), expected {shape}, as in its config.json",
     quantise: "{folder}/model.safetensors: {key}: got torch.int8, expected floating-point numbers",
     add_layer: "{folder}/model.safetensors holds 1 weights that a {type} with its config.json does "
-    "not have, {added} among them, expected as many layers as in config.json",
+    "not have: {added}, expected as many layers as in config.json",
     prefix: "{folder}/model.safetensors lacks",
     only_pickle: "{folder} lacks a file, expected config.json and *.safetensors; pytorch_model.bin "
     "is a pickle, which can run any code when it is loaded",
@@ -287,7 +287,7 @@ def test_damaged_weights_of_a_vit_are_refused_with_the_file(tmp_path):
     drop(tmp_path, key)
     with pytest.raises(ValueError) as caught:
         pretrained_vit(str(tmp_path))
-    expected = f"{path} lacks 1 weights of vit_tiny_patch16_224, {key} among them"
+    expected = f"{path} lacks 1 weights of vit_tiny_patch16_224: {key}, expected all"
     assert str(caught.value).startswith(expected)
     write(tmp_path, {**weights, key.replace(".1.", ".2."): weights[key].clone()})
     with pytest.raises(ValueError) as caught:

@@ -165,7 +165,7 @@ def test_unknown_image_encoders_raise():
         pretrained_vit("vit_colossal")
     with pytest.raises(
         ValueError,
-        match="image.name: got 'resnet18', a ResNet of .*, expected a VisionTransformer of width",
+        match="image.name: got 'resnet18', a ResNet, expected timm's VisionTransformer, or an Eva",
     ):
         build_vit(64, "patch", {"name": "resnet18"})
 

@@ -107,7 +107,7 @@ VIT_FOLDERS = [
     ({"architecture": 3}, "architecture: got 3"),
     (
         {"architecture": "resnet18", "model_args": {}},
-        "vit', a ResNet, expected a VisionTransformer",
+        "vit', a ResNet, expected timm's VisionTransformer",
     ),
     ({"pretrained_cfg": {"mean": 3}}, "mean: got 3, expected 3 finite numbers"),
     ({"pretrained_cfg": "x"}, "pretrained_cfg: got 'x'"),

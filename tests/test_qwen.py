@@ -328,7 +328,7 @@ def test_a_host_with_weights_missing_is_refused(tmp_path):
     safetensors.torch.save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(
         ValueError,
-        match=r"host: .* lacks 3 weights of qwen2_vl, .*layers.1.mlp.down_proj.weight among them",
+        match=r"host: .* lacks 3 weights of qwen2_vl: .*layers.1.mlp.down_proj.weight, .*up_proj",
     ):
         qwen.pretrained_qwen2_vl(str(tmp_path))
 

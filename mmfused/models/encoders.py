@@ -1,4 +1,4 @@
-"""Image and text encoders built from a config: timm's ViT and transformers' text models."""
+"""Image and text encoders built from a config: timm's ViTs and transformers' text models."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from mmfused.extras import from_extra
@@ -70,6 +71,37 @@ VIT_FIELDS: dict[str, object] = {
 }
 # Fields of a named timm model only. Without a name, the config's image_dim sets the width.
 NAMED_FIELDS = ("name", "embed_dim")
+# The accepted arguments of timm's Eva, the class of EVA02-CLIP, which always has a name.
+EVA_FIELDS: dict[str, object] = {
+    "name": str,
+    "img_size": int | tuple[int, int],
+    "patch_size": int | tuple[int, int],
+    "in_chans": int,
+    "depth": int,
+    "num_heads": int,
+    "num_classes": Literal[0],
+    "embed_dim": int,
+    "mlp_ratio": float,
+    "init_values": float | None,
+    "qkv_bias": bool,
+    "qkv_fused": bool,
+    "swiglu_mlp": bool,
+    "scale_mlp": bool,
+    "scale_attn_inner": bool,
+    "use_abs_pos_emb": bool,
+    "use_rot_pos_emb": bool,
+    "ref_feat_shape": int
+    | tuple[int, int]
+    | None,  # tokens by side in pretraining, for the rotation
+    "final_norm": bool,  # False: tokens before the last norm, as VISTA takes them
+    "drop_rate": float,
+    "pos_drop_rate": float,
+    "patch_drop_rate": float,
+    "proj_drop_rate": float,
+    "attn_drop_rate": float,
+    "drop_path_rate": float,
+    "global_pool": Literal["", "avg", "avgmax", "max", "token"],
+}
 # The accepted model types: encoders that map ids and a mask to last hidden states.
 TEXT_TYPES: tuple[str, ...] = (
     "albert",
@@ -159,10 +191,11 @@ class ConvStem(nn.Sequential):
 
 def check_image(options: Options) -> None:
     """Check options of :func:`build_vit`."""
-    named = isinstance(options, dict) and "name" in options
-    check_fields("image", options, VIT_FIELDS if named else without(VIT_FIELDS, *NAMED_FIELDS))
-    if named:
-        check_architecture("image.name", options["name"])
+    if not isinstance(options, dict) or "name" not in options:
+        check_fields("image", options, without(VIT_FIELDS, *NAMED_FIELDS))
+        return
+    check_architecture("image.name", options["name"])
+    check_fields("image", options, EVA_FIELDS if is_eva(options["name"]) else VIT_FIELDS)
 
 
 def check_architecture(field: str, name: object) -> None:
@@ -172,11 +205,16 @@ def check_architecture(field: str, name: object) -> None:
         raise ValueError(f"{field}: got {shown(name)}, expected the name of a timm model")
 
 
+def is_eva(name: str) -> bool:
+    """Return whether timm's model ``name`` is one of its Eva models."""
+    return import_timm().models.is_model_in_modules(name, ["eva"])
+
+
 def build_vit(dim: int, stem: Stem, options: Options) -> nn.Module:
-    """Build timm's VisionTransformer of width ``dim`` without a head, with random weights.
+    """Build timm's VisionTransformer or Eva of width ``dim`` without a head, with random weights.
 
     ``options`` are arguments of VisionTransformer (`VIT_FIELDS`). With a ``name``, ``options`` are
-    arguments of the timm model of that name.
+    arguments of the timm model of that name; an Eva has others (`EVA_FIELDS`).
     """
     timm = import_timm()
     check_image(options)
@@ -184,9 +222,9 @@ def build_vit(dim: int, stem: Stem, options: Options) -> nn.Module:
     if "name" in options:
         with on_meta():  # checked before weights are allocated
             vit = create_vit(**options)
-        if not isinstance(vit, timm.models.VisionTransformer) or vit.embed_dim != dim:
-            found = f"a {type(vit).__name__} of width {getattr(vit, 'embed_dim', 'unknown')}"
-            expected = f"a VisionTransformer of width {dim} in timm"
+        check_vit(f"image.name: got {options['name']!r}, ", vit)
+        if vit.embed_dim != dim:
+            found, expected = f"of width {vit.embed_dim}", f"the width {dim} of image_dim"
             raise ValueError(f"image.name: got {options['name']!r}, {found}, expected {expected}")
         vit = create_vit(**options)
     else:
@@ -203,8 +241,32 @@ def build_vit(dim: int, stem: Stem, options: Options) -> nn.Module:
 
 def create_vit(name: str, **options: Any) -> Any:
     """Create a timm model without pretrained weights."""
+    final_norm = options.pop("final_norm", True) if is_eva(name) else True  # not timm's argument
     with refusing(f"image: got options that cannot build timm's {name}"):
-        return import_timm().create_model(name, pretrained=False, **options)
+        vit = import_timm().create_model(name, pretrained=False, **options)
+    if not final_norm:
+        vit.norm = nn.Identity()
+    return vit
+
+
+def check_vit(found: str, encoder: Any) -> None:
+    """Require a VisionTransformer, or an Eva with one token more than patches, on meta.
+
+    The message begins with ``found``.
+    """
+    timm = import_timm()
+    if isinstance(encoder, timm.models.VisionTransformer):
+        return
+    expected = "expected timm's VisionTransformer, or an Eva with a class token"
+    if not isinstance(encoder, timm.models.Eva):
+        raise ValueError(f"{found}a {type(encoder).__name__}, {expected}")
+    embed = encoder.patch_embed
+    channels = embed.proj.in_channels
+    # An Eva notices only here that its heads do not divide its width.
+    with refusing(f"{found}an Eva that cannot run"), on_meta():
+        tokens = encoder.eval().forward_features(torch.empty(1, channels, *embed.img_size))
+    if tokens.shape != (1, 1 + embed.num_patches, encoder.embed_dim):
+        raise ValueError(f"{found}an Eva with {encoder.num_prefix_tokens} other tokens, {expected}")
 
 
 def picture_size(dim: int, options: Options) -> int:

@@ -21,19 +21,25 @@ from mmfused.models.encoders import (
     check_architecture,
     check_image,
     check_text,
+    check_vit,
     create_vit,
     declared,
     import_timm,
+    is_eva,
     quiet_transformers,
     text_class,
     text_fields,
     without,
 )
 from mmfused.models.fields import Kinds, check_field, check_fields, refusing
+from mmfused.models.layouts import Layout, Part, find_layout, image_part, text_part
 from mmfused.models.weights import (
     check_size,
+    compress,
+    config_path,
     find_folder,
     named,
+    natural,
     on_meta,
     read_weights,
     same_end,
@@ -60,28 +66,35 @@ def pretrained_vit(
     source: str,
     image_size: int | None = None,
 ) -> tuple[dict[str, Any], nn.Module]:
-    """Load a pretrained VisionTransformer.
+    """Load a pretrained VisionTransformer or Eva.
 
     Args:
-        source: a folder in timm's format (config.json, model.safetensors), or the name of a timm
-            model with weights on the hub. Only model.safetensors is downloaded.
+        source: a folder, or a hub name: of a timm model with weights on the hub, or of a repository
+            with a config and safetensors. A folder is in timm's format, CLIP in open_clip's or
+            transformers', or a state in its authors' names: CLIP, Chinese-CLIP, EVA02-CLIP and
+            Visualized-BGE (see :mod:`mmfused.models.layouts`). Only JSON and safetensors are read.
         image_size: side of the pictures, to which the position embedding is resampled. None: the
             pretrained size.
 
     Returns:
         The config fields that rebuild the encoder without ``source`` (image, image_dim, image_stem,
         pixel_mean, pixel_std), and the encoder.
+
+    Raises:
+        FileNotFoundError: the folder lacks a config or weights.
+        ValueError: there is no such model, it is no ViT or Eva of timm, or its weights are not
+            those of its config.
     """
-    timm, folder = import_timm(), Path(source)
+    timm = import_timm()
     size = {} if image_size is None else {"img_size": image_size}
-    if folder.is_dir():
-        return vit_of_folder(folder, size)
+    if Path(source).is_dir() or "/" in source:
+        return vit_of_folder(find_folder("image encoder", source), size)
     pretrained_cfg = timm.is_model(source) and timm.models.get_pretrained_cfg(source)
     if not pretrained_cfg or not getattr(pretrained_cfg, "hf_hub_id", None):
         expected = "a folder, or the name of a timm model with weights on the hub"
         raise ValueError(f"image encoder: got {source!r}, expected {expected}")
     with on_meta():  # checked before the download
-        check_vit(source, create_vit(name=source, num_classes=0))
+        check_vit(f"image encoder: got {source!r}, ", create_vit(name=source, num_classes=0))
     overlay = {"hf_hub_filename": "model.safetensors"}
     vit = timm.create_model(
         model_name=source,
@@ -105,12 +118,51 @@ def vit_fields(image: dict[str, Any], vit: Any, pixels: dict[str, Any]) -> dict[
     }
 
 
-def vit_of_folder(folder: Path, size: dict[str, int]) -> tuple[dict[str, Any], nn.Module]:
-    """Load a folder in timm's format.
+def vit_of_folder(
+    folder: Path,
+    size: dict[str, int],
+    values: bool = True,
+) -> tuple[dict[str, Any], nn.Module]:
+    """Load the ViT of a folder; without ``values``, check its names and shapes on meta instead.
 
     timm's own loader would also load from the paths, addresses and pickles that config.json names.
     """
-    timm = import_timm()
+    layout = layout_with("image_encoder", "image encoder", folder)
+    if layout is None or layout.kind == "timm":
+        saved, pixels, part = *timm_options(folder), None
+    else:
+        part = image_part(layout)
+        saved, pixels = part.options, part.pixels
+    image = {**saved, **size}
+    with named(f"image encoder: {config_path(folder)}" if part else ""):
+        check_image(saved)
+        check_image(image)
+    with on_meta():
+        meta_vit = create_vit(**saved, num_classes=0)
+    check_vit(f"image encoder: got {str(folder)!r}, ", meta_vit)
+    weights, where = (
+        read_weights("image encoder", folder, values),
+        f"image encoder: {weights_path(folder)}",
+    )
+    if part is not None:
+        weights = take(where, part, meta_vit, weights)
+    else:
+        check_size(where, weights, meta_vit)
+    vit = create_vit(num_classes=0, **image) if values else meta_vit
+    family = (
+        import_timm().models.eva
+        if is_eva(saved["name"])
+        else import_timm().models.vision_transformer
+    )
+    with refusing(f"{where} holds the weights of another model"):
+        weights = family.checkpoint_filter_fn(weights, vit)  # resamples, and knows timm's old names
+        missing, unexpected = vit.load_state_dict(weights, strict=False)
+    check_keys(where, saved["name"], weights, missing, unexpected)
+    return vit_fields(image, vit, pixels), vit
+
+
+def timm_options(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the options of the model in a folder in timm's format, and its pixels."""
     saved_config = read_encoder_folder("image encoder", folder, "model.safetensors")
     where = f"image encoder: {folder / 'config.json'}"
     check_architecture(f"{where}: architecture", saved_config.get("architecture"))
@@ -118,49 +170,53 @@ def vit_of_folder(folder: Path, size: dict[str, int]) -> tuple[dict[str, Any], n
     pretrained = saved_config.get("pretrained_cfg", saved_config)
     check_field(f"{where}: model_args", arguments, dict)
     check_field(f"{where}: pretrained_cfg", pretrained, dict)
-    saved = {"name": saved_config["architecture"], **without(arguments, "num_classes")}
-    image = {**saved, **size}
-    check_image(saved)
-    check_image(image)
     pixels = {}
     for name, default in PIXELS.items():
         value = pretrained.get(name, default)
         check_field(f"{where}: {name}", value, tuple[float, float, float])
         pixels[name] = tuple(value)
-    with on_meta():
-        meta_vit = create_vit(**saved, num_classes=0)
-    check_vit(folder, meta_vit)
-    weights = read_weights("image encoder", folder)
-    check_size(f"image encoder: {weights_path(folder)}", weights, meta_vit)
-    vit = create_vit(num_classes=0, **image)
-    path = weights_path(folder)
-    with refusing(f"image encoder: {path} holds the weights of another model"):
-        weights = timm.models.vision_transformer.checkpoint_filter_fn(weights, vit)
-        missing, unexpected = vit.load_state_dict(weights, strict=False)
-    check_keys(f"image encoder: {path}", saved["name"], weights, missing, unexpected)
-    return vit_fields(image, vit, pixels), vit
+    return {"name": saved_config["architecture"], **without(arguments, "num_classes")}, pixels
 
 
-def check_vit(source: object, encoder: nn.Module) -> None:
-    """Require a VisionTransformer."""
-    if not isinstance(encoder, import_timm().models.VisionTransformer):
-        found = f"{str(source)!r}, a {type(encoder).__name__}"
-        raise ValueError(f"image encoder: got {found}, expected a VisionTransformer")
+def layout_with(part: str, name: str, folder: Path) -> Layout | None:
+    """Return the layout of a folder if it holds ``part``, or None if it is not known."""
+    if not weights_path(folder).is_file():
+        return None
+    layout = find_layout(name, folder)
+    if layout is not None and part not in layout.parts:
+        expected = f"a folder with {part}"
+        raise ValueError(f"{name}: {folder} holds {', '.join(layout.parts)}, expected {expected}")
+    return layout
 
 
 def pretrained_text(source: str) -> tuple[dict[str, Any], nn.Module]:
     """Load a pretrained text encoder.
 
     Args:
-        source: a folder in transformers' format (config.json, model.safetensors), or a hub name.
+        source: a folder, or a hub name. A folder is in transformers' format, of a text model or
+            Chinese-CLIP, or a state of Chinese-CLIP or Visualized-BGE in its authors' names.
 
     Returns:
         The config fields that rebuild the encoder without ``source`` (text, text_dim), and the
         encoder.
+
+    Raises:
+        FileNotFoundError: the folder lacks a config or weights.
+        ValueError: it holds no text encoder, or its weights are not those of its config.
     """
-    folder = find_folder("text encoder", source)
-    saved_config = read_encoder_folder("text encoder", folder, "*.safetensors")
-    where, model_type = f"text encoder: {folder / 'config.json'}", saved_config.get("model_type")
+    return text_of_folder(find_folder("text encoder", source))
+
+
+def text_of_folder(folder: Path, values: bool = True) -> tuple[dict[str, Any], nn.Module]:
+    """Load the text encoder of a folder; without ``values``, check its names and shapes instead."""
+    layout = layout_with("text_encoder", "text encoder", folder)
+    part = None if layout is None else text_part(layout)
+    if layout is None or part is None:
+        saved_config = read_encoder_folder("text encoder", folder, "*.safetensors")
+        where = f"text encoder: {folder / 'config.json'}"
+    else:
+        saved_config, where = part.options, layout.where
+    model_type = saved_config.get("model_type")
     with named(where):
         config_class, kinds = text_fields(model_type)
     kept = keep_fields(where, saved_config, {**declared(config_class), **kinds})
@@ -172,11 +228,61 @@ def pretrained_text(source: str) -> tuple[dict[str, Any], nn.Module]:
     options = {name: value for name, value in config.to_diff_dict().items() if name in kinds}
     options["model_type"] = model_type
     check_text(options)
-    weights = read_weights("text encoder", folder)
+    weights = read_weights("text encoder", folder, values)
     where = f"text encoder: {weights_path(folder)}"
-    check_size(where, weights, meta_model)
+    if part is not None:
+        weights = take(where, part, meta_model, weights)
+    else:
+        check_size(where, weights, meta_model)
     encoder = build_with_weights(where, model_class, config, weights, **no_pooler)
     return {"text": options, "text_dim": config.hidden_size}, encoder
+
+
+def take(
+    where: str,
+    part: Part,
+    model: nn.Module,
+    weights: dict[str, Tensor],
+) -> dict[str, Tensor]:
+    """Return the weights of a model with the model's names.
+
+    Args:
+        where: the argument and the file, for error messages.
+        part: how the file holds the model.
+        model: the model on meta.
+        weights: all weights in the file.
+
+    Raises:
+        ValueError: weights are missing, have another shape, or are not the model's.
+    """
+    state, taken = model.state_dict(), {}
+    names = {key: part.names(key) for key in state}
+    used = dict.fromkeys(name for held in names.values() for name in held)
+    check_names(where, (name for name in used if name not in weights))
+    further = [
+        key
+        for key in weights
+        if key.startswith(part.prefix)
+        and key not in used
+        and not re.match(part.ignored, key.removeprefix(part.prefix))
+    ]
+    if further:
+        got = ", ".join(compress(sorted(further, key=natural)))
+        raise ValueError(
+            f"{where} holds weights of another model: got {got}, expected none of them"
+        )
+    for key, held in names.items():
+        shape = tuple(state[key].shape)
+        shape = (shape[0] // len(held), *shape[1:])
+        for name in held:
+            got = tuple(weights[name].shape)
+            # CLIP's class token and positions have no batch dimension.
+            if got != shape and (1, *got) != shape and (1, 1, *got) != shape:
+                found = f"{name}: got shape {got}, expected {shape}"
+                raise ValueError(f"{where} holds weights of another model: {found}")
+        tensor = weights[held[0]] if len(held) == 1 else torch.cat([weights[name] for name in held])
+        taken[key] = tensor.reshape(state[key].shape)
+    return taken
 
 
 def keep_fields(
@@ -219,8 +325,12 @@ def build_with_weights(
 
     The names of the weights may have a prefix. Given a folder instead of weights, transformers
     would also load the adapters and quantisers that the folder names. ``where`` is the argument and
-    the file, for error messages.
+    the file, for error messages. Weights on meta are checked: the model then takes no memory.
     """
+    weights = {  # transformers does not load from meta; one expanded number takes no memory either
+        key: tensor.new_zeros(1, device="cpu").expand(tensor.shape) if tensor.is_meta else tensor
+        for key, tensor in weights.items()
+    }
     with refusing(f"{where} holds the weights of another model"), quiet_transformers():
         model, info = model_class.from_pretrained(
             None,
@@ -258,17 +368,23 @@ def check_keys(
         missing: names of the model's weights that are not in the file.
         unexpected: names of weights in the file that the model does not have.
     """
-    absent = sorted(key for key in missing if not key.startswith("lm_head"))
-    if absent:
-        lacking = f"{len(absent)} weights of {model}, {absent[0]} among them"
-        raise ValueError(f"{where} lacks {lacking}, expected all that its config.json describes")
-    further = sorted(key for key in unexpected if IN_LAYER.search(key))
+    check_names(where, (key for key in missing if not key.startswith("lm_head")), model)
+    further = [same_end(weights, key) or key for key in unexpected if IN_LAYER.search(key)]
     if further:
+        names = ", ".join(compress(sorted(further, key=natural)))
         raise ValueError(
             f"{where} holds {len(further)} weights that a {model} with its config.json does not "
-            f"have, {same_end(weights, further[0]) or further[0]} among them, "
-            "expected as many layers as in config.json"
+            f"have: {names}, expected as many layers as in config.json"
         )
+
+
+def check_names(where: str, missing: Iterable[str], model: str = "the encoder") -> None:
+    """Require that no weights are missing; the message lists them all."""
+    absent = sorted(missing, key=natural)
+    if absent:
+        names = ", ".join(compress(absent))
+        lacking = f"{len(absent)} weights of {model}: {names}"
+        raise ValueError(f"{where} lacks {lacking}, expected all that its config describes")
 
 
 def read_encoder_folder(name: str, folder: Path, weights: str) -> dict[str, Any]:

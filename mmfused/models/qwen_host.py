@@ -107,7 +107,11 @@ def pretrained_qwen2_vl(source: str) -> tuple[dict[str, Any], nn.Module]:
         The config fields that rebuild the host without ``source`` (host, pixel_mean, pixel_std),
         and the host.
     """
-    folder = find_folder("host", source)
+    return host_of_folder(find_folder("host", source))
+
+
+def host_of_folder(folder: Path, values: bool = True) -> tuple[dict[str, Any], nn.Module]:
+    """Load the host of a folder; without ``values``, check its names and shapes instead."""
     config = read_host_config(folder, read_encoder_folder("host", folder, "*.safetensors"))
     options = host_options(config)
     check_host(options)
@@ -116,7 +120,7 @@ def pretrained_qwen2_vl(source: str) -> tuple[dict[str, Any], nn.Module]:
     with refusing(f"host: {folder / 'config.json'} cannot build a {config.model_type!r}"):
         with on_meta(), quiet_transformers():
             meta_model = model_class(config)
-    weights, where = read_weights("host", folder), f"host: {weights_path(folder)}"
+    weights, where = read_weights("host", folder, values), f"host: {weights_path(folder)}"
     check_size(where, weights, meta_model)
     # A checkpoint with a head is loaded into the class with a head, because transformers 5.10 does
     # not find the checkpoint's language model when it loads the class without a head.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import takewhile
@@ -17,6 +18,10 @@ from mmfused.json_files import one_line, read_object
 from mmfused.models.fields import shown
 
 INDEX = "model.safetensors.index.json"
+OPEN_CLIP_CONFIG = "open_clip_config.json"
+# The names of weights in a folder of open_clip: safetensors by name, or a converted pickle.
+OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")
+NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")  # of a layer, in a weight's name
 
 
 @contextmanager
@@ -30,17 +35,21 @@ def find_folder(name: str, source: str) -> Path:
     """Return the folder ``source``, or download the hub model ``source`` and return its folder."""
     if Path(source).is_dir():
         return Path(source)
-    import huggingface_hub
     from huggingface_hub.errors import EntryNotFoundError
 
     try:
-        folder = Path(huggingface_hub.hf_hub_download(source, "config.json")).parent
         try:
-            huggingface_hub.hf_hub_download(source, "model.safetensors")
+            folder = download(source, "config.json").parent
         except EntryNotFoundError:
-            huggingface_hub.hf_hub_download(source, INDEX)
+            folder = download(source, OPEN_CLIP_CONFIG).parent
+            download(source, OPEN_CLIP_WEIGHTS[0])
+            return folder
+        try:
+            download(source, "model.safetensors")
+        except EntryNotFoundError:
+            download(source, INDEX)
             for part in weight_files(name, folder):
-                huggingface_hub.hf_hub_download(source, part.name)
+                download(source, part.name)
     except (OSError, ValueError) as error:
         expected = "a folder, or the name of a hub model with safetensors"
         reason = one_line(error)
@@ -48,21 +57,37 @@ def find_folder(name: str, source: str) -> Path:
     return folder
 
 
+def download(source: str, file: str) -> Path:
+    """Return the path of a hub model's file."""
+    import huggingface_hub
+
+    return Path(huggingface_hub.hf_hub_download(source, file))
+
+
+def config_path(folder: Path) -> Path:
+    """Return the path of config.json, or of open_clip's if the weights are not config.json's."""
+    has_weights = any((folder / file).is_file() for file in ("model.safetensors", INDEX))
+    own, open_clip = folder / "config.json", folder / OPEN_CLIP_CONFIG
+    return open_clip if open_clip.is_file() and not (own.is_file() and has_weights) else own
+
+
 def weights_path(folder: Path) -> Path:
-    """Return the path of model.safetensors, or of the index if only the index exists."""
-    if (folder / "model.safetensors").is_file() or not (folder / INDEX).is_file():
-        return folder / "model.safetensors"
-    return folder / INDEX
+    """Return the path of model.safetensors, of the index, or of open_clip's weights."""
+    named_so = ["model.safetensors", INDEX]
+    if config_path(folder).name == OPEN_CLIP_CONFIG:
+        named_so = [*OPEN_CLIP_WEIGHTS, *named_so]
+    paths = [folder / file for file in named_so]
+    return next((path for path in paths if path.is_file()), folder / "model.safetensors")
 
 
 def weight_files(name: str, folder: Path) -> list[Path]:
-    """Return the path of model.safetensors, or the paths of the parts that the index lists.
+    """Return the path of the file of weights, or the paths of the parts that the index lists.
 
     Raises:
         ValueError: the index lists something other than file names.
     """
     if weights_path(folder) != folder / INDEX:
-        return [folder / "model.safetensors"]
+        return [weights_path(folder)]
     with named(name):
         weight_map = read_object(folder / INDEX, 64 << 20).get("weight_map")
     found: Any = weight_map.values() if isinstance(weight_map, dict) else [weight_map]
@@ -78,8 +103,10 @@ def weight_files(name: str, folder: Path) -> list[Path]:
     return [folder / part for part in sorted(parts)]
 
 
-def read_weights(name: str, folder: Path) -> dict[str, Tensor]:
+def read_weights(name: str, folder: Path, values: bool = True) -> dict[str, Tensor]:
     """Return all tensors in the safetensors files of a folder, by name.
+
+    Without ``values``, only the files' headers are read, and the tensors are on meta.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -92,7 +119,7 @@ def read_weights(name: str, folder: Path) -> dict[str, Tensor]:
         if not path.is_file():
             raise FileNotFoundError(f"{name}: {path} is missing")
         try:
-            held = safetensors.torch.load_file(path)
+            held = safetensors.torch.load_file(path) if values else read_header(path)
         except safetensors.SafetensorError as error:
             reason = one_line(error)
             raise ValueError(
@@ -104,6 +131,19 @@ def read_weights(name: str, folder: Path) -> dict[str, Tensor]:
                 raise ValueError(f"{name}: {path}: {key}: got {tensor.dtype}, expected {expected}")
         weights |= held
     return weights
+
+
+def read_header(path: Path) -> dict[str, Tensor]:
+    """Return meta tensors with the shapes in a safetensors file, as floating-point or integers."""
+    import safetensors
+
+    held: dict[str, Tensor] = {}
+    with safetensors.safe_open(path, "pt") as file:
+        for key in file.keys():  # noqa: SIM118  # not a dict
+            part = file.get_slice(key)
+            dtype = torch.float32 if "F" in part.get_dtype() else torch.int64
+            held[key] = torch.empty(part.get_shape(), dtype=dtype, device="meta")
+    return held
 
 
 def check_size(name: str, weights: dict[str, Tensor], model: nn.Module) -> None:
@@ -140,6 +180,49 @@ def same_end(weights: Iterable[str], key: str) -> str | None:
 
     best = max(weights, key=equal, default="")
     return best if equal(best) > 1 else None
+
+
+def compress(keys: Iterable[str]) -> list[str]:
+    """Return names in which ranges stand for numbers, such as ``layer.0-11.weight``.
+
+    Examples:
+        >>> compress(["layer.0.a", "layer.0.b", "layer.1.a", "layer.2.a", "layer.4.a", "norm"])
+        ['layer.0-2,4.a', 'layer.0.b', 'norm']
+    """
+    names = list(dict.fromkeys(keys))
+    for place in range(max((len(name.split(".")) for name in names), default=0)):
+        numbers: dict[tuple[str, ...], list[int]] = {}
+        for name in names:
+            parts = name.split(".")
+            number = parts[place] if place < len(parts) else ""
+            if NUMBER.fullmatch(number):
+                numbers.setdefault((*parts[:place], "#", *parts[place + 1 :]), []).append(
+                    int(number)
+                )
+            else:
+                numbers[tuple(parts)] = []
+        names = [
+            ".".join(ranges(found) if part == "#" and found else part for part in parts)
+            for parts, found in numbers.items()
+        ]
+    return names
+
+
+def natural(name: str) -> list[tuple[bool, int, str]]:
+    """Return the key by which names are sorted with their numbers in order."""
+    parts = name.split(".")
+    return [(False, int(part), "") if NUMBER.fullmatch(part) else (True, 0, part) for part in parts]
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Return numbers as ranges, such as 0-2,4."""
+    spans: list[list[int]] = []
+    for number in sorted(numbers):
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ",".join(f"{first}-{last}" if last > first else str(first) for first, last in spans)
 
 
 @contextmanager

@@ -1,0 +1,64 @@
+"""Folders with the keys of published checkpoints (published_keys.json), whole or of a small model."""
+
+import json
+import re
+from math import prod
+from pathlib import Path
+
+import safetensors.torch
+
+PUBLISHED = json.loads((Path(__file__).parent / "published_keys.json").read_text())
+
+
+def expand(pattern):
+    """Return the names that a pattern such as layer.0-11.weight stands for."""
+    found = re.search(r"(?<=\.)\d+(-\d+)?(,\d+(-\d+)?)*(?=\.)(?<=[-,\d])", pattern)
+    ranged = [part for part in pattern.split(".") if re.fullmatch(r"\d+[-,][-,\d]*", part)]
+    if not found or not ranged:
+        return [pattern]
+    names = []
+    for span in ranged[0].split(","):
+        first, _, last = span.partition("-")
+        for number in range(int(first), int(last or first) + 1):
+            names += expand(pattern.replace(ranged[0], str(number), 1))
+    return names
+
+
+def shapes_of(name):
+    """Return the shape of each weight of a published checkpoint."""
+    keys = PUBLISHED[name]["keys"]
+    return {key: shape for pattern, shape in keys.items() for key in expand(pattern)}
+
+
+def pattern_of(keys):
+    """Return names without their numbers."""
+    return {re.sub(r"(?<=\.)[-,\d]+(?=\.)", "#", key) for key in keys}
+
+
+def write_shapes(path, shapes):
+    """Write a safetensors file of zeros that takes no room on the disk."""
+    header, place = {}, 0
+    for key, shape in shapes.items():
+        end = place + 4 * prod(shape)
+        header[key] = {"dtype": "F32", "shape": list(shape), "data_offsets": [place, end]}
+        place = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + place)
+
+
+def write_config(folder, config):
+    name = "open_clip_config.json" if "model_cfg" in config else "config.json"
+    (folder / name).write_text(json.dumps(config))
+
+
+def write_state(folder, state, config=None, name="model.safetensors"):
+    """Save weights and a config; return the folder as a string."""
+    folder.mkdir(exist_ok=True)
+    tensors = {key: tensor.detach().float().contiguous() for key, tensor in state.items()}
+    safetensors.torch.save_file(tensors, folder / name)
+    if config is not None:
+        write_config(folder, config)
+    return str(folder)
