@@ -59,6 +59,7 @@ FLUID: Presets = {
         "num_experts": 8,
         "balance": "mse",
         "text_mask": False,
+        "text_length": 512,
         "query_std": 1.0,
     },
     "tiny": {
@@ -100,6 +101,7 @@ UNIECS: Presets = {
         "placement": "after",
         "indicator": "batch",
         "text_mask": False,
+        "text_padding": "encoded",
         "v2f": "f_to_v",
         "weighting": "static",
         "image": {**VIT_B_224, "patch_size": 32},
