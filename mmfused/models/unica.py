@@ -87,7 +87,7 @@ class UniCAConfig(ModelConfig):
     positive_weight: float = 1.0  # lambda, weight of the positive similarity
     # What candidates with the query's label are: "drop": no negatives | "ignore": negatives.
     same_id: Literal["drop", "ignore"] = "drop"
-    # Whether candidates of other ranks get gradients, see MaskedInfoNCE.
+    # Whether candidates of other ranks get gradients ("global", as in VISTA), see MaskedInfoNCE.
     gather: Literal["global", "local"] = "global"
     # Encoders with frozen weights. Gradients still flow through a frozen encoder.
     freeze: tuple[Literal["image", "text"], ...] = ()
