@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from mmfused.models import FLUID, FLUIDConfig, UniECS, UniECSConfig
-from mmfused.models.text_padding import longest_text
+from mmfused.models.text_padding import AFTER_PAD
 
 LENGTH = 9
 BERT = {
@@ -205,6 +205,13 @@ def test_an_encoder_that_cannot_read_padded_texts_is_refused(build, text, messag
         build(text)
 
 
+def test_an_encoder_whose_positions_need_a_pad_is_refused_without():
+    options = {"text_mask": True, "text_padding": "zeros", "text_length": None}
+    assert uniecs({**BERT, "pad_token_id": None}, **options).text_encoder is not None
+    with pytest.raises(ValueError, match="text.pad_token_id: got None, expected an id of PAD from"):
+        uniecs({**TEXTS["xlm-roberta"], "pad_token_id": None}, **options)
+
+
 def test_fluid_refuses_text_length_with_a_mask_and_longer_texts():
     with pytest.raises(ValueError, match="text_length: got 9 with text_mask, which leaves padded"):
         fluid(BERT, text_mask=True)
@@ -216,13 +223,13 @@ def test_fluid_refuses_text_length_with_a_mask_and_longer_texts():
     assert fluid(BERT, modalities="image")(**batch).logits.isfinite().all()
 
 
-@pytest.mark.parametrize("model_type", ["roberta", "camembert", "mpnet", "xlm-roberta", "electra"])
-def test_the_longest_text_is_the_longest_that_the_encoder_reads(model_type):
-    options = {**BERT, "model_type": model_type, "num_hidden_layers": 1, "pad_token_id": 1}
+@pytest.mark.parametrize("pad", [1, 3])
+@pytest.mark.parametrize("model_type", [*AFTER_PAD, "electra"])
+def test_the_longest_text_is_the_longest_that_the_encoder_reads(model_type, pad):
+    options = {**BERT, "model_type": model_type, "num_hidden_layers": 1, "pad_token_id": pad}
     model = uniecs(options, text_mask=True, text_padding="zeros", text_length=None)
-    limit = longest_text(model_type, 16, 1)
-    assert limit == (16 if model_type == "electra" else 14)
-    batch = {**items(1, limit + 1), "attention_mask": None}
+    limit = {"electra": 16, "mpnet": 14}.get(model_type, 15 - pad)
+    batch = {**items(pad, limit + 1), "attention_mask": None}
     with pytest.raises(ValueError, match=f"input_ids: got shape .*, at most {limit} tokens"):
         model.embed(**batch)
     batch["input_ids"] = batch["input_ids"][:, :limit]

@@ -9,17 +9,18 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from typing_extensions import Self
 
 from mmfused.json_files import one_line
-from mmfused.models.encoders import check_image, check_text, picture_size
+from mmfused.models.encoders import check_image, picture_size
 from mmfused.models.fields import Options, check_field, shown
 from mmfused.models.lora import add_lora
 from mmfused.models.presets import Presets
+from mmfused.models.text_padding import check_text_encoder
 from mmfused.models.weights import on_meta
 
 if TYPE_CHECKING:
     from mmfused.models import Kind
 
 # The config fields that hold an encoder's options, and the functions that check the options.
-ENCODER_CHECKS = {"image": check_image, "text": check_text}
+ENCODER_CHECKS = {"image": check_image, "text": check_text_encoder}
 
 
 class AbsentPart(ValueError):

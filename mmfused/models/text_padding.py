@@ -7,18 +7,28 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmfused.models.encoders import text_fields
+from mmfused.models.encoders import check_text, text_fields
 from mmfused.models.fields import Options
 
 # Model types whose texts begin at the position after the id of PAD, which is PAD's own position.
 AFTER_PAD = ("camembert", "mpnet", "roberta", "xlm-roberta", "xlm-roberta-xl")
 
 
-def longest_text(model_type: str, positions: int, pad: int | None) -> int:
-    """Return the number of tokens that an encoder with this number of positions reads."""
-    if model_type not in AFTER_PAD or pad is None:
+def check_text_encoder(options: Options) -> None:
+    """Check options of `build_text`, which must have an id of PAD if positions depend on it."""
+    check_text(options)
+    if options.get("model_type") in AFTER_PAD:
+        check_pad(options)
+
+
+def longest_text(model_type: str, positions: int, pad: Any) -> int:
+    """Return the number of tokens that an encoder with this number of positions reads.
+
+    ``pad`` is the id of PAD in its config, which MPNet does not read: its own is 1.
+    """
+    if model_type not in AFTER_PAD:
         return positions
-    return positions - 1 - (1 if model_type == "mpnet" else pad)  # MPNet does not read its config
+    return positions - 1 - (1 if model_type == "mpnet" else pad)
 
 
 def check_padded_length(options: Options, length: int) -> None:

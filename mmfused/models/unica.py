@@ -40,7 +40,7 @@ from mmfused.models.retrieval import (
     check_views,
     late_fusion,
 )
-from mmfused.models.text_padding import check_pad, longest_text
+from mmfused.models.text_padding import longest_text
 from mmfused.models.unica_bica import BiCA
 from mmfused.ops.masked_info_nce import MaskedInfoNCE
 
@@ -106,8 +106,6 @@ class UniCAConfig(ModelConfig):
         host = self.text.get("model_type", "bert")
         if host not in HOSTS:
             raise ValueError(f"text.model_type: got {host!r}, expected one of {', '.join(HOSTS)}")
-        if host == "xlm-roberta":
-            check_pad(self.text)  # its positions depend on the id of PAD
         self.check_frozen(self.freeze)
 
     @staticmethod
