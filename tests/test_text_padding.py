@@ -186,6 +186,15 @@ def test_saved_uniecs_without_text_padding_pads_with_zeros():
     assert largest(results(model, **batch), results(model, **given)) < 1e-12
 
 
+@torch.no_grad()
+def test_padding_with_zeros_cuts_a_longer_text_behind_the_encoder():
+    model, batch = uniecs(BERT, text_padding="zeros", text_length=4), items(0)
+    given = encoded_by_hand(model, batch, 0)
+    for name in ("text_tokens", "text_padding_mask"):
+        given[name] = given[name][:, :4]
+    assert largest(results(model, **batch), results(model, **given)) < 1e-12
+
+
 @pytest.mark.parametrize("build", [fluid, uniecs])
 @pytest.mark.parametrize(
     ("text", "message"),

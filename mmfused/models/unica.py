@@ -266,7 +266,7 @@ class UniCA(RetrievalModel):
         """Return the embeddings (B, D) of the sequences [CLS ; image ; text]."""
         image, ids, real = x.image, *self._fill_missing_texts(x.input_ids, x.real, x.has_text)
         ids, poison = inputs.clamp_indices(ids, self.text_encoder.config.vocab_size)
-        positions = self._text_positions(real, x.has_image, image.shape[1])
+        positions = self._text_positions(ids.shape[1], x.has_image, image.shape[1])
         text = self.text_encoder.embeddings(input_ids=ids, position_ids=positions)
         text = text + poison[..., None].to(text.dtype)
         cls, text = text[:, :1], text[:, 1:]
@@ -277,19 +277,16 @@ class UniCA(RetrievalModel):
         seen = torch.cat((real[:, :1], image_real, real[:, 1:]), 1)
         return unit_rows(self._run_layers(torch.cat((cls, image, text), 1), seen.long())[:, 0])
 
-    def _text_positions(self, real: Tensor, has_image: Tensor, patches: int) -> Tensor:
-        """Return the positions (B, T) of the tokens of texts.
+    def _text_positions(self, count: int, has_image: Tensor, patches: int) -> Tensor:
+        """Return the positions (B, T) of texts of T = ``count`` tokens, padded on the right.
 
         Beside a picture of N ``patches``, [CLS] is at 0 and the text begins at N + 1. Without, the
         positions are the host's own: BERT's begin at 0, XLM-RoBERTa's after the id of PAD.
         """
-        slots = torch.arange(real.shape[1], device=real.device)
+        slots, config = torch.arange(count, device=has_image.device), self.text_encoder.config
+        first = config.pad_token_id + 1 if config.model_type == "xlm-roberta" else 0
         beside = slots + patches * (slots > 0)
-        alone = slots.expand(real.shape)
-        config = self.text_encoder.config
-        if config.model_type == "xlm-roberta":
-            alone = config.pad_token_id + real.cumsum(1) * real
-        return torch.where(has_image[:, None], beside, alone)
+        return torch.where(has_image[:, None], beside, slots + first)
 
     def _run_layers(self, x: Tensor, seen: Tensor) -> Tensor:
         """Run the host's layers, without embeddings, on x (B, L, D) masked by ``seen`` (B, L)."""
