@@ -29,7 +29,11 @@ def check(model, *args, **options):
 
 
 check(test_uniecs.random_model(), *test_uniecs.token_pair())
+encoded = {"text_padding": "encoded", "text_mask": False, "text_length": 6}
+check(test_uniecs.random_model(**encoded), *test_uniecs.token_pair())
 check(unica_equations.random_model(), **unica_equations.token_batch())
+xlm_r = {"text": unica_equations.XLM_R, "empty_text": (0, 2), "image_token_type": False}
+check(unica_equations.random_model(**xlm_r, same_id="ignore"), **unica_equations.token_batch())
 print("agrees")
 """
 

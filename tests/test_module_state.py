@@ -10,7 +10,7 @@ from children_cases import MODULES
 from torch import nn
 
 import mmfused
-from mmfused.models.fluid import ExpertLinear
+from mmfused.models.fluid_experts import ExpertLinear
 
 D = 16
 AVAILABLE = [[True, True, True, False], [True, True, True, True]]

@@ -8,6 +8,7 @@ from retrieval_models import device_for
 from unica_equations import (
     BERT,
     SMALL,
+    XLM_R,
     random_model,
     relative_error,
     token_batch,
@@ -33,6 +34,9 @@ VARIANTS = [
     {"bica_norm": "pre", "without": ("ffn",), "gather": "local"},
     *({"without": (name,)} for name in COMPONENTS),
     {"without": COMPONENTS},
+    {"image_token_type": False, "same_id": "ignore"},
+    {"text": XLM_R, "empty_text": (0, 2), "image_token_type": False},
+    {"text": {**XLM_R, "pad_token_id": 0}, "without": ("fusion",)},
 ]
 
 
@@ -457,8 +461,13 @@ def test_the_paper_preset_has_the_papers_sizes():
         ({"text": None}, "text: got None, expected an object"),
         (
             {"text": {"model_type": "roberta"}},
-            "text.model_type: got 'roberta', expected 'bert'",
+            "text.model_type: got 'roberta', expected one of bert, xlm-roberta",
         ),
+        (
+            {"text": {**XLM_R, "pad_token_id": None}},
+            "text.pad_token_id: got None, expected an id of PAD from 0 to 19",
+        ),
+        ({"same_id": "sum"}, "same_id: got 'sum', expected one of drop, ignore"),
         (
             {"empty_text": (101, 102)},
             r"empty_text: got \(101, 102\), expected ids below the host's vocab_size=20",

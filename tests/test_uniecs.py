@@ -85,6 +85,8 @@ VARIANTS = [
         "weighting": "static",
     },
     {"indicator": "batch", "text_mask": False, "text_length": 6, "v2f": "f_to_v"},
+    {"indicator": "batch", "text_mask": False, "text_length": 6, "text_padding": "encoded"},
+    {"text_mask": False, "text_length": 3, "text_padding": "encoded", "without": ("fusion",)},
     {"indicator": False, "missing": "zero", "text_length": 3, "beta": 1.0, "epsilon": 0.1},
     {
         "missing": "skip",
@@ -543,6 +545,10 @@ BAD_CONFIGS = [
         "without: got 'adaptive' with weighting 'static'",
     ),
     ({"text_mask": False}, "text_length: got None without text_mask, expected a number"),
+    (
+        {"text_padding": "encoded"},
+        "text_padding: got 'encoded' with text_mask, which leaves padded tokens out, expected 'z",
+    ),
     (
         {"indicator": "batch", "missing": "skip"},
         "missing: got 'skip' with indicator 'batch', expected 'constant'",

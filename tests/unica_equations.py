@@ -49,10 +49,14 @@ def multi_head_attention(query, key, value, heads):
     return torch.stack(rows)
 
 
-def embedded(p, x, position):
-    """Return BERT's input embedding of the vector ``x`` at ``position``."""
-    x = x + p[HOST + "embeddings.position_embeddings.weight"][position]
-    x = x + p[HOST + "embeddings.token_type_embeddings.weight"][0]
+def embedded(p, x, position, c, token_type=True):
+    """Return the host's input embedding of the vector ``x`` at ``position``."""
+    place = p[HOST + "embeddings.position_embeddings.weight"][position]
+    if c.text.get("model_type") == "xlm-roberta" and position == c.text["pad_token_id"]:
+        place = place.detach()  # the position of PAD is not trained
+    x = x + place
+    if token_type:
+        x = x + p[HOST + "embeddings.token_type_embeddings.weight"][0]
     return norm(p, HOST + "embeddings.LayerNorm", x, 1e-12)
 
 
@@ -115,16 +119,22 @@ def embed(p, image, ids, c):
 
     ``image``: (N, image_dim) or None. ``ids``: token ids with [CLS] and [SEP], or None.
     """
-    start = 0 if image is None else len(image)
+    at = 0  # the position of [CLS]
+    if image is None and c.text.get("model_type") == "xlm-roberta":
+        at = c.text["pad_token_id"] + 1
+    start = at if image is None else len(image)
     word = p[HOST + "embeddings.word_embeddings.weight"]
     first, *rest = c.empty_text if ids is None else ids
-    first = embedded(p, word[first], 0)
-    text = torch.stack([embedded(p, word[token], start + 1 + i) for i, token in enumerate(rest)])
+    first = embedded(p, word[first], at, c)
+    text = torch.stack([embedded(p, word[token], start + 1 + i, c) for i, token in enumerate(rest)])
     if image is None:
         x = torch.cat((first[None], text))
     else:
         image = torch.stack(
-            [embedded(p, linear(p, "visual_proj", patch), 1 + n) for n, patch in enumerate(image)]
+            [
+                embedded(p, linear(p, "visual_proj", patch), 1 + n, c, c.image_token_type)
+                for n, patch in enumerate(image)
+            ]
         )
         if ids is not None and "bica" not in c.without:
             for block in range(c.blocks):
@@ -163,7 +173,7 @@ def losses(query, candidate, labels, c):
         positive = q @ candidate[i]
         total = torch.exp(positive / c.temperature)
         for j, other in enumerate(candidate):
-            if j != i and labels[1][j] != labels[0][i]:
+            if j != i and (labels[1][j] != labels[0][i] or c.same_id == "ignore"):
                 total = total + torch.exp(q @ other / c.temperature)
         info_nce = info_nce - torch.log(torch.exp(positive / c.temperature) / total) / len(query)
         similarity_loss = similarity_loss + (1 - positive) / len(query)
@@ -202,6 +212,7 @@ BERT = {
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
 }
+XLM_R = {**BERT, "model_type": "xlm-roberta", "pad_token_id": 1, "type_vocab_size": 1}
 SMALL = {
     "text": BERT,
     "text_dim": 12,

@@ -162,7 +162,9 @@ def embeddings(p, items, c):
         real = ~items["text_padding_mask"][i]
         has_image, has_text = bool(items["image_present"][i]), bool(real.any())
         image = torch.stack([unit(linear(p, "image_map", x)) for x in image])
-        text = [unit(linear(p, "text_map", x)) for x in text[real]]
+        if c.text_padding == "zeros":
+            text = text[real]
+        text = [unit(linear(p, "text_map", x)) for x in text]
         if c.text_length is not None:
             text = text[: c.text_length]
         # Without ``text_length``, any number of zeros gives the same result.

@@ -9,17 +9,18 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from typing_extensions import Self
 
 from mmfused.json_files import one_line
-from mmfused.models.encoders import check_image, check_text, picture_size
+from mmfused.models.encoders import check_image, picture_size
 from mmfused.models.fields import Options, check_field, shown
 from mmfused.models.lora import add_lora
 from mmfused.models.presets import Presets
+from mmfused.models.text_padding import check_text_encoder
 from mmfused.models.weights import on_meta
 
 if TYPE_CHECKING:
     from mmfused.models import Kind
 
 # The config fields that hold an encoder's options, and the functions that check the options.
-ENCODER_CHECKS = {"image": check_image, "text": check_text}
+ENCODER_CHECKS = {"image": check_image, "text": check_text_encoder}
 
 
 class AbsentPart(ValueError):
@@ -76,7 +77,8 @@ class ModelConfig:
             vocab_size: size of the text encoder's vocabulary.
             image_size: side of the pictures, in pixels.
             patch_size: side of a patch, in pixels.
-            overrides: fields of the config.
+            overrides: fields of the config, and `pad_token_id`, the id of PAD in the vocabulary of
+                a text encoder (see `of_tokenizer`).
 
         Raises:
             ValueError: the preset is unknown, or a field is unknown or invalid.
@@ -105,11 +107,13 @@ class ModelConfig:
 
         The result is not checked: `from_dict` does.
         """
-        check_sizes(vocab_size=vocab_size, image_size=image_size, patch_size=patch_size)
+        changes = dict(changes)
+        words = {"vocab_size": vocab_size, "pad_token_id": changes.pop("pad_token_id", None)}
+        check_sizes(**words, image_size=image_size, patch_size=patch_size)
         result = {**values, **changes}
         sizes_of = {
             "image": {"img_size": image_size, "patch_size": patch_size},
-            "text": {"vocab_size": vocab_size},
+            "text": words,
         }
         for part, sizes in sizes_of.items():
             check_field(part, result.get(part), dict | None)
@@ -152,7 +156,7 @@ class ModelConfig:
     @staticmethod
     def of_tokenizer(tokenizer: Any) -> dict[str, Any]:
         """Return the arguments of `preset` that depend on the tokenizer."""
-        return {"vocab_size": len(tokenizer)}
+        return {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
 
     @property
     def truncation_side(self) -> Literal["left", "right"] | None:

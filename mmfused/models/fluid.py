@@ -14,7 +14,6 @@ logits. docs/models.md gives the source of each part.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
@@ -27,11 +26,11 @@ from mmfused.models import inputs, presets
 from mmfused.models.config import ModelConfig, absent_part
 from mmfused.models.encoders import Stem, build_text, build_vit
 from mmfused.models.fields import Options
+from mmfused.models.fluid_experts import DenseClassifier, MoEClassifier, at_least_float32
+from mmfused.models.text_padding import check_padded_length
 from mmfused.ops.gated_cross_attention import TokenGate
-from mmfused.ops.grouped_mlp import grouped_linear
 from mmfused.ops.masked_info_nce import masked_info_nce
 from mmfused.ops.query_pooling import QTransform
-from mmfused.ops.topk_routing import Routing, topk_routing
 
 Component = Literal["contrastive", "q_transform", "gate", "bottleneck", "moe"]
 COMPONENTS: tuple[Component, ...] = get_args(Component)
@@ -83,6 +82,9 @@ class FLUIDConfig(ModelConfig):
     # Weights of cross-entropy, contrastive loss and MoE loss.
     loss_weights: tuple[float, float, float] = (1 / 3, 1 / 3, 1 / 3)
     text_mask: bool = True  # whether padded text tokens are masked
+    # Texts are padded to this number of tokens before the text encoder, so that no sample depends
+    # on its batch although padded tokens take part. None: texts are as long as the batch's longest.
+    text_length: int | None = None
     image_dim: int = 128  # width of the image tokens
     text_dim: int = 128  # width of the text tokens
     image_stem: Stem = "conv"  # ViT's patch embedding: convolutions, or "patch" (linear)
@@ -103,6 +105,12 @@ class FLUIDConfig(ModelConfig):
             raise ValueError(f"query_std: got {self.query_std}, expected a number of at least 0")
         self.check_divisor("num_heads", "dim")
         self.check_at_most("top_k", "num_experts")
+        if self.text_length is not None:
+            if self.text_mask:
+                got = f"{self.text_length} with text_mask, which leaves padded tokens out"
+                raise ValueError(f"text_length: got {got}, expected None")
+            if self.text is not None:
+                check_padded_length(self.text, self.text_length)
         for name in self.without:
             if name in ("contrastive", "gate") and self.modalities != "both":
                 raise absent_part(name, f"modalities {self.modalities!r}", "modalities 'both'")
@@ -148,12 +156,8 @@ class FLUIDOutput(NamedTuple):
     text_embedding: Tensor | None  # (B, D)
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
 def _mean_direction(tokens: Tensor) -> Tensor:  # (B, l, D) -> (B, D)
-    return F.normalize(_at_least_float32(tokens).mean(1), dim=-1)
+    return F.normalize(at_least_float32(tokens).mean(1), dim=-1)
 
 
 class FirstToken(nn.Module):
@@ -162,118 +166,6 @@ class FirstToken(nn.Module):
     def forward(self, x: Tensor, ignore: Tensor | None = None) -> Tensor:
         """Return the first token (B, 1, D) of x (B, N, D); 0 if ``ignore`` (B, N) marks it."""
         return x[:, :1] if ignore is None else x[:, :1].masked_fill(ignore[:, :1, None], 0)
-
-
-class ExpertLinear(nn.Module):
-    """A Linear layer for each of E experts, and with ``norm`` a LayerNorm for each expert."""
-
-    norm_weight: nn.Parameter | None
-    norm_bias: nn.Parameter | None
-
-    def __init__(
-        self,
-        num_experts: int,
-        inputs: int,
-        outputs: int,
-        norm: bool = False,
-    ) -> None:
-        super().__init__()
-        self.weight: nn.Parameter = nn.Parameter(torch.empty(num_experts, outputs, inputs))
-        self.bias: nn.Parameter = nn.Parameter(torch.empty(num_experts, outputs))
-        self.norm_weight = nn.Parameter(torch.empty(num_experts, outputs)) if norm else None
-        self.norm_bias = nn.Parameter(torch.empty(num_experts, outputs)) if norm else None
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw weights between +-1 / sqrt(inputs); set biases to 0 and norm weights to 1."""
-        bound = self.weight.shape[2] ** -0.5
-        nn.init.uniform_(self.weight, -bound, bound)
-        nn.init.zeros_(self.bias)
-        if self.norm_weight is not None and self.norm_bias is not None:
-            nn.init.ones_(self.norm_weight)
-            nn.init.zeros_(self.norm_bias)
-
-    def forward(
-        self,
-        x: Tensor,
-        routing: Routing,
-        expert: Tensor,
-        first: bool,
-        last: bool,
-    ) -> Tensor:
-        """Apply to each row its expert.
-
-        Args:
-            x: rows (T*k, I) sorted by expert; if ``first``, tokens (T, I).
-            routing: the routing of the T tokens.
-            expert: (T*k, E) int64, the expert of each sorted row, one-hot.
-            first: whether this is the first layer of the experts.
-            last: whether this is the last layer of the experts.
-
-        Returns:
-            Rows (T*k, O) sorted by expert; if ``last``, tokens (T, O), weighted sums of rows.
-        """
-        x = grouped_linear(x, routing, self.weight, self.bias, gather=first, combine=last)
-        if self.norm_weight is None or self.norm_bias is None:
-            return x
-        with no_autocast(x.device.type):
-            # Products with one-hot rows select each row's scale and shift. In backward, products
-            # sum the rows' gradients in a fixed order. Indexing would not.
-            scale = expert.to(self.norm_weight.dtype) @ self.norm_weight
-            shift = expert.to(self.norm_bias.dtype) @ self.norm_bias
-        return F.layer_norm(x, x.shape[-1:]) * scale + shift
-
-
-class MoEClassifier(nn.Module):
-    """Router and experts (eq. 9): sum over the top k of G_i(x) E_i(x).
-
-    Each expert is an MLP that returns class logits. The weighted sums are averaged over the tokens.
-    """
-
-    def __init__(self, config: FLUIDConfig) -> None:
-        super().__init__()
-        c, dim, drop = config, config.dim, config.head_dropout
-        self.top_k: int = c.top_k
-        self.balance: Literal["mse", "gshard"] = c.balance
-        output = nn.Linear(dim, c.num_experts)
-        hidden = [nn.Linear(dim, dim), nn.LayerNorm(dim), nn.ReLU(), nn.Dropout(drop)]
-        self.router: nn.Module = nn.Sequential(*hidden, output) if c.router == "mlp" else output
-        widths = (dim, *c.expert_hidden)
-        layers = [
-            ExpertLinear(c.num_experts, width, out, norm=True)
-            for width, out in itertools.pairwise(widths)
-        ]
-        layers.append(ExpertLinear(c.num_experts, widths[-1], c.num_classes))
-        self.experts: nn.ModuleList = nn.ModuleList(layers)
-        self.drop: nn.Dropout = nn.Dropout(drop)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
-        """Return the logits (B, C) of tokens x (B, R, D), and the routing."""
-        tokens = x.flatten(0, 1)  # (T, D), T = B*R
-        scores = _at_least_float32(self.router(tokens))
-        routing = topk_routing(scores, self.top_k, balance=self.balance)
-        expert = F.one_hot(routing.indices.flatten()[routing.order], scores.shape[1])  # (T*k, E)
-        out, last = tokens, len(self.experts) - 1
-        for i, layer in enumerate(self.experts):
-            if i > 0:
-                out = self.drop(F.relu(out))
-            out = layer(out, routing, expert, first=i == 0, last=i == last)
-        return _at_least_float32(out).view(*x.shape[:2], -1).mean(1), routing
-
-
-class DenseClassifier(nn.Sequential):
-    """Ablation of the mixture: one expert for all tokens."""
-
-    def __init__(self, config: FLUIDConfig) -> None:
-        layers: list[nn.Module] = []
-        widths, drop = (config.dim, *config.expert_hidden), config.head_dropout
-        for width, out in itertools.pairwise(widths):
-            layers += [nn.Linear(width, out), nn.LayerNorm(out), nn.ReLU(), nn.Dropout(drop)]
-        super().__init__(*layers, nn.Linear(widths[-1], config.num_classes))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the logits (B, C), averaged over the tokens x (B, R, D)."""
-        return _at_least_float32(super().forward(x)).mean(1)
 
 
 def contrastive_loss(
@@ -385,7 +277,7 @@ class FLUID(nn.Module):
 
         Args:
             pixel_values: (B, 3, H, W).
-            input_ids: (B, T) int64.
+            input_ids: (B, T) int64; T is at most the config's text_length if it is not None.
             attention_mask: (B, T), 1 = real token; None = all real. Only with input_ids.
             image_present: (B,) bool, False = the sample has no image; None = all have an image.
                 Samples without an image or without a text are left out of the contrastive loss.
@@ -393,7 +285,8 @@ class FLUID(nn.Module):
             text_present: (B,) bool, False = the sample has no text. None: a sample has a text if
                 more than two of its input_ids are real, because [CLS] and [SEP] are two. If
                 text_tokens are given, one real token is enough.
-            text_tokens: (B, T, text_dim), in place of input_ids.
+            text_tokens: (B, T, text_dim), in place of input_ids; T is the config's text_length if
+                it is not None.
             text_padding_mask: (B, T) bool, True = ignore; None = all real. Only with text_tokens.
             labels: (B,) int64 in [0, num_classes).
         """
@@ -407,9 +300,10 @@ class FLUID(nn.Module):
             image = self.image_transform(inputs.map_tokens(self.image_map, tokens, ignore), ignore)
             image_embedding = _mean_direction(image)  # (B, l, D) -> (B, D)
         if self.uses_text:
-            source = (input_ids, attention_mask, text_tokens, text_padding_mask)
+            self._check_text_length(input_ids, text_tokens)
+            source = (input_ids, attention_mask, text_tokens, text_padding_mask, text_present)
             tokens, padding, text_present = inputs.read_text(
-                self.text_encoder, c.text_dim, *source, text_present
+                self.text_encoder, c.text_dim, *source, c.text_length
             )
             absent = ~text_present[:, None].expand(padding.shape)
             ignore = absent | padding if c.text_mask else absent
@@ -426,6 +320,18 @@ class FLUID(nn.Module):
         # In torch 2.11 a compiled function cannot return the result of output._replace.
         parts = (routing, gate, image_embedding, text_embedding)
         return FLUIDOutput(logits, loss, losses, *parts)
+
+    def _check_text_length(self, ids: Tensor | None, tokens: Tensor | None) -> None:
+        """Require texts that can be padded to the config's text_length, if it has one."""
+        length = self.config.text_length
+        if length is None:
+            return
+        if tokens is not None and tokens.shape[1:2] != (length,):
+            got = f"shape {tuple(tokens.shape)}"
+            raise ValueError(f"text_tokens: got {got}, expected text_length={length} tokens")
+        if ids is not None and (ids.ndim != 2 or ids.shape[1] > length):
+            expected = f"(batch, at most text_length={length} tokens)"
+            raise ValueError(f"input_ids: got shape {tuple(ids.shape)}, expected {expected}")
 
     def _fuse(self, image: Tensor | None, text: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return the fused tokens (B, l, D), and the gate a (B, l), None without a gate."""

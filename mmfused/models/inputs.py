@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mmfused.library import check_value
+from mmfused.models.text_padding import longest_text, pad_ids
 
 
 def one_source(names: str, first: Tensor | None, second: Tensor | None) -> Tensor:
@@ -123,12 +124,13 @@ def encode_text(encoder: Any, ids: Tensor, attention_mask: Tensor | None) -> Ten
     """
     if encoder is None:
         raise ValueError("input_ids: got ids with the config's text None, expected text_tokens")
-    limit = encoder.config.max_position_embeddings
+    c = encoder.config
+    limit = longest_text(c.model_type, c.max_position_embeddings, c.pad_token_id)
     if ids.ndim != 2 or ids.shape[1] > limit:
         got = tuple(ids.shape)
         raise ValueError(f"input_ids: got shape {got}, expected (batch, at most {limit} tokens)")
-    check_range("input_ids", ids, encoder.config.vocab_size)
-    ids, poison = clamp_indices(ids, encoder.config.vocab_size)
+    check_range("input_ids", ids, c.vocab_size)
+    ids, poison = clamp_indices(ids, c.vocab_size)
     tokens = encoder(input_ids=ids, attention_mask=attention_mask).last_hidden_state
     return tokens + poison.to(tokens.dtype).sum(1)[:, None, None]
 
@@ -152,19 +154,21 @@ def read_image(
 
 
 def read_text(
-    encoder: nn.Module | None,
+    encoder: Any,
     width: int,
     ids: Tensor | None,
     attention_mask: Tensor | None,
     tokens: Tensor | None,
     padding: Tensor | None,
     present: Tensor | None,
+    length: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return text tokens (B, T, width), padding (B, T) and has_text (B,).
 
     The tokens are encoded from ids, or given. ``present`` is has_text if it is not None. Otherwise
     has_text is True for more than two real ids ([CLS] and [SEP] are two). If tokens are given, one
-    real token is enough.
+    real token is enough. Ids, but not tokens, are cut or padded to ``length`` if it is not None;
+    then T is ``length``.
     """
     source = one_source("input_ids and text_tokens", ids, tokens)
     shape = source.shape[:2]
@@ -175,13 +179,17 @@ def read_text(
     check_attention_mask(attention_mask, shape)
     check_flags("text_padding_mask", padding, shape)
     check_flags("text_present", present, shape[:1])
-    if tokens is None:
-        tokens = encode_text(encoder, source, attention_mask)
-        padding = None if attention_mask is None else attention_mask == 0
-    check_tokens("text_tokens", tokens, width)
+    if attention_mask is not None:
+        padding = attention_mask == 0
     if padding is None:
-        padding = torch.zeros(shape, dtype=torch.bool, device=tokens.device)
+        padding = torch.zeros(shape, dtype=torch.bool, device=source.device)
     if present is None:
         markers = 0 if ids is None else 2
         present = (~padding).sum(1) > markers
+    if tokens is None:
+        if length is not None and encoder is not None:
+            source, padding = pad_ids(source, padding, length, encoder.config.pad_token_id)
+            attention_mask = (~padding).long()
+        tokens = encode_text(encoder, source, attention_mask)
+    check_tokens("text_tokens", tokens, width)
     return tokens, padding, present

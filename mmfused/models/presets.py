@@ -59,6 +59,7 @@ FLUID: Presets = {
         "num_experts": 8,
         "balance": "mse",
         "text_mask": False,
+        "text_length": 512,
         "query_std": 1.0,
     },
     "tiny": {
@@ -100,6 +101,7 @@ UNIECS: Presets = {
         "placement": "after",
         "indicator": "batch",
         "text_mask": False,
+        "text_padding": "encoded",
         "v2f": "f_to_v",
         "weighting": "static",
         "image": {**VIT_B_224, "patch_size": 32},
@@ -112,20 +114,28 @@ UNIECS: Presets = {
 
 # ---- UniCA ---------------------------------------------------------------------------------------
 
+# VISTA's second stage: 196 tokens of an image, and bge-base, a BERT-base (all other sizes are
+# BertConfig's defaults).
+_VISTA = {
+    "text": {"vocab_size": 30522},
+    "text_dim": 768,
+    "image_dim": 768,
+    "image_stem": "patch",
+    "pixel_mean": CLIP_MEAN,
+    "pixel_std": CLIP_STD,
+    "empty_text": (101, 102),
+    "image_token_type": False,
+    "num_heads": 12,
+    "freeze": ("text",),
+}
 UNICA: Presets = {
-    # VISTA's second stage: ViT-B/16 with 196 tokens, and bge-base, a BERT-base (all other sizes are
-    # BertConfig's defaults).
-    "paper": {
-        "text": {"vocab_size": 30522},
-        "text_dim": 768,
-        "image_dim": 768,
-        "image": {**VIT_B_224, "patch_size": 16},
-        "image_stem": "patch",
-        "pixel_mean": CLIP_MEAN,
-        "pixel_std": CLIP_STD,
-        "empty_text": (101, 102),
-        "num_heads": 12,
-        "freeze": ("text",),
+    "paper": {**_VISTA, "image": {**VIT_B_224, "patch_size": 16}},
+    "code": {
+        **_VISTA,
+        # EVA02-CLIP-B/16; VISTA takes its tokens before the last norm.
+        "image": {"name": "eva02_base_patch16_clip_224", "final_norm": False},
+        "same_id": "ignore",
+        "without": ("bica", "positive_similarity"),
     },
     "tiny": {
         "text": {

@@ -1,17 +1,18 @@
 """UniCA: cross-attention between picture and text before a joint encoder (arXiv 2606.28350).
 
     V = LN(W ViT(image) + positions 1..N)                  N patch tokens, without [CLS]
-    [CLS ; T] = LN(BERT's embeddings of the text)          T starts at position N + 1, or at 1 if
-                                                           there is no picture
+    [CLS ; T] = LN(the host's embeddings of the text)      T starts at position N + 1; without a
+                                                           picture, the host's own positions
     V^ = LN(V + Drop(MHA(queries V, keys and values T)))   Bi-CA: cross-attention in both
     T^ = LN(T + Drop(MHA(queries T, keys and values V)))   directions, without [CLS]
     X' = LN(X^ + Drop(FFN(X^)))                            X is V or T
-    e = L2(BERT layers([CLS ; V' ; T'])_CLS)               one encoder for queries and candidates
+    e = L2(host's layers([CLS ; V' ; T'])_CLS)             one encoder for queries and candidates
     L = mean_i -log( exp(q_i.c_i / tau) / sum_j exp(q_i.c_j / tau) ) + lambda mean_i (1 - q_i.c_i)
 
-q_i and c_i are the embeddings e of a query and its positive. j runs over i and over all positives
-and hard negatives, on any rank, whose label is not that of query i. tau is 0.02. docs/models.md
-gives the source of each part.
+The host is a BERT or an XLM-RoBERTa. q_i and c_i are the embeddings e of a query and its positive.
+j runs over i and over all positives and hard negatives, on any rank, whose label is not that of
+query i. tau is 0.02. The preset "code" is VISTA: no Bi-CA, lambda = 0, and j runs over all
+candidates. docs/models.md gives the source of each part.
 """
 
 from __future__ import annotations
@@ -39,11 +40,13 @@ from mmfused.models.retrieval import (
     check_views,
     late_fusion,
 )
-from mmfused.ops.gated_cross_attention import BidirectionalGatedCrossAttention
+from mmfused.models.text_padding import longest_text
+from mmfused.models.unica_bica import BiCA
 from mmfused.ops.masked_info_nce import MaskedInfoNCE
 
 Component = Literal["bica", "ffn", "positive_similarity", "hard_negatives", "fusion"]
 COMPONENTS: tuple[Component, ...] = get_args(Component)
+HOSTS = ("bert", "xlm-roberta")
 
 
 @dataclasses.dataclass
@@ -61,7 +64,9 @@ class UniCAConfig(ModelConfig):
 
     PRESETS: ClassVar[presets.Presets] = presets.UNICA
 
-    text: Options  # fields of the BertConfig (build_text) of the host
+    # Fields of the host's config (build_text), a BertConfig or, with model_type "xlm-roberta", an
+    # XLMRobertaConfig.
+    text: Options
     text_dim: int = 128  # D, width of the host, of Bi-CA and of the embeddings
     image_dim: int = 128  # width of the patch tokens
     image: Options | None = None  # arguments of timm's ViT (build_vit); None: takes image_tokens
@@ -70,6 +75,8 @@ class UniCAConfig(ModelConfig):
     pixel_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     pixel_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     empty_text: tuple[int, int] = (2, 3)  # ids of [CLS] and [SEP], which replace a missing text
+    # Whether image tokens get the host's embedding of token type 0 and dropout, as text tokens do.
+    image_token_type: bool = True
     blocks: int = 1  # number of Bi-CA blocks
     num_heads: int = 4  # heads in Bi-CA
     ffn: int | None = None  # hidden width of Bi-CA's feed-forward parts, None: 4 D
@@ -78,7 +85,9 @@ class UniCAConfig(ModelConfig):
     share_weights: bool = False  # whether both directions share their projections
     temperature: float = 0.02  # tau, of the loss
     positive_weight: float = 1.0  # lambda, weight of the positive similarity
-    # Whether candidates of other ranks get gradients, see MaskedInfoNCE.
+    # What candidates with the query's label are: "drop": no negatives | "ignore": negatives.
+    same_id: Literal["drop", "ignore"] = "drop"
+    # Whether candidates of other ranks get gradients ("global", as in VISTA), see MaskedInfoNCE.
     gather: Literal["global", "local"] = "global"
     # Encoders with frozen weights. Gradients still flow through a frozen encoder.
     freeze: tuple[Literal["image", "text"], ...] = ()
@@ -94,18 +103,16 @@ class UniCAConfig(ModelConfig):
         self.check_divisor("num_heads", "text_dim")
         if not self.positive_weight >= 0:
             raise ValueError(f"positive_weight: got {self.positive_weight}, expected at least 0")
-        if self.text.get("model_type", "bert") != "bert":
-            got = self.text["model_type"]
-            raise ValueError(f"text.model_type: got {got!r}, expected 'bert'")
+        host = self.text.get("model_type", "bert")
+        if host not in HOSTS:
+            raise ValueError(f"text.model_type: got {host!r}, expected one of {', '.join(HOSTS)}")
         self.check_frozen(self.freeze)
 
     @staticmethod
     def of_tokenizer(tokenizer: Any) -> dict[str, Any]:
         """Return the arguments of `preset` that depend on the tokenizer."""
-        return {
-            "vocab_size": len(tokenizer),
-            "empty_text": (tokenizer.cls_token_id, tokenizer.sep_token_id),
-        }
+        empty = (tokenizer.cls_token_id, tokenizer.sep_token_id)
+        return {**ModelConfig.of_tokenizer(tokenizer), "empty_text": empty}
 
 
 class Inputs(TypedDict, total=False):
@@ -114,7 +121,9 @@ class Inputs(TypedDict, total=False):
     pixel_values: Tensor | None  # (B, 3, S, S) float
     image_tokens: Tensor | None  # (B, N, image_dim), patch tokens without [CLS]
     image_present: Tensor | None  # (B,) bool, False = the item has no image; None = all have one
-    input_ids: Tensor  # (B, T) int64, [CLS] first, T from 2 to max_position_embeddings - N
+    # (B, T) int64, [CLS] first, T from 2 to max_position_embeddings - N. An XLM-RoBERTa also reads
+    # at most max_position_embeddings - pad_token_id - 1 tokens.
+    input_ids: Tensor
     attention_mask: Tensor | None  # (B, T), 1 = real token; None = all real; padding on the right
     # (B,) bool; None = an item has a text if more than two ids are real ([CLS] and [SEP] are two).
     text_present: Tensor | None
@@ -130,89 +139,8 @@ class Items(NamedTuple):
     has_text: Tensor  # (B,) bool
 
 
-def _start_at_zero(linear: nn.Linear) -> None:
-    nn.init.zeros_(linear.weight)
-    nn.init.zeros_(linear.bias)
-
-
-class FeedForward(nn.Module):
-    """LN(x + Drop(FFN(x))), or with ``pre_norm`` x + Drop(FFN(LN(x))), the identity at first."""
-
-    def __init__(
-        self,
-        dim: int,
-        hidden: int,
-        dropout: float,
-        pre_norm: bool,
-    ) -> None:
-        super().__init__()
-        self.norm: nn.LayerNorm = nn.LayerNorm(dim)
-        self.pre_norm: bool = pre_norm
-        expand, contract = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
-        self.layers: nn.Sequential = nn.Sequential(expand, nn.GELU(), contract, nn.Dropout(dropout))
-        if pre_norm:
-            _start_at_zero(contract)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return (B, N, D) for x (B, N, D)."""
-        return x + self.layers(self.norm(x)) if self.pre_norm else self.norm(x + self.layers(x))
-
-
-class BiCA(nn.Module):
-    """One block of cross-attention between image and text, in both directions."""
-
-    image_ffn: FeedForward | None
-    text_ffn: FeedForward | None
-
-    def __init__(self, c: UniCAConfig) -> None:
-        super().__init__()
-        pre = c.bica_norm == "pre"
-        self.attention: BidirectionalGatedCrossAttention = BidirectionalGatedCrossAttention(
-            c.text_dim,
-            c.num_heads,
-            share_weights=c.share_weights,
-            gate="none",
-            indicator=False,
-            missing="skip",
-            pre_norm=pre,
-            dropout=c.dropout,
-        )
-        if pre:
-            _start_at_zero(self.attention.to_a.out_proj)
-            _start_at_zero(self.attention.to_b.out_proj)
-        hidden = 4 * c.text_dim if c.ffn is None else c.ffn
-        self.image_ffn, self.text_ffn = (
-            None if "ffn" in c.without else FeedForward(c.text_dim, hidden, c.dropout, pre)
-            for _ in range(2)
-        )
-
-    def forward(
-        self,
-        image: Tensor,
-        text: Tensor,
-        ignore: Tensor,
-        both: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Return the image and text tokens after cross-attention.
-
-        Args:
-            image: (B, N, D).
-            text: (B, M, D).
-            ignore: (B, M) bool, True = padded text token.
-            both: (B,) bool, the samples with image and text. Other samples do not change.
-        """
-        image, text = self.attention(
-            image, text, b_key_padding_mask=ignore, a_present=both, b_present=both
-        )
-        if self.image_ffn is None or self.text_ffn is None:
-            return image, text
-        both = both[:, None, None]
-        image = torch.where(both, self.image_ffn(image), image)
-        return image, torch.where(both, self.text_ffn(text), text)
-
-
 class UniCA(RetrievalModel):
-    """UniCA (arXiv 2606.28350): cross-attention of picture and text before one BERT, for retrieval.
+    """UniCA (arXiv 2606.28350): cross-attention of picture and text before one host, for retrieval.
 
     Encoders have random weights and need `mmfused[models]`.
 
@@ -294,7 +222,8 @@ class UniCA(RetrievalModel):
         candidates = torch.cat([part["embedding"] for part in parts])
         labels = torch.cat([part["labels"] for part in parts])
         with no_autocast(q.device.type):  # unit vectors need float32
-            loss = self.info_nce(q, candidates, query_id=query["labels"], candidate_id=labels)
+            ids = {"query_id": query["labels"], "candidate_id": labels}
+            loss = self.info_nce(q, candidates, **({} if self.config.same_id == "ignore" else ids))
             distance = gather_rows(1 - (q * positive).sum(-1).detach()).mean()
         info_nce = loss.detach() - self.positive_weight * distance
         return RetrievalOutput(loss, {"info_nce": info_nce, "positive_similarity": distance})
@@ -336,11 +265,8 @@ class UniCA(RetrievalModel):
     def _read(self, x: Items) -> Tensor:
         """Return the embeddings (B, D) of the sequences [CLS ; image ; text]."""
         image, ids, real = x.image, *self._fill_missing_texts(x.input_ids, x.real, x.has_text)
-        slots = torch.arange(ids.shape[1], device=ids.device)
-        # (B, 1): the number of positions that a picture takes before the text.
-        offset = image.shape[1] * x.has_image[:, None]
         ids, poison = inputs.clamp_indices(ids, self.text_encoder.config.vocab_size)
-        positions = slots + offset * (slots > 0)
+        positions = self._text_positions(ids.shape[1], x.has_image, image.shape[1])
         text = self.text_encoder.embeddings(input_ids=ids, position_ids=positions)
         text = text + poison[..., None].to(text.dtype)
         cls, text = text[:, :1], text[:, 1:]
@@ -351,8 +277,19 @@ class UniCA(RetrievalModel):
         seen = torch.cat((real[:, :1], image_real, real[:, 1:]), 1)
         return unit_rows(self._run_layers(torch.cat((cls, image, text), 1), seen.long())[:, 0])
 
+    def _text_positions(self, count: int, has_image: Tensor, patches: int) -> Tensor:
+        """Return the positions (B, T) of texts of T = ``count`` tokens, padded on the right.
+
+        Beside a picture of N ``patches``, [CLS] is at 0 and the text begins at N + 1. Without, the
+        positions are the host's own: BERT's begin at 0, XLM-RoBERTa's after the id of PAD.
+        """
+        slots, config = torch.arange(count, device=has_image.device), self.text_encoder.config
+        first = config.pad_token_id + 1 if config.model_type == "xlm-roberta" else 0
+        beside = slots + patches * (slots > 0)
+        return torch.where(has_image[:, None], beside, slots + first)
+
     def _run_layers(self, x: Tensor, seen: Tensor) -> Tensor:
-        """Run BERT's layers, without its embeddings, on x (B, L, D) masked by ``seen`` (B, L)."""
+        """Run the host's layers, without embeddings, on x (B, L, D) masked by ``seen`` (B, L)."""
         from transformers.masking_utils import create_bidirectional_mask
 
         # The form of the mask depends on the attention implementation.
@@ -390,8 +327,12 @@ class UniCA(RetrievalModel):
             image_present = torch.ones(batch, dtype=torch.bool, device=tokens.device)
         absent = ~image_present[:, None].expand(batch, count)
         image = inputs.map_tokens(self.visual_proj, tokens, absent)
-        positions = torch.arange(1, count + 1, device=image.device)[None]
-        image = self.text_encoder.embeddings(inputs_embeds=image, position_ids=positions)
+        positions, host = torch.arange(1, count + 1, device=image.device)[None], self.text_encoder
+        if self.config.image_token_type:
+            image = host.embeddings(inputs_embeds=image, position_ids=positions)
+        else:
+            image = image + host.embeddings.position_embeddings(positions)
+            image = host.embeddings.LayerNorm(image)
         all_real = torch.ones_like(ids, dtype=torch.bool)
         real = all_real if attention_mask is None else attention_mask != 0
         if text_present is None:
@@ -420,7 +361,9 @@ class UniCA(RetrievalModel):
         batch: int,
         patches: int,
     ) -> Tensor:
-        limit = self.text_encoder.config.max_position_embeddings - patches
+        c = self.text_encoder.config
+        limit = longest_text(c.model_type, c.max_position_embeddings, c.pad_token_id)
+        limit = min(limit, c.max_position_embeddings - patches)
         if ids is None or ids.ndim != 2 or not 2 <= ids.shape[1] <= limit:
             got = None if ids is None else f"shape {tuple(ids.shape)}"
             expected = f"(batch, tokens), from 2 to {limit} tokens beside {patches} image tokens"

@@ -40,6 +40,8 @@ from mmfused.models.retrieval import (
     check_views,
     late_fusion,
 )
+from mmfused.models.text_padding import check_padded_length
+from mmfused.models.uniecs_blocks import Block, Pool
 from mmfused.models.uniecs_losses import (
     NAMES,
     TERMS,
@@ -85,8 +87,11 @@ class UniECSConfig(ModelConfig):
     indicator: bool | Literal["batch"] = True
     # How the gated layers treat an absent modality, see BidirectionalGatedCrossAttention.
     missing: Literal["constant", "zero", "skip"] = "constant"
-    text_mask: bool = True  # False: padded text tokens take part, as zeros
+    text_mask: bool = True  # False: padded text tokens take part, see text_padding
     text_length: int | None = None  # texts are cut or padded to this length; None: unchanged
+    # What padded text tokens are, if they take part: "zeros" | "encoded": the text encoder's tokens
+    # of the PAD ids, as in the public code. The encoder itself masks PAD in both cases.
+    text_padding: Literal["zeros", "encoded"] = "zeros"
     temperature: float = 0.07  # of V2T, V2F, T2F
     temperature_v2v: float = 0.05  # of V2V and L_hard
     temperature_t2t: float = 0.03  # of T2T
@@ -125,6 +130,12 @@ class UniECSConfig(ModelConfig):
         if not self.text_mask and self.text_length is None:
             expected = "a number, so that no item depends on its batch"
             raise ValueError(f"text_length: got None without text_mask, expected {expected}")
+        if self.text_padding == "encoded":
+            if self.text_mask:
+                got = "'encoded' with text_mask, which leaves padded tokens out"
+                raise ValueError(f"text_padding: got {got}, expected 'zeros'")
+            if self.text is not None and self.text_length is not None:
+                check_padded_length(self.text, self.text_length)
         if self.indicator == "batch" and self.missing != "constant":
             got = f"{self.missing!r} with indicator 'batch'"
             raise ValueError(f"missing: got {got}, expected 'constant'")
@@ -153,52 +164,16 @@ class Items(TypedDict, total=False):
 
 
 class Tokens(NamedTuple):
-    """Tokens of unit length; absent and padded tokens are zeros. D = dim."""
+    """Tokens of unit length; absent tokens are zeros, and padded ones as well. D = dim.
+
+    With text_padding "encoded", padded tokens are the text encoder's instead.
+    """
 
     image: Tensor  # (B, N, D)
     text: Tensor  # (B, T, D)
     padding: Tensor  # (B, T) bool
     has_image: Tensor  # (B,) bool
     has_text: Tensor  # (B,) bool
-
-
-class Block(nn.Module):
-    """Pre-norm self-attention and feed-forward part, each scaled by a learnable scalar."""
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        dropout: float,
-    ) -> None:
-        super().__init__()
-        self.num_heads: int = num_heads
-        self.dropout: float = dropout
-        self.norm1: nn.LayerNorm = nn.LayerNorm(dim)
-        self.norm2: nn.LayerNorm = nn.LayerNorm(dim)
-        self.q_proj: nn.Linear = nn.Linear(dim, dim)
-        self.k_proj: nn.Linear = nn.Linear(dim, dim)
-        self.v_proj: nn.Linear = nn.Linear(dim, dim)
-        self.out_proj: nn.Linear = nn.Linear(dim, dim)
-        self.ffn: nn.Sequential = nn.Sequential(
-            nn.Linear(dim, 4 * dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(4 * dim, dim)
-        )
-        self.gamma1: nn.Parameter = nn.Parameter(torch.ones(()))
-        self.gamma2: nn.Parameter = nn.Parameter(torch.ones(()))
-        self.drop: nn.Dropout = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor, ignore: Tensor | None = None) -> Tensor:
-        """Return (B, N, D) for x (B, N, D); ``ignore`` (B, N) bool masks keys."""
-        normed = self.norm1(x)
-        q, k, v = (
-            proj(normed).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        attend = None if ignore is None else ~ignore[:, None, None]
-        dropout = self.dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=attend, dropout_p=dropout)
-        x = x + self.gamma1 * self.drop(self.out_proj(out.transpose(1, 2).flatten(2)))
-        return x + self.gamma2 * self.ffn(self.norm2(x))
 
 
 class Stage(nn.Module):
@@ -235,23 +210,6 @@ class Stage(nn.Module):
         for image_block, text_block in zip(self.image_blocks, self.text_blocks, strict=True):
             image, text = image_block(image), text_block(text, ignore)
         return image, text
-
-
-class Pool(nn.Module):
-    """tanh(Linear(LN(mean of the tokens that are not ignored)))."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.norm: nn.LayerNorm = nn.LayerNorm(dim)
-        self.linear: nn.Linear = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor, ignore: Tensor | None = None) -> Tensor:
-        """Return (B, D) for x (B, N, D); ``ignore`` (B, N) bool masks tokens."""
-        if ignore is None:
-            mean = x.mean(1)
-        else:
-            mean = x.masked_fill(ignore[..., None], 0).sum(1) / (~ignore).sum(1, keepdim=True)
-        return self.linear(self.norm(mean)).tanh()
 
 
 class UniECS(RetrievalModel):
@@ -389,7 +347,8 @@ class UniECS(RetrievalModel):
             text, padding = F.pad(text, (0, 0, 0, more)), F.pad(padding, (0, more), value=True)
         has_text = has_text & ~padding.all(1)
         no_image = ~has_image[:, None, None]
-        no_text = (padding | ~has_text[:, None])[..., None]
+        absent = ~has_text[:, None].expand(padding.shape)
+        no_text = (absent if c.text_padding == "encoded" else absent | padding)[..., None]
         image = unit_rows(self.image_map(image.masked_fill(no_image, 0))).masked_fill(no_image, 0)
         text = unit_rows(self.text_map(text.masked_fill(no_text, 0))).masked_fill(no_text, 0)
         return Tokens(image, text, padding, has_image, has_text)
@@ -412,7 +371,8 @@ class UniECS(RetrievalModel):
             self.image_encoder, c.image_dim, pixel_values, image_tokens, image_present
         )
         source = (input_ids, attention_mask, text_tokens, text_padding_mask, text_present)
-        text, padding, has_text = read_text(self.text_encoder, c.text_dim, *source)
+        length = c.text_length if c.text_padding == "encoded" else None
+        text, padding, has_text = read_text(self.text_encoder, c.text_dim, *source, length)
         check_batch(len(image), len(text))
         return image, has_image, text, padding, has_text
 

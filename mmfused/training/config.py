@@ -30,6 +30,7 @@ _FLUID = {
 }
 _UNIECS = {"lr": 1e-6, "weight_decay": 0.01, "epochs": 50, "batch_size": 256}
 # The paper gives the batch size and LoRA's; the rest is from the public scripts of the 2B model.
+_UNICA = {"lr": 2e-5, "epochs": 5, "batch_size": 640, "max_length": 109}  # VISTA's max_length
 _UNITE = {"epochs": 1, "batch_size": 4096, "max_length": 2048}
 _UNITE_CODE = {
     **_UNITE,
@@ -49,8 +50,8 @@ RECIPES: dict[tuple[str, str], dict[str, Any]] = {
     ("fluid", "code"): _FLUID,
     ("uniecs", "paper"): _UNIECS,
     ("uniecs", "code"): _UNIECS,
-    # max_length is that of VISTA, UNICA's host model.
-    ("unica", "paper"): {"lr": 2e-5, "epochs": 5, "batch_size": 640, "max_length": 109},
+    ("unica", "paper"): _UNICA,
+    ("unica", "code"): _UNICA,
     ("moon2", "paper"): {"lr": 1e-5, "epochs": 1, "batch_size": 256},
     ("unite", "paper"): _UNITE,
     ("unite", "code"): _UNITE_CODE,
