@@ -8,7 +8,7 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import InterpolationMode, functional
 
 from mmfused.data import Collate, train_tokenizer
-from mmfused.data.augment import augment
+from mmfused.data.augment import LIGHT_TRIES, _light_box, augment
 
 SIDE = 96
 RAMP = torch.arange(SIDE, dtype=torch.float64).add(0.5) / SIDE * 250
@@ -80,6 +80,13 @@ def test_light_boxes_are_distributed_as_torchvisions(drawn):
         expected = of(theirs).astype(float)
         error = expected.std() / np.sqrt(len(ours))
         assert abs(of(ours).mean() - expected.mean()) < 4 * error
+
+
+def test_a_light_box_follows_from_its_draws():
+    """A box of 90 % of the area, with the ratio in the middle of the logarithms, in a corner."""
+    middle = [0.0] * LIGHT_TRIES + [0.5] * LIGHT_TRIES  # sqrt(0.9) * 96 = 91.07
+    assert _light_box(SIDE, SIDE, [*middle, 0.999, 0.0]) == (0, 5, 91, 91)
+    assert _light_box(SIDE, SIDE, [*middle, 0.0, 0.999]) == (5, 0, 91, 91)
 
 
 def test_light_crops_of_wide_pictures_are_central_boxes_of_the_widest_shape():

@@ -16,7 +16,7 @@ from mmfused.cli.train_options import config_options
 from mmfused.models import MODELS, FLUIDConfig, UniECSConfig
 from mmfused.training.checkpoint import newest
 from mmfused.training.config import TrainConfig, recipe
-from mmfused.training.initial import load_start, model_config
+from mmfused.training.initial import Start, load_start, model_config
 from mmfused.training.load import load_trained
 from mmfused.training.resume import Checkpoint
 from mmfused.training.run import prepare, train
@@ -91,6 +91,11 @@ def test_evaluation_and_embedding_see_the_whole_picture(folder, run):
     """`mmfused eval` and `mmfused embed` take these batches."""
     _, batches = load_trained(str(run)).batches(folder)
     assert means(batches.items) == pytest.approx([127.5], abs=1)
+    # Its batches of pictures that are not resized yet are the same.
+    picture = torch.from_numpy(np.array(Image.open(f"{folder}/0.png"))).permute(2, 0, 1)
+    item = {"image": picture, "image_present": True, "text": "", "label": 0}
+    pixels, expected = batches.collate([item])["pixel_values"], next(iter(batches))["pixel_values"]
+    assert (pixels[0] - expected[0]).abs().mean() < 0.05
 
 
 def test_embed_does_not_go_on_with_pictures_resized_in_another_way(run):
@@ -181,6 +186,15 @@ def test_the_public_codes_normalisation_wins_over_an_encoders(
     assert normalisation(config(model_options=options)) == ((0.1, 0.2, 0.3), expected[1])
 
 
+def test_an_encoder_beside_init_brings_its_normalisation(tmp_path):
+    """With ``init``, the preset is the name of a recipe alone."""
+    config = TrainConfig(str(tmp_path), model="fluid", preset="code", init="run")
+    values = FLUIDConfig.preset("code").to_dict()
+    start = Start(values, {"pixel_mean": HALVES[0], "pixel_std": HALVES[1]}, {}, None, None, None)
+    described = model_config(config, start)
+    assert (described.pixel_mean, described.pixel_std) == HALVES
+
+
 def test_presets_resize_as_the_public_code():
     assert {
         name: {
@@ -234,6 +248,14 @@ def test_options_of_the_command_come_before_the_recipe():
         assert ("lr_image" in found) == (frozen != 'freeze=["image"]')
     assert "lr_image" in options_of("--lora", "rank=2")
     assert "lr_image" not in options_of("--lora", "rank=2,targets=query")
+
+
+def test_a_recipe_of_a_resumed_run_leaves_out_what_its_version_lacked(monkeypatch):
+    saved = {"training": {"lr": 3e-6, "augment": None, "epochs": 1.0}}
+    monkeypatch.setattr("mmfused.training.resume.resumed_settings", lambda out: saved)
+    found = options_of("--resume", "--epochs", "2")
+    assert (found["lr"], found["augment"], found["epochs"]) == (3e-6, None, 2.0)
+    assert "lr_image" not in found and "batch_size" not in found
 
 
 def test_a_run_goes_on_with_the_recipe_of_the_version_that_started_it(

@@ -125,11 +125,15 @@ def test_pictures_in_memory_are_resized_as_by_torchvision(resample):
 def test_square_pictures_are_the_same_cropped_and_stretched():
     products = GeneratedProducts(size=12, image_size=40)
     for size in (32, 40, 64):
-        crop, stretch = (
-            Items(products, Collate(TOKENIZER, size, 8, resize=resize)).batch(torch.arange(12))
-            for resize in ("crop", "stretch")
-        )
-        assert torch.equal(crop["pixel_values"], stretch["pixel_values"])
+        for strength in ("none", "light", "strong"):
+            crop, stretch = (
+                Items(products, Collate(TOKENIZER, size, 8, augment=strength, resize=resize))
+                for resize in ("crop", "stretch")
+            )
+            # Augmentation starts from the stored pictures.
+            assert stretch.images.shape[-1] == (size if strength == "none" else 40)
+            pixels = [items.batch(torch.arange(12))["pixel_values"] for items in (crop, stretch)]
+            assert torch.equal(*pixels)
 
 
 @pytest.mark.parametrize("strength", ["light", "strong"])

@@ -138,8 +138,8 @@ def make_collate(
 ) -> product_data.Collate:
     """Return a `Collate` that resizes and normalises pixels as ``model_config`` describes.
 
-    ``model_config.resample`` is that of picture files: the pictures of the generated set, which
-    have other sizes than the model's only here, are resized with `Collate`'s default.
+    ``model_config.resample`` is that of picture files, which are read at the model's size. Only
+    generated pictures are resized here, always with `Collate`'s default.
     """
     return product_data.Collate(
         tokenizer,
