@@ -144,6 +144,12 @@ def _add_data_arguments(group: Group) -> None:
         "(default: image,text)",
     )
     group.add_argument(
+        "--augment",
+        metavar="NAME",
+        help="random changes of training pictures: none; light, a slight crop; or strong, also "
+        "flip, colours and erasing (default: strong, but none with 'generated')",
+    )
+    group.add_argument(
         "--swap-text",
         type=float,
         metavar="P",

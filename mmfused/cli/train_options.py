@@ -44,7 +44,32 @@ def config_options(args: argparse.Namespace) -> dict[str, Any]:
         options["lora"] = _parse_lora(options["lora"])
     preset = options.setdefault("preset", "tiny")
     stage = fields.get("stage", first["model"].get("stage", 2))  # 2: the default of UNITEConfig
-    return {**recipe(args.model, preset, stage), **options}
+    settings = recipe(args.model, preset, stage)
+    if not _trains_images(fields, first["model"], options.get("lora")):
+        settings.pop("lr_image", None)
+    if args.resume and settings:
+        settings = _recipe_of_run(Path(args.out), settings)
+    return {**settings, **options}
+
+
+def _trains_images(fields: dict[str, Any], first: dict[str, Any], lora: Any) -> bool:
+    """Return whether the image encoder is trained, as far as the options tell."""
+    frozen = fields.get("freeze", first.get("freeze"))
+    named_targets = isinstance(lora, dict) and "targets" in lora  # perhaps of the texts alone
+    return not (isinstance(frozen, (list, tuple)) and "image" in frozen) and not named_targets
+
+
+def _recipe_of_run(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a recipe with the values of the run in ``out``, if there is one.
+
+    A run goes on with the recipe that it started with, perhaps that of an earlier version.
+    """
+    from mmfused.training.resume import resumed_settings
+
+    run = resumed_settings(out)
+    if run is None:
+        return settings
+    return {name: run["training"][name] for name in settings if name in run["training"]}
 
 
 def _settings_of_init(args: argparse.Namespace) -> dict[str, Any]:

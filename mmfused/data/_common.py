@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, TypeAlias, get_args
 
 import numpy as np
 import torch
+
+# How a picture becomes a square: its central square is cut out, or the whole picture is stretched.
+Resize: TypeAlias = Literal["crop", "stretch"]
+Resample: TypeAlias = Literal["bicubic", "bilinear"]
 
 
 class Rows(Protocol):
@@ -88,6 +92,13 @@ def check_fraction(name: str, value: object) -> float:
     if not 0.0 <= value <= 1.0:
         raise ValueError(message)
     return float(value)
+
+
+def check_choice(name: str, value: object, choices: object) -> None:
+    """Raise ValueError unless ``value`` is one of the strings of the Literal ``choices``."""
+    options = get_args(choices)
+    if not isinstance(value, str) or value not in options:
+        raise ValueError(f"{name}: got {value!r:.80}, expected {' or '.join(map(repr, options))}")
 
 
 def check_ranks(batch_size: int, world: int) -> None:

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import math
+from typing import Literal, TypeAlias, TypeVar
 
 import torch
 import torch.nn.functional as F
 
+from ._common import check_choice
+
+Strength: TypeAlias = Literal["light", "strong"]
+T = TypeVar("T", float, torch.Tensor)
+
 CROP_AREA = (0.5, 1.0)
 CROP_RATIO = (3 / 4, 4 / 3)
+# Of the light crop; its boxes have the areas that are drawn, for which it tries several times.
+LIGHT_AREA = (0.9, 1.0)
+LIGHT_TRIES = 10
 BRIGHTNESS = 0.3
 CONTRAST = 0.3
 SATURATION = 0.2
@@ -23,25 +32,41 @@ RGB_TO_YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.21
 YIQ_TO_RGB: torch.Tensor = torch.linalg.inv(RGB_TO_YIQ)
 
 
-def augment(images: torch.Tensor, size: int, generator: torch.Generator) -> torch.Tensor:
+def augment(
+    images: torch.Tensor,
+    size: int,
+    generator: torch.Generator,
+    strength: Strength = "strong",
+) -> torch.Tensor:
     """Return randomly augmented images, (B, 3, size, size) float32 with values from 0 to 1.
 
-    Each image gets a random resized crop (area 0.5 to 1, aspect ratio 3/4 to 4/3), a horizontal
-    flip with probability 0.5, and random changes of brightness, contrast, saturation and hue. With
-    probability 0.1, a random rectangle is erased to grey (Zhong et al. 2020).
+    "strong": each image gets a random resized crop (area 0.5 to 1, aspect ratio 3/4 to 4/3), a
+    horizontal flip with probability 0.5, and random changes of brightness, contrast, saturation and
+    hue. With probability 0.1, a random rectangle is erased to grey (Zhong et al. 2020).
+
+    "light": each image gets a random resized crop (area 0.9 to 1, aspect ratio 3/4 to 4/3, bicubic)
+    and nothing else, as VISTA trains (EVA-CLIP's image_transform in FlagEmbedding). The boxes are
+    drawn like those of torchvision's RandomResizedCrop.
 
     Args:
         images: (B, 3, H, W) uint8.
         size: side of the result, in pixels.
         generator: random generator for all augmentations.
+        strength: "strong" or "light".
+
+    Raises:
+        ValueError: ``strength`` is neither.
     """
+    check_choice("strength", strength, Strength)
+    if strength == "light":
+        return _light_crop(images, size, generator).float().div_(255)
     draw = torch.rand(len(images), 14, generator=generator)
     pixels = _crop(images.float().div_(255), size, draw[:, 0:5])
     pixels = _colour(pixels, draw[:, 5:9])
     return pixels.masked_fill_(_erased(size, draw[:, 9:14]), 0.5)
 
 
-def _between(u: torch.Tensor, low: float, high: float) -> torch.Tensor:
+def _between(u: T, low: float, high: float) -> T:
     return low + u * (high - low)
 
 
@@ -49,6 +74,42 @@ def _box(area: torch.Tensor, log_ratio: torch.Tensor) -> tuple[torch.Tensor, tor
     """Return the widths and heights of boxes, as fractions of the picture's sides, at most 1."""
     ratio = log_ratio.exp()
     return (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
+
+
+def _light_crop(images: torch.Tensor, size: int, generator: torch.Generator) -> torch.Tensor:
+    """Return random crops, (B, 3, size, size) uint8, as in torchvision's RandomResizedCrop."""
+    rows, columns = images.shape[-2:]
+    draws = torch.rand(len(images), 2 * LIGHT_TRIES + 2, generator=generator)
+    boxes = [_light_box(rows, columns, draw) for draw in draws.tolist()]
+    crops = [
+        F.interpolate(
+            image[None, :, top : top + height, left : left + width],
+            (size, size),
+            mode="bicubic",
+            antialias=True,
+        )
+        for image, (top, left, height, width) in zip(images, boxes, strict=True)
+    ]
+    return torch.cat(crops)
+
+
+def _light_box(rows: int, columns: int, draw: list[float]) -> tuple[int, int, int, int]:
+    """Return top, left, height and width of a box in pixels.
+
+    The first of the drawn boxes that lies in the image is taken. If there is none, it is the
+    largest central box with an allowed aspect ratio.
+    """
+    narrow, wide = CROP_RATIO
+    for area, ratio in zip(draw[:LIGHT_TRIES], draw[LIGHT_TRIES:-2], strict=True):
+        pixels = rows * columns * _between(area, *LIGHT_AREA)
+        shape = math.exp(_between(ratio, math.log(narrow), math.log(wide)))
+        width, height = round(math.sqrt(pixels * shape)), round(math.sqrt(pixels / shape))
+        if 0 < width <= columns and 0 < height <= rows:
+            x, y = draw[-2:]
+            return int(y * (rows - height + 1)), int(x * (columns - width + 1)), height, width
+    width = min(columns, round(rows * wide))
+    height = min(rows, round(columns / narrow))
+    return (rows - height) // 2, (columns - width) // 2, height, width
 
 
 def _crop(pixels: torch.Tensor, size: int, draw: torch.Tensor) -> torch.Tensor:

@@ -9,10 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._common import Rows, check_int, check_ranks, torch_generator
+from ._common import (
+    Resample,
+    Resize,
+    Rows,
+    check_choice,
+    check_int,
+    check_ranks,
+    torch_generator,
+)
+from .augment import Strength
 from .augment import augment as augment_batch
 
 Batch: TypeAlias = dict[str, Tensor]
+Augment: TypeAlias = Literal["none"] | Strength
 
 # Means and standard deviations of the colour channels in ImageNet's training set.
 MEAN = (0.485, 0.456, 0.406)
@@ -27,7 +37,7 @@ class Collate:
     number of tokens of the longest text in the batch.
 
     Pixels are scaled to values from 0 to 1, then normalised to ``(pixel - mean) / std``. Without
-    augmentation, an image is cropped to its central square and resized. A missing image becomes
+    augmentation, an image is resized as ``resize`` says. A missing image becomes
     zeros, and a missing text becomes the tokens of an empty text, such as ``[CLS] [SEP]``.
 
     A call draws random numbers for augmentation from this object's own generator, which
@@ -38,13 +48,16 @@ class Collate:
             one token.
         image_size: side S of the model's input images, in pixels.
         max_length: largest number of tokens of a text; longer texts are truncated.
-        augment: augment the images as ``mmfused.data.augment`` describes.
+        augment: "none", or how strongly ``mmfused.data.augment`` changes the images: "light" or
+            "strong". False is "none", and True is "strong".
         seed: seed of the augmentation.
         mean: mean of each colour channel.
         std: standard deviation of each colour channel, above 0.
         format_text: turns a text into what the tokenizer gets; None leaves it as it is.
         truncation_side: the side on which longer texts are truncated, "left" or "right"; None takes
             the tokenizer's.
+        resize: "crop" resizes the central square of an image, "stretch" the whole image.
+        resample: the interpolation, "bilinear" or "bicubic".
 
     Raises:
         ValueError: an argument is out of range, or the tokenizer has no padding token or no tokens
@@ -69,16 +82,23 @@ class Collate:
         image_size: int,
         max_length: int,
         *,
-        augment: bool = False,
+        augment: Augment | bool = "none",
         seed: int = 0,
         mean: Sequence[float] = MEAN,
         std: Sequence[float] = STD,
         format_text: Callable[[str], str] | None = None,
         truncation_side: Literal["left", "right"] | None = None,
+        resize: Resize = "crop",
+        resample: Resample = "bilinear",
     ) -> None:
         self.image_size: int = check_int("image_size", image_size, 1)
         self.max_length: int = check_int("max_length", max_length, 2)
         self.seed: int = check_int("seed", seed, 0)
+        if isinstance(augment, bool):
+            augment = "strong" if augment else "none"
+        check_choice("augment", augment, Literal["none", "light", "strong"])
+        check_choice("resize", resize, Resize)
+        check_choice("resample", resample, Resample)
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
             raise ValueError(
                 f"mean and std: got {tuple(mean)} and {tuple(std)}, "
@@ -92,7 +112,9 @@ class Collate:
         self.tokenizer: Any = tokenizer
         self.format_text = format_text
         self.truncation_side = truncation_side
-        self.augment = augment
+        self.augment: Augment = augment
+        self.resize: Resize = resize
+        self.resample: Resample = resample
         self.mean: Tensor = torch.tensor(mean, dtype=torch.float32)
         self.std: Tensor = torch.tensor(std, dtype=torch.float32)
         self.set_epoch(0)
@@ -104,7 +126,7 @@ class Collate:
 
     def __call__(self, items: list[dict[str, Any]]) -> Batch:
         """Return the batch of ``items``."""
-        images = torch.stack(_same_size([item["image"] for item in items], self.image_size))
+        images = torch.stack(self.same_size([item["image"] for item in items]))
         present = torch.tensor([bool(item["image_present"]) for item in items])
         ids, mask = self.tokenize([item["text"] for item in items])
         return {
@@ -147,14 +169,41 @@ class Collate:
             generator: random generator of the augmentation; None takes the generator that
                 ``set_epoch`` seeds.
         """
-        if self.augment:
-            generator = self.generator if generator is None else generator
-            pixels = augment_batch(images, self.image_size, generator)
+        is_square = images.shape[-2] == images.shape[-1]
+        if self.augment == "none" or (self.resize == "stretch" and not is_square):
+            images = self.squares(images)
+        if self.augment == "none":
+            pixels = images.float() / 255
         else:
-            pixels = _centre(images, self.image_size).float() / 255
+            generator = self.generator if generator is None else generator
+            pixels = augment_batch(images, self.image_size, generator, self.augment)
         mean = self.mean[:, None, None]
         std = self.std[:, None, None]
         return pixels.sub_(mean).div_(std).mul_(present[:, None, None, None])
+
+    def same_size(self, images: list[Tensor]) -> list[Tensor]:
+        """Return images of equal shape.
+
+        Images that already have equal shapes are returned unchanged if no side exceeds ``2 * S``.
+        For larger images, random crops would skip pixels. All other images are resized to S x S.
+        """
+        shapes = {image.shape for image in images}
+        if len(shapes) == 1 and max(images[0].shape[1:]) <= 2 * self.image_size:
+            return images
+        return [self.squares(image[None])[0] for image in images]
+
+    def squares(self, images: Tensor) -> Tensor:
+        """Return uint8 (B, 3, H, W) images, resized to (B, 3, S, S)."""
+        height, width = images.shape[-2:]
+        if self.resize == "crop":
+            side = min(height, width)
+            top = (height - side) // 2
+            left = (width - side) // 2
+            images = images[:, :, top : top + side, left : left + side]
+        size = (self.image_size, self.image_size)
+        if images.shape[-2:] == size:
+            return images
+        return F.interpolate(images, size, mode=self.resample, antialias=True)
 
 
 class Items:
@@ -172,8 +221,8 @@ class Items:
         images = getattr(dataset, "images", None)
         # A single tensor with images of the right size is used without a copy.
         if not isinstance(images, Tensor) or images.shape != (len(items), 3, side, side):
-            images = torch.stack(_same_size([item["image"] for item in items], side))
-        self.images: Tensor = images if collate.augment else _centre(images, side)
+            images = torch.stack(collate.same_size([item["image"] for item in items]))
+        self.images: Tensor = collate.squares(images) if collate.augment == "none" else images
         self.present: Tensor = torch.tensor([bool(item["image_present"]) for item in items])
         ids, mask = collate.tokenize([item["text"] for item in items])
         self.ids: Tensor = ids
@@ -187,8 +236,8 @@ class Items:
     def batch(self, rows: Tensor, generator: torch.Generator | None = None) -> Batch:
         """Return the batch of ``rows``, as :class:`Collate` makes it.
 
-        Only augmentation may differ: of a dataset with several image sizes, it augments the central
-        squares.
+        Only augmentation may differ: of a dataset with several image sizes, it augments the images
+        that are already resized.
 
         Args:
             rows: indices of the items.
@@ -303,27 +352,3 @@ class Batches:
             share = -(-len(rows) // self.world)
             rows = rows[self.rank * share : (self.rank + 1) * share]
             yield self.items.batch(rows, torch_generator(self.collate.seed, *entropy))
-
-
-def _same_size(images: list[Tensor], size: int) -> list[Tensor]:
-    """Return images of equal shape.
-
-    Images that already have equal shapes are returned unchanged if no side exceeds ``2 * size``.
-    For larger images, the bilinear sampling of random crops would skip pixels. All other images are
-    cropped to central squares and resized.
-    """
-    if len({image.shape for image in images}) == 1 and max(images[0].shape[1:]) <= 2 * size:
-        return images
-    return [_centre(image[None], size)[0] for image in images]
-
-
-def _centre(images: Tensor, size: int) -> Tensor:
-    """Return the central squares of uint8 (B, 3, H, W) images, resized to (size, size)."""
-    height, width = images.shape[-2:]
-    side = min(height, width)
-    top = (height - side) // 2
-    left = (width - side) // 2
-    images = images[:, :, top : top + side, left : left + side]
-    if side == size:
-        return images
-    return F.interpolate(images, (size, size), mode="bilinear", antialias=True)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch.utils.data import Dataset
 
-from ._common import check_int
+from ._common import Resample, Resize, check_choice, check_int
 from .metadata import BrokenRow, Row, parse_label, read_rows
 from .pictures import BrokenPicture, decode, picture_path, quiet, read_picture, short_side
 
@@ -53,17 +53,19 @@ class ProductFolder(Dataset[dict[str, Any]]):
 
     Args:
         root: the folder.
-        image_size: side of the square to which images are cropped and resized; None keeps the size
-            of each image.
+        image_size: side of the square to which images are resized; None keeps the size of each
+            image.
         num_classes: number of classes; labels must be smaller. None takes the largest label + 1.
         strict: raise ValueError for the first invalid row instead of skipping it.
         text_column: name of the column with the texts.
+        resize: "crop" resizes the central square of an image, "stretch" the whole image.
+        resample: the interpolation, "bicubic" or "bilinear".
 
     Raises:
         FileNotFoundError: ``root`` does not exist or has no metadata.csv.
-        ValueError: metadata.csv is unreadable, a column is missing or occurs twice, no row is
-            usable, or the images do not fit into this machine's memory. With ``strict``, also if a
-            row is invalid.
+        ValueError: an argument is invalid, metadata.csv is unreadable, a column is missing or
+            occurs twice, no row is usable, or the images do not fit into this machine's memory.
+            With ``strict``, also if a row is invalid.
 
     Examples:
         >>> import pathlib, tempfile
@@ -90,12 +92,18 @@ class ProductFolder(Dataset[dict[str, Any]]):
         num_classes: int | None = None,
         strict: bool = False,
         text_column: str = "text",
+        resize: Resize = "crop",
+        resample: Resample = "bicubic",
     ) -> None:
         if image_size is not None:
             check_int("image_size", image_size, 1)
+        check_choice("resize", resize, Resize)
+        check_choice("resample", resample, Resample)
         label_limit = 2**31 if num_classes is None else check_int("num_classes", num_classes, 1)
         self.root: Path = Path(root)
         self.image_size = image_size
+        self.resize: Resize = resize
+        self.resample: Resample = resample
         self.text_column = text_column
         rows = list(read_rows(self.root, text_column, ("coarse_label",)))
         self.file_names: list[str] = []
@@ -172,7 +180,8 @@ class ProductFolder(Dataset[dict[str, Any]]):
     def _load_image(self, name: str) -> tuple[torch.Tensor, str]:
         try:
             data = read_picture(picture_path(self.root, name))
-            return decode(data, self.image_size), hashlib.sha256(data).hexdigest()
+            image = decode(data, self.image_size, self.resize, self.resample)
+            return image, hashlib.sha256(data).hexdigest()
         except BrokenPicture as error:
             raise BrokenRow(f"the image cannot be read: {error}") from error
 

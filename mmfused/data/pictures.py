@@ -25,6 +25,8 @@ from PIL import (
     WebPImagePlugin,
 )
 
+from ._common import Resample, Resize, check_choice
+
 try:
     from PIL import AvifImagePlugin
 except ImportError:  # Pillow before 11.3
@@ -52,6 +54,7 @@ ORIENTATION = 0x0112
 BITS_PER_SAMPLE = 0x0102
 PHOTOMETRIC = 0x0106
 WITH_ALPHA = ("LA", "PA", "RGBA", "RGBa")
+FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
 class BrokenPicture(ValueError):
@@ -61,6 +64,9 @@ class BrokenPicture(ValueError):
 def load_picture(
     source: str | os.PathLike[str] | bytes | BinaryIO,
     size: int | None = None,
+    *,
+    resize: Resize = "crop",
+    resample: Resample = "bicubic",
 ) -> torch.Tensor:
     """Return a picture as a (3, H, W) uint8 tensor, as an image viewer would show it.
 
@@ -79,11 +85,15 @@ def load_picture(
 
     Args:
         source: a path, the bytes of a file, or an open file.
-        size: side of the square to which the picture is cropped and resized (bicubic, antialiased);
-            None keeps the picture's size. To save memory, a large JPEG is decoded at a reduced
-            size, with sides of at least ``2 * size``.
+        size: side of the square to which the picture is resized (antialiased); None keeps the
+            picture's size. To save memory, a large JPEG is decoded at a reduced size, with sides of
+            at least ``2 * size``.
+        resize: "crop" resizes the central square, and "stretch" the whole picture, without keeping
+            its shape, like torchvision's ``Resize((size, size))``.
+        resample: the interpolation, "bicubic" or "bilinear".
 
     Raises:
+        ValueError: ``resize`` or ``resample`` is none of these.
         BrokenPicture: the picture cannot be loaded; the message gives the reason. It is a
             ``ValueError``.
 
@@ -101,8 +111,10 @@ def load_picture(
             ...
         mmfused.data.pictures.BrokenPicture: ...
     """
+    check_choice("resize", resize, Resize)
+    check_choice("resample", resample, Resample)
     with quiet():
-        return decode(read_picture(source), size)
+        return decode(read_picture(source), size, resize, resample)
 
 
 def read_picture(source: str | os.PathLike[str] | bytes | BinaryIO) -> bytes:
@@ -147,11 +159,16 @@ def _check_regular(status: os.stat_result) -> None:
         raise BrokenPicture("it is not a regular file")
 
 
-def decode(data: bytes, size: int | None) -> torch.Tensor:
+def decode(
+    data: bytes,
+    size: int | None,
+    resize: Resize = "crop",
+    resample: Resample = "bicubic",
+) -> torch.Tensor:
     """Decode the bytes of a picture file like :func:`load_picture`; call within ``quiet()``."""
     try:
         with _opened(data) as image:
-            return load_rgb(image, size)
+            return load_rgb(image, size, resize, resample)
     except BrokenPicture:
         raise
     # For damaged data, Pillow's decoders raise many types: OSError, SyntaxError, struct.error,
@@ -220,7 +237,12 @@ class _CompleteFile(io.BytesIO):
         return data
 
 
-def load_rgb(image: Any, size: int | None) -> torch.Tensor:
+def load_rgb(
+    image: Any,
+    size: int | None,
+    resize: Resize = "crop",
+    resample: Resample = "bicubic",
+) -> torch.Tensor:
     """Return a Pillow image as a (3, H, W) uint8 tensor; see :func:`load_picture`."""
     if image.format == "JPEG":
         width, height = _draft(image, size)
@@ -241,10 +263,12 @@ def load_rgb(image: Any, size: int | None) -> torch.Tensor:
         turn = TRANSPOSE.get(_orientation_of(image))
         image = _to_rgb(image, transparency)
         if size is not None:
+            # A stretch or a central square is the same before and after the turn.
             side = min(width, height)
-            left, top = (width - side) / 2, (height - side) / 2
-            box = (left, top, left + side, top + side)
-            image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+            across, down = (side, side) if resize == "crop" else (width, height)
+            left, top = (width - across) / 2, (height - down) / 2
+            box = (left, top, left + across, top + down)
+            image = image.resize((size, size), FILTERS[resample], box=box)
         if turn is not None:
             image = image.transpose(turn)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()

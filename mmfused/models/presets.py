@@ -11,6 +11,8 @@ Presets = dict[str, dict[str, Any]]
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 VIT_B_224 = {"img_size": 224, "depth": 12, "num_heads": 12}
 TINY_VIT_64: dict[str, Any] = {
     "img_size": 64,
@@ -61,6 +63,10 @@ FLUID: Presets = {
         "text_mask": False,
         "text_length": 512,
         "query_std": 1.0,
+        "pixel_mean": IMAGENET_MEAN,
+        "pixel_std": IMAGENET_STD,
+        "resize": "stretch",
+        "resample": "bilinear",
     },
     "tiny": {
         "image": {**TINY_VIT_64, "img_size": 32, "patch_size": 8},
@@ -104,6 +110,7 @@ UNIECS: Presets = {
         "text_padding": "encoded",
         "v2f": "f_to_v",
         "weighting": "static",
+        "resize": "stretch",
         "image": {**VIT_B_224, "patch_size": 32},
     },
     "tiny": {

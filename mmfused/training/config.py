@@ -16,6 +16,7 @@ ModelName: TypeAlias = Literal["fluid", "uniecs", "unica", "moon2", "unite"]
 Modalities: TypeAlias = Literal["both", "image", "text"]
 Precision: TypeAlias = Literal["auto", "bf16", "off"]
 Schedule: TypeAlias = Literal["cosine", "linear", "constant"]
+Augment: TypeAlias = Literal["none", "light", "strong"]
 
 # The models on a Qwen2-VL; the others have an image and a text encoder.
 HOSTED = ("moon2", "unite")
@@ -28,9 +29,25 @@ _FLUID = {
     "batch_size": 128,
     "max_length": 512,
 }
-_UNIECS = {"lr": 1e-6, "weight_decay": 0.01, "epochs": 50, "batch_size": 256}
+_FLUID_CODE = {**_FLUID, "augment": "none"}
+# max_length is text_length of the presets.
+_UNIECS = {
+    "lr": 1e-6,
+    "weight_decay": 0.01,
+    "epochs": 50,
+    "batch_size": 256,
+    "max_length": 64,
+}
+_UNIECS_CODE = {
+    **_UNIECS,
+    "lr_image": 1e-5,
+    "betas": (0.9, 0.98),
+    "schedule": "cosine",
+    "augment": "none",
+}
+# VISTA, UniCA's baseline, gives max_length; its second stage gives the augmentation.
+_UNICA = {"lr": 2e-5, "epochs": 5, "batch_size": 640, "max_length": 109}
 # The paper gives the batch size and LoRA's; the rest is from the public scripts of the 2B model.
-_UNICA = {"lr": 2e-5, "epochs": 5, "batch_size": 640, "max_length": 109}  # VISTA's max_length
 _UNITE = {"epochs": 1, "batch_size": 4096, "max_length": 2048}
 _UNITE_CODE = {
     **_UNITE,
@@ -47,11 +64,11 @@ _UNITE_STAGES = {
 }
 RECIPES: dict[tuple[str, str], dict[str, Any]] = {
     ("fluid", "paper"): _FLUID,
-    ("fluid", "code"): _FLUID,
+    ("fluid", "code"): _FLUID_CODE,
     ("uniecs", "paper"): _UNIECS,
-    ("uniecs", "code"): _UNIECS,
+    ("uniecs", "code"): _UNIECS_CODE,
     ("unica", "paper"): _UNICA,
-    ("unica", "code"): _UNICA,
+    ("unica", "code"): {**_UNICA, "augment": "light"},
     ("moon2", "paper"): {"lr": 1e-5, "epochs": 1, "batch_size": 256},
     ("unite", "paper"): _UNITE,
     ("unite", "code"): _UNITE_CODE,
@@ -164,7 +181,9 @@ class TrainConfig:
         warmup: fraction of the steps in which the learning rate rises.
         clip: largest norm of the gradient.
         seed: seed of all random draws.
-        augment: whether to augment training pictures; None augments all but generated pictures.
+        augment: how strongly to augment training pictures: "none", "light" or "strong" (see
+            ``mmfused.data.augment``). None is "strong", but "none" for generated pictures, because
+            the texts describe their colours. True is "strong", and False is "none".
         swap_text: fraction of the texts, in training and validation, that are replaced by a text of
             another class.
         drop_image: fraction of the training items whose image is hidden.
@@ -235,7 +254,7 @@ class TrainConfig:
     warmup: float = 0.1
     clip: float = 1.0
     seed: int = 0
-    augment: bool | None = None
+    augment: Augment | None = None
     swap_text: float = 0.0
     drop_image: float = 0.0
     drop_text: float = 0.0
@@ -255,6 +274,8 @@ class TrainConfig:
     resume: bool = False
 
     def __post_init__(self) -> None:
+        if isinstance(self.augment, bool):
+            self.augment = _strength(self.augment, self.data)
         self._check_types()
         first, second = self.betas
         self.betas = (first, second)
@@ -361,6 +382,11 @@ class TrainConfig:
                 "expected 1: grad_cache splits one batch into chunks"
             )
 
+    @property
+    def strength(self) -> Augment:
+        """How strongly training pictures are augmented."""
+        return _strength(self.augment, self.data)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as values that JSON can represent."""
         return json.loads(json.dumps(asdict(self)))
@@ -387,10 +413,18 @@ class TrainConfig:
             where: folder of the run or checkpoint, for the error message.
         """
         defaults = type(self)(self.out).to_dict()  # of settings that an earlier version lacks
-        for name, value in self.to_dict().items():
+        saved = {**saved, "augment": _strength(saved.get("augment"), self.data)}
+        for name, value in {**self.to_dict(), "augment": self.strength}.items():
             expected = saved.get(name, defaults[name])
             if name not in FREE_ON_RESUME and value != expected:
                 raise ValueError(
                     f"resume: {name}: got {value!r}, expected {expected!r}, "
                     f"with which {where} was trained"
                 )
+
+
+def _strength(augment: Augment | bool | None, data: str) -> Augment:
+    """Return how strongly pictures are augmented; earlier versions had True, False and None."""
+    if isinstance(augment, bool):
+        return "strong" if augment else "none"
+    return augment or ("none" if data == "generated" else "strong")

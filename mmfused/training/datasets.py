@@ -24,6 +24,7 @@ def load_data(
     config: TrainConfig,
     image_size: int | None = None,
     num_classes: int | None = None,
+    model_config: Any = None,
 ) -> tuple[Any, Any]:
     """Return the training and the validation set.
 
@@ -31,8 +32,9 @@ def load_data(
         config: the settings.
         image_size: passed to :class:`mmfused.data.ProductFolder`.
         num_classes: number of classes of a classifier; None takes those of the training data.
+        model_config: the model's config, which says how pictures are resized; None crops them.
     """
-    train_set, val_set = _load_splits(config, image_size)
+    train_set, val_set = _load_splits(config, image_size, model_config)
     if MODELS[config.model].task == "classification":
         _check_classes(train_set, val_set, num_classes)
     if config.swap_text:
@@ -41,7 +43,11 @@ def load_data(
     return train_set, val_set
 
 
-def _load_splits(config: TrainConfig, image_size: int | None) -> tuple[Any, Any]:
+def _load_splits(
+    config: TrainConfig,
+    image_size: int | None,
+    model_config: Any,
+) -> tuple[Any, Any]:
     if config.data == "generated":
         if config.text_column != "text":
             raise ValueError(
@@ -60,18 +66,21 @@ def _load_splits(config: TrainConfig, image_size: int | None) -> tuple[Any, Any]
         raise ValueError(
             "val: got None, expected the folder of a validation set, with images and metadata.csv"
         )
-    train_set = load_folder("data", config.data, image_size, config.text_column)
-    return train_set, load_folder("val", config.val, image_size, config.text_column)
+    column = config.text_column
+    train_set = load_folder("data", config.data, image_size, column, model_config=model_config)
+    val_set = load_folder("val", config.val, image_size, column, model_config=model_config)
+    return train_set, val_set
 
 
 def load_catalogue(
     config: TrainConfig,
     image_size: int | None = None,
+    model_config: Any = None,
 ) -> product_data.ProductFolder | None:
     """Return the products in ``config.products``, or None if the config has no such folder."""
     if config.products is None:
         return None
-    return load_folder("products", config.products, image_size)
+    return load_folder("products", config.products, image_size, model_config=model_config)
 
 
 def check_folder(name: str, folder: str) -> None:
@@ -93,19 +102,25 @@ def load_folder(
     image_size: int | None = None,
     text_column: str = "text",
     num_classes: int | None = None,
+    model_config: Any = None,
 ) -> product_data.ProductFolder:
     """Return the ProductFolder at ``folder``, and log the rows that it skips.
 
-    Error messages begin with ``name``, the name of the argument ``folder``. The other arguments are
+    Error messages begin with ``name``, the name of the argument ``folder``. ``model_config`` is the
+    model's config, which says how pictures are resized; None crops them. The other arguments are
     those of :class:`mmfused.data.ProductFolder`.
     """
     check_folder(name, folder)
+    resizing = {}
+    if model_config is not None:
+        resizing = {"resize": model_config.resize, "resample": model_config.resample}
     try:
         products = product_data.ProductFolder(
             folder,
             image_size=image_size,
             text_column=text_column,
             num_classes=num_classes,
+            **resizing,
         )
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error

@@ -226,7 +226,7 @@ def model_config(
 
     Fields of the task and the tokenizer override those of ``start.values``, fields of the
     pretrained parts override both, and ``config.model_options`` overrides all. A run in ``init``
-    keeps its vocabulary and its classes.
+    keeps its vocabulary and its classes, and the preset "code" its normalisation of pixels.
 
     Args:
         config: the settings.
@@ -244,6 +244,10 @@ def model_config(
         if num_classes is not None and start.run is None:
             changes["num_classes"] = num_classes
     changes |= start.fields
+    if config.preset == "code" and not config.init:
+        # The public code normalises pictures in its own way, whatever encoder it starts with.
+        pixels = ("pixel_mean", "pixel_std")
+        changes |= {name: start.values[name] for name in pixels if name in start.values}
     values = kind.config.replaced(
         start.values,
         changes,

@@ -81,11 +81,14 @@ class Trained:
     def identity(self) -> dict[str, Any]:
         """What the embeddings of an item depend on, as JSON can represent it.
 
-        For a run, it is the SHA-256 of ``model.safetensors``. For a host, it is the SHA-256 of each
-        file, and the options.
+        For a run, it is the SHA-256 of ``model.safetensors``, and how pictures are resized. For a
+        host, it is the SHA-256 of each file, and the options.
         """
         if self.weights is None:
-            return {"checkpoint": sha256(self.folder / "model.safetensors")}
+            config = self.settings["model"]
+            # Settings of earlier versions lack these fields, and their identities too.
+            resizing = {name: config[name] for name in ("resize", "resample") if name in config}
+            return {"checkpoint": sha256(self.folder / "model.safetensors"), **resizing}
         words = json.loads(self.tokenizer.backend_tokenizer.to_str())
         for name in ("truncation", "padding"):  # those of the last call
             words.pop(name)
@@ -126,7 +129,7 @@ class Trained:
         if data == "generated":
             dataset = product_data.GeneratedProducts("val")
         else:
-            dataset = load_folder(name, data, size, text_column, num_classes)
+            dataset = load_folder(name, data, size, text_column, num_classes, self.model.config)
         max_length = self.settings["training"]["max_length"]
         collate = make_collate(self.tokenizer, size, max_length, self.model.config)
         return dataset, make_val_batches(dataset, collate, batch_size or VAL_BATCH_SIZE)

@@ -200,8 +200,8 @@ def _load_parts(config: TrainConfig, found: Checkpoint | None) -> tuple[Any, Any
 def _load_sets(config: TrainConfig, image_size: int, model_config: ModelConfig) -> tuple:
     num_classes = fixed_classes(config, model_config.to_dict())
     return (
-        *load_data(config, image_size, num_classes),
-        load_catalogue(config, image_size),
+        *load_data(config, image_size, num_classes, model_config),
+        load_catalogue(config, image_size, model_config),
     )
 
 

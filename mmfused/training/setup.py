@@ -9,7 +9,7 @@ import torch
 
 import mmfused
 from mmfused import data as product_data
-from mmfused.training.config import TrainConfig
+from mmfused.training.config import Augment, TrainConfig
 
 # Items per batch in validation.
 VAL_BATCH_SIZE = 256
@@ -83,15 +83,6 @@ def batch_size_of(config: TrainConfig, rows: int, world: int = 1) -> int:
     return size
 
 
-def augments(config: TrainConfig) -> bool:
-    """Return whether to augment training pictures.
-
-    Generated pictures are not augmented by default, because augmentation changes their colours,
-    which the texts describe.
-    """
-    return config.data != "generated" if config.augment is None else config.augment
-
-
 def make_batches(
     config: TrainConfig,
     train_set: Any,
@@ -119,7 +110,7 @@ def make_batches(
         size,
         config.max_length,
         model_config,
-        augment=augments(config) and config.modalities != "text",
+        augment="none" if config.modalities == "text" else config.strength,
         seed=config.seed,
     )
     batches = product_data.Batches(
@@ -142,10 +133,14 @@ def make_collate(
     max_length: int,
     model_config: Any,
     *,
-    augment: bool = False,
+    augment: Augment = "none",
     seed: int = 0,
 ) -> product_data.Collate:
-    """Return a `Collate` that normalises pixels as ``model_config`` describes."""
+    """Return a `Collate` that resizes and normalises pixels as ``model_config`` describes.
+
+    ``model_config.resample`` is that of picture files, which are read at the model's size. Only
+    generated pictures are resized here, always with `Collate`'s default.
+    """
     return product_data.Collate(
         tokenizer,
         size,
@@ -156,6 +151,7 @@ def make_collate(
         std=model_config.pixel_std,
         format_text=model_config.format_text,
         truncation_side=model_config.truncation_side,
+        resize=model_config.resize,
     )
 
 

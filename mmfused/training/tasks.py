@@ -17,7 +17,6 @@ from mmfused.training.metrics import evaluate_classifier, model_inputs
 from mmfused.training.ranks import fail_together
 from mmfused.training.retrieval_metrics import embed_items, mean_scores, retrieval_scores
 from mmfused.training.setup import (
-    augments,
     batch_size_of,
     make_batches,
     make_collate,
@@ -118,7 +117,7 @@ class Retrieval:
             size,
             config.max_length,
             model_config,
-            augment=augments(config),
+            augment=config.strength,
             seed=config.seed,
         )
         self.batches: PairBatches = PairBatches(
