@@ -5,11 +5,13 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
 import torch
 import transformers
+from PIL import Image
 from retrieval_models import BERT, TEXTS, VIT
 
 from mmfused.cli import main
@@ -292,6 +294,23 @@ def test_each_option_of_the_image_encoder_is_kept(tmp_path, field):
     assert equal_weights(vit, model.image_encoder)
     assert torch.equal(vit.eval().forward_features(pixels), expected)
     assert fields["image"][field] == (list(value) if isinstance(value, tuple) else value)
+
+
+def test_a_stretched_picture_is_squashed_by_timm():
+    """timm's transform with these settings is the whole picture, resized."""
+    config, _ = build("uniecs")
+    config = config.config
+    settings = encoder_export.picture_settings(config)
+    assert (settings["crop_mode"], settings["interpolation"]) == ("center", "bicubic")
+    config.resize, config.resample = "stretch", "bilinear"
+    settings = encoder_export.picture_settings(config)
+    transform = timm.data.create_transform((3, 8, 8), **settings)
+    values = np.arange(24 * 16 * 3).reshape(16, 24, 3) % 251
+    picture = Image.fromarray(values.astype(np.uint8))
+    mean, std = (torch.tensor(settings[name])[:, None, None] for name in ("mean", "std"))
+    whole = np.array(picture.resize((8, 8), Image.Resampling.BILINEAR))
+    expected = (torch.from_numpy(whole).permute(2, 0, 1) / 255 - mean) / std
+    torch.testing.assert_close(transform(picture), expected)
 
 
 @torch.no_grad()

@@ -74,8 +74,7 @@ weights.
 """
 IMAGE = """\
 This is the image encoder alone. It maps a picture to tokens; what {name} computes from them and
-from texts is not in this folder, so it does not embed as {name} does. A picture is cropped to its
-central square and resized.
+from texts is not in this folder, so it does not embed as {name} does. A picture is {resized}.
 
 ```python
 import timm
@@ -104,12 +103,16 @@ def model_card(
         model: the model, in evaluation mode.
         part: "image", "text", or None for a host.
     """
+    from mmfused.models.encoder_export import picture_settings
     from mmfused.models.encoders import text_class
     from mmfused.training.config import TrainConfig
 
     training = TrainConfig.from_dict(settings["training"]).to_dict()
     key = training["model"]
     words = {"name": TITLES[key], "key": key, "pooled": POOLED.get(key, "")}
+    if part == "image":
+        stretched = picture_settings(model.config)["crop_mode"] == "squash"
+        words["resized"] = "stretched" if stretched else "cropped to its central square and resized"
     if part == "text":
         _, no_pooler = text_class(model.text_encoder.config)
         words["kind"] = type(model.text_encoder).__name__

@@ -154,8 +154,7 @@ def save_image(
     """Write the image encoder of a model to a folder in timm's format.
 
     ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads it, and so does
-    ``transformers.AutoModel``. The settings of pictures are those of training: the central square,
-    resized to the side of the encoder, and normalised.
+    ``transformers.AutoModel``. The settings of pictures in it are those of training.
 
     Args:
         model: a FLUID, UniECS or UniCA with the image_stem "patch". Its adapters are merged, and
@@ -184,7 +183,7 @@ def save_image(
         import safetensors.torch
     encoder, config = model.image_encoder.to(getattr(torch, dtype)), model.config
     settings = timm_settings(encoder, config.image)
-    settings["pretrained_cfg"] |= {"mean": config.pixel_mean, "std": config.pixel_std}
+    settings["pretrained_cfg"] |= picture_settings(config)
     weights = {name: x.detach().cpu().contiguous() for name, x in encoder.state_dict().items()}
     with refusing(f"out: {folder} cannot be written"):
         Path(folder).mkdir(exist_ok=True)
@@ -222,14 +221,27 @@ def timm_settings(encoder: Any, options: dict[str, Any]) -> dict[str, Any]:
         "pretrained_cfg": {
             "input_size": [embed.proj.in_channels, *embed.img_size],
             "fixed_input_size": not options.get("dynamic_img_size", False),
-            "interpolation": "bicubic",
-            "crop_pct": 1.0,
-            "crop_mode": "center",
             "num_classes": 0,
             "pool_size": None,
             "first_conv": "patch_embed.proj",
             "classifier": "head",
         },
+    }
+
+
+def picture_settings(config: Any) -> dict[str, Any]:
+    """Return how pictures are prepared, as fields of timm's pretrained_cfg.
+
+    Args:
+        config: the config of the model.
+    """
+    stretched = getattr(config, "resize", "crop") == "stretch"
+    return {
+        "mean": config.pixel_mean,
+        "std": config.pixel_std,
+        "interpolation": getattr(config, "resample", "bicubic"),
+        "crop_pct": 1.0,
+        "crop_mode": "squash" if stretched else "center",
     }
 
 
