@@ -102,13 +102,14 @@ def test_the_tensors_are_written_unchanged(tmp_path, wrap, dropped, old):
 
 
 def test_the_folder_of_a_checkpoint(tmp_path, capsys):
-    source = save(tmp_path / "a b.pt", {"epoch": 3, "name": "a", "state_dict": values()})
+    value = {"epoch": 3, "a\x1b[2J": 1, "state_dict": values()}
+    source = save(tmp_path / "a b.pt", value)
     out = tmp_path / "out dir"
     assert run(source, out) == 0
     assert_written(out, values())
     printed = capsys.readouterr().out
     assert f"11 tensors of {source} written to {out}: image_encoder, text_encoder" in printed
-    assert "left out: epoch, name\n" in printed
+    assert "left out: epoch, a?[2J\n" in printed
     assert f"next: mmfused train --model uniecs --init '{out}' --data" in printed
     record = json.loads((out / "convert.json").read_text())
     assert record["source"] == "a b.pt" and record["files"] == ["model.safetensors"]
@@ -291,7 +292,7 @@ def test_a_killed_process_leaves_nothing(tmp_path, capsys, monkeypatch):
     killer.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(killer))
     message = refusal(capsys, source, tmp_path / "out")
-    assert "was ended by SIGKILL; is there enough memory?" in message
+    assert "signal 9 ended the process that read it; is there enough memory?" in message
     killer.write_text("#!/bin/sh\necho 'no such module' >&2\nexit 1\n")
     assert "failed: no such module" in refusal(capsys, source, tmp_path / "out")
 

@@ -7,7 +7,6 @@ import json
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -97,9 +96,9 @@ def read_pickle(file: Path, out: Path) -> dict[str, Any]:
         env={**os.environ, "PYTHONPATH": os.pathsep.join(places)},
     )
     if done.returncode < 0:
-        name = signal.Signals(-done.returncode).name
         raise ValueError(
-            f"file: {file}: the process that read it was ended by {name}; is there enough memory?"
+            f"file: {file}: signal {-done.returncode} ended the process that read it; "
+            "is there enough memory?"
         )
     lines = done.stdout.splitlines()
     if done.returncode or not lines:

@@ -63,15 +63,15 @@ def convert(file: Path, out: Path) -> dict[str, Any]:
         if key is None:
             break
         wrappers.append(key)
-        dropped += [str(name) for name in value if name != key]
+        dropped += [_shown(name) for name in value if name != key]
         value = value[key]
     if not isinstance(value, Mapping):
         raise ValueError(f"it holds a {type(value).__name__}, expected a dict of tensors")
     tensors = {name: x.detach() for name, x in value.items() if isinstance(x, Tensor)}
     if not tensors:
-        names = ", ".join(one_line(name, 40) for name in list(value)[:5])
+        names = ", ".join(map(_shown, list(value)[:5]))
         raise ValueError(f"it holds no tensors under {names or 'any name'}")
-    dropped += [str(name) for name in value if name not in tensors]
+    dropped += [_shown(name) for name in value if name not in tensors]
     _check(tensors, file.stat().st_size)
     prefix = ""
     while found := [start for start in PREFIXES if all(x.startswith(start) for x in tensors)]:
@@ -97,7 +97,7 @@ def _load(file: Path) -> Any:
         refused = re.search(r"GLOBAL (\S+)", str(error))
         if refused:
             raise ValueError(
-                f"its pickle would call {one_line(refused[1], 80)}, expected tensors and "
+                f"its pickle would call {_shown(refused[1])}, expected tensors and "
                 "plain values; nothing of it was run"
             ) from error
         raise ValueError(
@@ -120,7 +120,7 @@ def _check_archive(file: Path) -> None:
     for entry in entries:
         if entry.compress_type != zipfile.ZIP_STORED:
             raise ValueError(
-                f"it is an archive with the compressed file {one_line(entry.filename, 80)}, "
+                f"it is an archive with the compressed file {_shown(entry.filename)}, "
                 "expected a file of torch.save, which compresses nothing"
             )
 
@@ -130,8 +130,8 @@ def _check(tensors: Mapping[Any, Tensor], size: int) -> None:
     total = 0
     for name, tensor in tensors.items():
         if not isinstance(name, str) or name == "__metadata__":
-            raise ValueError(f"it holds a tensor under {name!r:.80}, expected a name")
-        shown = one_line(name, 80)
+            raise ValueError(f"it holds a tensor under {_shown(name)}, expected a name")
+        shown = _shown(name)
         if tensor.layout is not torch.strided or tensor.device.type != "cpu":
             kind = tensor.device if tensor.layout is torch.strided else tensor.layout
             raise ValueError(f"{shown}: got a tensor of {kind}, expected a dense one with numbers")
@@ -140,6 +140,11 @@ def _check(tensors: Mapping[Any, Tensor], size: int) -> None:
         total += tensor.numel() * tensor.element_size()
     if total > MOST_TIMES * size + MOST_MORE:
         raise ValueError(f"its tensors have {total} bytes, expected about the file's {size}")
+
+
+def _shown(name: object) -> str:
+    """Return a name in a file, which may have any characters, for a line on the terminal."""
+    return "".join(c if c.isprintable() else "?" for c in one_line(name, 80))
 
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:
