@@ -14,7 +14,7 @@ import torch
 import transformers
 from retrieval_models import TEXTS
 
-from mmfused.cli import export, main
+from mmfused.cli import main, new_folder
 from mmfused.data import train_tokenizer
 from mmfused.models import MODELS, qwen
 from mmfused.models.lora import adapted_layers, add_lora, merge_lora
@@ -231,7 +231,7 @@ def test_an_exported_folder_is_a_host_with_the_same_weights(tmp_path):
     ("name", "options", "message"),
     [
         ("moon2", {"without": []}, "export: got a moon2 with mixtures of experts, for which"),
-        ("fluid", {}, "export: got model 'fluid', expected unite or moon2, which have a host"),
+        ("fluid", {}, "part: got None with model 'fluid', expected image or text"),
     ],
 )
 def test_models_without_a_class_in_transformers_are_refused(
@@ -275,9 +275,9 @@ def test_only_exported_folders_are_replaced(tmp_path, capsys):
     assert "did not write (tokenizer, tokenizer.json)" in capsys.readouterr().err
     (out / "tokenizer").rename(out / "tokenizer.json")
     (out / "notes.txt").touch()
-    (out / "README.md").mkdir()
+    (out / "NOTES.md").mkdir()
     assert main([*command, "--overwrite"]) == 2
-    message = "holds files that mmfused export did not write (README.md, notes.txt)"
+    message = "holds files that mmfused export did not write (NOTES.md, notes.txt)"
     assert message in capsys.readouterr().err
     assert main([*command[:-1], str(tmp_path / "run"), "--overwrite"]) == 2
     assert "did not write" in capsys.readouterr().err
@@ -385,7 +385,7 @@ def test_the_folder_of_a_running_export_is_not_removed(tmp_path, monkeypatch):
     out, save = tmp_path / "out", transformers.Qwen2VLProcessor.save_pretrained
 
     def slow(self, folder):
-        export._remove_abandoned(out)  # as another export to the same folder does
+        new_folder.remove_abandoned(out, "export")  # as another export to the same folder does
         save(self, folder)
 
     monkeypatch.setattr(transformers.Qwen2VLProcessor, "save_pretrained", slow)

@@ -16,7 +16,18 @@ from typing import Any
 import mmfused
 from mmfused.extras import from_extra
 
-COMMANDS = ("demo", "train", "eval", "embed", "export", "ablate", "bench", "inspect", "env")
+COMMANDS = (
+    "demo",
+    "train",
+    "eval",
+    "embed",
+    "export",
+    "convert",
+    "ablate",
+    "bench",
+    "inspect",
+    "env",
+)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,18 +1,16 @@
-"""``mmfused export``: write a trained model as a folder that transformers loads."""
+"""``mmfused export``: write a trained model as a folder for other libraries."""
 
 from __future__ import annotations
 
 import argparse
-import fcntl
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
-HELP = "write a trained unite or moon2 as a folder that transformers loads"
-# The file by which an exported folder is known. It lists the other files.
-RECORD = "export.json"
+from .model_card import model_card
+from .new_folder import check_out, new_folder
+
+HELP = "write a trained model, or an encoder of it, as a folder for transformers or timm"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the new folder",
     )
     parser.add_argument(
+        "--part",
+        help="the encoder to write: image or text (fluid, uniecs; default for unica: text)",
+    )
+    parser.add_argument(
         "--dtype",
         default="float32",
         help="type of the weights: float32 or bfloat16 (default: float32)",
@@ -43,125 +45,57 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Load the run, write the folder and return the exit code."""
     import mmfused
-    from mmfused.models.qwen_export import ExportDtype, check_exportable, save_host
+    from mmfused.models.encoder_export import save_image, save_text
+    from mmfused.models.qwen_export import ExportDtype, save_host
     from mmfused.training.run_folder import load_saved, read_settings
 
     out, source = Path(args.out), Path(args.checkpoint)
     if args.dtype not in get_args(ExportDtype):
         raise ValueError(f"dtype: got {args.dtype!r}, expected float32 or bfloat16")
-    check_out(out, args.overwrite)
+    check_out(out, "export", args.overwrite)
     settings = read_settings(source)
-    check_exportable(settings["training"]["model"], settings["model"].get("without"))
+    part = _checked_part(args.part, settings, source)
     model, tokenizer = load_saved(source, settings)
-    name = settings["training"]["model"]
+    name, length = settings["training"]["model"], settings["training"]["max_length"]
     record = {"mmfused": mmfused.__version__, "model": name, "config": model.config.to_dict()}
-    with new_folder(out, record, args.overwrite) as folder:
-        save_host(model, tokenizer, folder, args.dtype)
-    print(f"{name} of {source} written to {out}")
+    if part is not None:
+        record["part"] = part
+    with new_folder(out, "export", record, args.overwrite) as folder:
+        if part is None:
+            save_host(model, tokenizer, folder, args.dtype)
+        elif part == "image":
+            save_image(model, folder, args.dtype)
+        else:
+            save_text(model, tokenizer, folder, args.dtype, length)
+        card = model_card(source, settings, model, part)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    print(f"{name if part is None else f'{part} encoder of {name}'} of {source} written to {out}")
     return 0
 
 
-def check_out(out: Path, overwrite: bool) -> None:
-    """Raise an error unless the folder ``out`` can be written, or replaced if ``overwrite``."""
-    from mmfused.training.files import join_names
+def _checked_part(
+    part: str | None,
+    settings: Mapping[str, Any],
+    source: Path,
+) -> Literal["image", "text"] | None:
+    """Return the part to write, None for a host, after a check that the model has it."""
+    from mmfused.models import MODELS
+    from mmfused.models.encoder_export import check_part
+    from mmfused.models.qwen_export import check_exportable
+    from mmfused.models.weights import named
 
-    if not out.parent.is_dir():
-        raise ValueError(f"out: got {str(out)!r}, expected a new folder in an existing folder")
-    if not os.path.lexists(out):
-        return
-    foreign = _foreign_files(out)
-    if foreign:
-        raise FileExistsError(
-            f"out: {out} holds files that mmfused export did not write ({join_names(foreign)}); "
-            "choose another folder, or move them"
-        )
-    if not overwrite:
-        raise FileExistsError(f"out: {out} already exists; choose another name or overwrite it")
-
-
-def _foreign_files(out: Path) -> list[str]:
-    """Return the files in ``out`` that are not in its record, or ``out`` if it is no folder."""
-    from mmfused.training.files import read_json
-
-    if out.is_symlink() or not out.is_dir():
-        return [out.name]
-    try:
-        own = read_json(out / RECORD)["files"]
-    except (ValueError, KeyError, FileNotFoundError):
-        return [path.name for path in sorted(out.iterdir())]
-    known = [RECORD, *own] if isinstance(own, list) else []
-    return [
-        path.name
-        for path in sorted(out.iterdir())
-        if path.name not in known or path.is_symlink() or not path.is_file()
-    ]
-
-
-@contextmanager
-def new_folder(out: Path, record: Mapping[str, Any], overwrite: bool) -> Iterator[Path]:
-    """Yield a temporary folder to write to, which becomes ``out`` if no error is raised.
-
-    The record lists the files. Temporary folders that killed processes left beside ``out`` are
-    removed. A replaced folder is moved aside before it is removed, so that ``out`` is never half
-    of either.
-    """
-    from mmfused.training.files import remove, sync, sync_entry, write_json
-    from mmfused.training.folder_lock import temporary_path
-
-    _remove_abandoned(out)
-    temporary, old = temporary_path(out), temporary_path(out.with_name(f"{out.name}.old"))
-    temporary.mkdir()
-    write_json(temporary / RECORD, record)
-    lock = os.open(temporary, os.O_RDONLY)
-    try:
-        _try_lock(lock)
-        yield temporary
-        names = sorted(path.name for path in temporary.iterdir() if path.name != RECORD)
-        write_json(temporary / RECORD, {**record, "files": names})
-        for name in names:  # safetensors lets only the owner read its files
-            (temporary / name).chmod((temporary / RECORD).stat().st_mode)
-        sync(temporary)
-        # Checked again, because another process may have written the folder in the meantime.
-        check_out(out, overwrite)
-        if out.exists():
-            os.replace(out, old)
-        os.replace(temporary, out)
-        sync_entry(out.parent)
-    finally:
-        if old.exists() and not out.exists():
-            os.replace(old, out)
-        os.close(lock)
-        remove(temporary)
-        remove(old)
-
-
-def _remove_abandoned(out: Path) -> None:
-    """Remove the temporary folders beside ``out`` that no living process has locked.
-
-    If a process was killed while it replaced ``out``, the old folder is moved back.
-    """
-    from mmfused.training.files import remove
-    from mmfused.training.folder_lock import TEMPORARY_NAME
-
-    for path in out.parent.glob(".*.tmp"):
-        name = TEMPORARY_NAME.fullmatch(path.name)
-        if not name or name[1] not in (out.name, f"{out.name}.old") or path.is_symlink():
-            continue
-        if (path / RECORD).is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                if _try_lock(descriptor) and name[1] != out.name and not out.exists():
-                    os.replace(path, out)
-                elif _try_lock(descriptor):
-                    remove(path)
-            finally:
-                os.close(descriptor)
-
-
-def _try_lock(descriptor: int) -> bool:
-    """Lock an open folder until it is closed; return False if it is locked or cannot be locked."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
+    name = settings["training"]["model"]
+    if name in ("unite", "moon2"):
+        if part is not None:
+            expected = f"no part with model {name!r}, whose host is written"
+            raise ValueError(f"part: got {part!r}, expected {expected}")
+        check_exportable(name, settings["model"].get("without"))
+        return None
+    if part is None and name == "unica":
+        part = "text"
+    if part != "image" and part != "text":
+        raise ValueError(f"part: got {part!r} with model {name!r}, expected image or text")
+    with named(f"checkpoint: {source}"):
+        config = MODELS[name].config.from_dict(settings["model"])
+    check_part(config, part)
+    return part

@@ -63,6 +63,16 @@ def enclose_texts(tokenizer: Any) -> Any:
     return tokenizer
 
 
+def without_call(tokenizer: Any) -> Any:
+    """Return a copy of the tokenizer that does not truncate or pad as in its last call."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    for name in TOKENIZING:  # what a tokenizer that was saved after a call repeats
+        tokenizer.init_kwargs.pop(name, None)
+    return tokenizer
+
+
 def plain_tokenizer(tokenizer: Any) -> Any:
     """Return a copy of the tokenizer for whole sequences.
 
@@ -71,11 +81,7 @@ def plain_tokenizer(tokenizer: Any) -> Any:
     """
     from tokenizers.processors import ByteLevel
 
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.backend_tokenizer.no_truncation()
-    tokenizer.backend_tokenizer.no_padding()
-    for name in TOKENIZING:  # what a tokenizer that was saved after a call repeats
-        tokenizer.init_kwargs.pop(name, None)
+    tokenizer = without_call(tokenizer)
     for name in ("padding_side", "truncation_side"):
         setattr(tokenizer, name, "left")
         tokenizer.init_kwargs[name] = "left"  # this value is saved

@@ -1,0 +1,130 @@
+"""``mmfused convert``: write the weights of a pickle as a folder of safetensors."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from .new_folder import check_out, new_folder
+
+HELP = "write the weights of a .pth, .pt, .bin or .ckpt file as a folder of safetensors"
+# The files beside the weights that are copied, besides those of a tokenizer.
+SETTINGS = ("config.json", "open_clip_config.json", "preprocessor_config.json")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``mmfused convert`` to ``parser``."""
+    parser.add_argument(
+        "file",
+        metavar="FILE",
+        help="a pickle that torch.save wrote: a state dict, or a checkpoint that holds one; "
+        "no code in it is run",
+    )
+    parser.add_argument(
+        "--out",
+        required=True,
+        metavar="DIR",
+        help="the new folder",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        metavar="NAME",
+        help="tokenizer folder or hub name (default: the tokenizer beside FILE, if there is one)",
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace DIR, if mmfused convert wrote it",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Read the file, write the folder and return the exit code."""
+    import mmfused
+    from mmfused.data import load_tokenizer
+    from mmfused.models.published import check_pretrained
+    from mmfused.training.files import join_names, sha256
+
+    file, out = Path(args.file), Path(args.out)
+    if not file.is_file():
+        raise FileNotFoundError(f"file: got {args.file!r}, expected a file")
+    check_out(out, "convert", args.overwrite)
+    tokenizer = None if args.tokenizer is None else load_tokenizer(args.tokenizer, "tokenizer")
+    record = {"mmfused": mmfused.__version__, "source": file.name, "sha256": sha256(file)}
+    with new_folder(out, "convert", record, args.overwrite) as folder:
+        found = read_pickle(file, folder / "model.safetensors")
+        _copy_settings(file.parent, folder, with_tokenizer=tokenizer is None)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        try:
+            parts = check_pretrained(folder)
+        except (ValueError, FileNotFoundError) as error:
+            # The temporary folder is gone when the message is read.
+            raise ValueError(f"file: {file}: {str(error).replace(str(folder), 'it')}") from error
+    print(f"{found['tensors']} tensors of {file} written to {out}: {', '.join(parts)}")
+    if found["dropped"]:
+        print(f"left out: {join_names(found['dropped'], 8)}")
+    print(f"next: mmfused train {_options(parts)} {shlex.quote(str(out))} --data DIR --val DIR")
+    return 0
+
+
+def read_pickle(file: Path, out: Path) -> dict[str, Any]:
+    """Write the weights in ``file`` to ``out`` in another process; see `unpickle.convert`.
+
+    Raises:
+        ValueError: the file is not such a pickle, or the process was killed.
+    """
+    import mmfused
+    from mmfused.json_files import one_line
+
+    # The process finds this library, but no modules that lie beside the file.
+    places = [str(Path(mmfused.__file__).parents[1])]
+    places += [os.path.abspath(x) for x in os.environ.get("PYTHONPATH", "").split(os.pathsep) if x]
+    command = [sys.executable, "-m", f"{__package__}.unpickle", *map(os.path.abspath, (file, out))]
+    done = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        cwd=out.parent,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(places)},
+    )
+    if done.returncode < 0:
+        raise ValueError(
+            f"file: {file}: signal {-done.returncode} ended the process that read it; "
+            "is there enough memory?"
+        )
+    lines = done.stdout.splitlines()
+    if done.returncode or not lines:
+        reason = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+        raise ValueError(f"file: {file}: the process that read it failed: {one_line(reason)}")
+    found = json.loads(lines[-1])
+    if "error" in found:
+        raise ValueError(f"file: {file} cannot be converted: {found['error']}")
+    return found
+
+
+def _copy_settings(source: Path, folder: Path, with_tokenizer: bool) -> None:
+    """Copy the settings, and the files of a tokenizer, that lie beside the weights."""
+    from mmfused.training.folder_lock import TOKENIZER_FILES
+
+    for name in (*SETTINGS, *(TOKENIZER_FILES if with_tokenizer else ())):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def _options(parts: tuple[str, ...]) -> str:
+    """Return the options of ``mmfused train`` that take a folder with these parts."""
+    if "host" in parts:
+        return "--model unite --host"
+    if parts == ("image_encoder",):
+        return "--model uniecs --image-encoder"
+    if parts == ("text_encoder",):
+        return "--model uniecs --text-encoder"
+    return f"--model {'unica' if 'visual_proj' in parts else 'uniecs'} --init"
