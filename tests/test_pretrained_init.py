@@ -19,9 +19,8 @@ from starting_parts import (
 )
 
 from mmfused.cli import main
-from mmfused.data import train_tokenizer
+from mmfused.data import GeneratedProducts, train_tokenizer
 from mmfused.models import MODELS
-from mmfused.training.files import read_tensors
 from mmfused.training.initial import is_pretrained
 from mmfused.training.load import load_pretrained
 from mmfused.training.run import train
@@ -106,15 +105,13 @@ def test_a_run_from_a_folder_is_resumed_without_it(tmp_path, clip):
     assert train(again)["steps"] == 2  # the finished run is read, and not trained
 
 
-def test_a_folder_embeds_as_the_model_from_which_training_starts(tmp_path, clip):
-    """A learning rate of 1e-30 leaves the weights as they are."""
-    sizes = ["--model", "uniecs", "--preset", "tiny", "--device", "cpu"]
-    steps = ["--steps", "1", "--lr", "1e-30", "--batch-size", "4", "--data", "generated"]
-    out = ["--out", str(tmp_path / "run")]
-    assert main(["train", *sizes, *steps, "--init", clip, *out]) == 0
-    start = load_pretrained("uniecs", clip, preset="tiny", device="cpu")
-    saved = read_tensors(tmp_path / "run" / "model.safetensors")
-    assert_equal(start.model.state_dict(), saved)
+@pytest.mark.parametrize("model", ENCODER_MODELS)
+def test_a_folder_is_the_model_with_which_training_starts(tmp_path, clip, model):
+    expected = initial_weights(settings(model, tmp_path / "run", init=clip))
+    classes = GeneratedProducts("train", size=60).num_classes
+    options = {"num_classes": classes} if model == "fluid" else {}
+    loaded = load_pretrained(model, clip, preset="tiny", options=options, device="cpu")
+    assert_equal(loaded.model.state_dict(), expected)
 
 
 def test_eval_and_embed_take_the_folder(tmp_path, clip, capsys):
@@ -125,6 +122,10 @@ def test_eval_and_embed_take_the_folder(tmp_path, clip, capsys):
     assert main(["embed", *given, "--model", "unica", "--out", str(tmp_path / "a.npz")]) == 0
     capsys.readouterr()
     assert main(["eval", *given, "--model", "unite"]) == 2
+    assert "got 'chinese_clip', expected one of qwen2_vl" in capsys.readouterr().err
+    run = ["--data", "generated", "--out", str(tmp_path / "run")]
+    train = ["train", "--model", "unite", "--init", clip, *run]
+    assert main(train) == 2
     message = "which holds image_encoder and text_encoder, expected host for model 'unite'"
     assert message in capsys.readouterr().err
     assert main(["eval", *given]) == 2
