@@ -185,6 +185,8 @@ def transcription(p, batch, c) -> dict:
         image = [pooled(p, "image_transform", linear(p, "image_map", tokens), c) for tokens in x]
     if c.modalities != "image":
         real = ~batch["text_padding_mask"]
+        if not c.text_mask:  # padded tokens take part in every text that has a token
+            real = real.any(1, keepdim=True).expand(real.shape)
         text = [
             pooled(p, "text_transform", x[r], c)
             for x, r in zip(batch["text_tokens"], real, strict=True)

@@ -9,7 +9,9 @@ import json
 import pytest
 import torch
 import training_runs
+from transformers import XLMRobertaConfig, XLMRobertaModel
 
+from mmfused.data import train_tokenizer
 from mmfused.models import MODELS
 from mmfused.training.load import load_trained
 from mmfused.training.run import TrainConfig, train
@@ -91,6 +93,30 @@ def test_a_code_preset_trains_and_its_run_is_loaded(name, tmp_path):
         trained.tokenizer.pad_token_id,
         len(trained.tokenizer),
     )
+
+
+def test_unica_trains_on_a_pretrained_xlm_roberta(tmp_path):
+    """Its width is no multiple of the preset's 12 heads of Bi-CA, which VISTA lacks."""
+    folder, tokenizer = tmp_path / "host", train_tokenizer(["red mug", "blue plate"])
+    first, last = tokenizer.cls_token_id, tokenizer.sep_token_id
+    config = XLMRobertaConfig(
+        **BERT,
+        hidden_size=16,
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        type_vocab_size=1,
+    )
+    host = XLMRobertaModel(config, add_pooling_layer=False)
+    host.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    options = {"image_dim": 16, "image": SIZES["unica"]["image"], "freeze": ("text",)}
+    run = settings("unica", tmp_path / "run", text_encoder=str(folder), model_options=options)
+    train(run)
+    model = load_trained(tmp_path / "run", device="cpu").model
+    assert model.config.text["model_type"] == "xlm-roberta"
+    assert model.config.empty_text == (first, last) and model.config.num_heads == 12
+    for name, weight in model.text_encoder.state_dict().items():
+        assert torch.equal(weight, host.state_dict()[name]), name
 
 
 @pytest.mark.parametrize("name", ["uniecs", "unica"])

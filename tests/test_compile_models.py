@@ -1,16 +1,17 @@
-"""The losses of UniECS and UniCA compile to one graph, given the tokens of the encoders.
+"""The losses of UniECS and UniCA compile to one graph, given the tokens of the image encoder.
 
-test_moon2.py and test_unite.py compile the other retrieval models.
+So does that of FLUID with a BERT, whose texts are padded. test_moon2.py and test_unite.py compile
+the other retrieval models.
 """
 
 from compiling import run_python
 
-# Both models run in one process, because imports take most of the time.
+# The models run in one process, because imports take most of the time.
 COMPILED = """
 import sys, torch
 
 sys.path.insert(0, "tests")
-import test_uniecs, unica_equations
+import test_text_padding, test_uniecs, unica_equations
 
 torch.set_num_threads(1)
 
@@ -29,8 +30,8 @@ def check(model, *args, **options):
 
 
 check(test_uniecs.random_model(), *test_uniecs.token_pair())
-encoded = {"text_padding": "encoded", "text_mask": False, "text_length": 6}
-check(test_uniecs.random_model(**encoded), *test_uniecs.token_pair())
+padded = test_text_padding.items(0) | {"labels": torch.arange(5)}
+check(test_text_padding.fluid(test_text_padding.BERT), **padded)
 check(unica_equations.random_model(), **unica_equations.token_batch())
 xlm_r = {"text": unica_equations.XLM_R, "empty_text": (0, 2), "image_token_type": False}
 check(unica_equations.random_model(**xlm_r, same_id="ignore"), **unica_equations.token_batch())

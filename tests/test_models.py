@@ -77,6 +77,7 @@ VARIANTS = [
     },
     {"modalities": "image"},
     {"modalities": "text", "balance": "gshard"},
+    {"text_mask": False, "text_length": 7, "depth": 2},
     *({"without": (name,)} for name in COMPONENTS),
     {"without": COMPONENTS},
     {"without": ("q_transform", "moe"), "modalities": "image"},

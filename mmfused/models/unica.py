@@ -102,13 +102,19 @@ class UniCAConfig(ModelConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_positive("temperature")
-        self.check_divisor("num_heads", "text_dim")
+        if self.has_bica:
+            self.check_divisor("num_heads", "text_dim")
         if not self.positive_weight >= 0:
             raise ValueError(f"positive_weight: got {self.positive_weight}, expected at least 0")
         host = self.text.get("model_type", "bert")
         if host not in HOSTS:
             raise ValueError(f"text.model_type: got {host!r}, expected one of {', '.join(HOSTS)}")
         self.check_frozen(self.freeze)
+
+    @property
+    def has_bica(self) -> bool:
+        """Whether the model has Bi-CA, which the ablations "bica" and "fusion" leave out."""
+        return not {"bica", "fusion"} & set(self.without)
 
     @staticmethod
     def of_tokenizer(tokenizer: Any) -> dict[str, Any]:
@@ -178,7 +184,7 @@ class UniCA(RetrievalModel):
         if max(c.empty_text) >= vocabulary:
             expected = f"ids below the host's vocab_size={vocabulary}"
             raise ValueError(f"empty_text: got {c.empty_text}, expected {expected}")
-        blocks = 0 if {"bica", "fusion"} & set(c.without) else c.blocks
+        blocks = c.blocks if c.has_bica else 0
         self.bica: nn.ModuleList = nn.ModuleList(BiCA(c) for _ in range(blocks))
         weighted = "positive_similarity" not in c.without
         self.positive_weight: float = c.positive_weight if weighted else 0.0
