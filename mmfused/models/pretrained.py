@@ -134,11 +134,11 @@ def vit_of_folder(
         part = image_part(layout)
         saved, pixels = part.options, part.pixels
     image = {**saved, **size}
-    with named(f"image encoder: {config_path(folder)}" if part else ""):
+    with named(f"image encoder: {config_path(folder)}"):
         check_image(saved)
         check_image(image)
-    with on_meta():
-        meta_vit = create_vit(**saved, num_classes=0)
+        with on_meta():
+            meta_vit = create_vit(**saved, num_classes=0)
     check_vit(f"image encoder: got {str(folder)!r}, ", meta_vit)
     weights, where = (
         read_weights("image encoder", folder, values),
@@ -275,10 +275,11 @@ def take(
         shape = tuple(state[key].shape)
         shape = (shape[0] // len(held), *shape[1:])
         for name in held:
-            got = tuple(weights[name].shape)
-            # CLIP's class token and positions have no batch dimension.
-            if got != shape and (1, *got) != shape and (1, 1, *got) != shape:
-                found = f"{name}: got shape {got}, expected {shape}"
+            got, expected = tuple(weights[name].shape), shape
+            while len(expected) > len(got) and expected[0] == 1:
+                expected = expected[1:]  # CLIP's class token and positions have no batch dimension
+            if got != expected:
+                found = f"{name}: got shape {got}, expected {expected}"
                 raise ValueError(f"{where} holds weights of another model: {found}")
         tensor = weights[held[0]] if len(held) == 1 else torch.cat([weights[name] for name in held])
         taken[key] = tensor.reshape(state[key].shape)
