@@ -15,7 +15,7 @@ from published_folders import PUBLISHED, expand, shapes_of, write_config, write_
 pytest.importorskip("timm")
 pytest.importorskip("transformers")
 
-from mmfused.models import layouts  # noqa: E402
+from mmfused.models import image_layouts, layouts, pretrained  # noqa: E402
 from mmfused.models.pretrained import pretrained_text, pretrained_vit  # noqa: E402
 from mmfused.models.published import (  # noqa: E402
     check_pretrained,
@@ -97,7 +97,7 @@ def test_published_checkpoints_are_whole(tmp_path, name):
 def test_published_sizes(tmp_path, name, width, heads, inner, depth, size):
     write(tmp_path, name)
     layout = layouts.find_layout("image encoder", tmp_path)
-    options = layouts.image_part(layout).options
+    options = image_layouts.image_part(layout).options
     assert (options["embed_dim"], options["num_heads"], options["depth"]) == (width, heads, depth)
     assert int(width * options["mlp_ratio"]) == inner and options["img_size"] == size
     assert ("quickgelu" in options["name"]) == (name in (CHINESE, HUGE, CLIP))
@@ -347,6 +347,36 @@ def test_a_truncated_file_is_refused(tmp_path, name):
         ValueError, match="^pretrained: .*open_clip_config.json is truncated or corr"
     ):
         parts_of(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["open_clip", "clip"])
+def test_only_config_and_safetensors_are_downloaded_from_the_hub(tmp_path, monkeypatch, name):
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    requested = []
+
+    def download(source, file):
+        assert source == "some/model"
+        requested.append(file)
+        if not (tmp_path / file).is_file():
+            raise huggingface_hub.errors.EntryNotFoundError(file)
+        return str(tmp_path / file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    if name == "open_clip":
+        write(tmp_path, OPEN_CLIP)
+        expected = ["config.json", "open_clip_config.json", "open_clip_model.safetensors"]
+    else:
+        write(tmp_path, CLIP)
+        (tmp_path / "preprocessor_config.json").write_text('{"image_std": [1, 2, 3]}')
+        expected = ["config.json", "preprocessor_config.json", "model.safetensors"]
+    monkeypatch.setattr(pretrained, "read_weights", refuse)
+    with pytest.raises(KeyError):  # before the weights are read
+        pretrained_vit("some/model")
+    assert requested == expected
+
+
+def refuse(*arguments):
+    raise KeyError(arguments)
 
 
 def test_a_host_is_checked_without_its_values(tmp_path):

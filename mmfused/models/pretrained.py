@@ -32,7 +32,8 @@ from mmfused.models.encoders import (
     without,
 )
 from mmfused.models.fields import Kinds, check_field, check_fields, refusing
-from mmfused.models.layouts import Layout, Part, find_layout, image_part, text_part
+from mmfused.models.image_layouts import image_part
+from mmfused.models.layouts import Layout, Part, find_layout, text_part
 from mmfused.models.weights import (
     check_size,
     compress,
@@ -88,7 +89,8 @@ def pretrained_vit(
     timm = import_timm()
     size = {} if image_size is None else {"img_size": image_size}
     if Path(source).is_dir() or "/" in source:
-        return vit_of_folder(find_folder("image encoder", source), size)
+        folder = find_folder("image encoder", source, "preprocessor_config.json")
+        return vit_of_folder(folder, size)
     pretrained_cfg = timm.is_model(source) and timm.models.get_pretrained_cfg(source)
     if not pretrained_cfg or not getattr(pretrained_cfg, "hf_hub_id", None):
         expected = "a folder, or the name of a timm model with weights on the hub"
