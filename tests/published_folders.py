@@ -1,4 +1,4 @@
-"""Folders with the keys of published checkpoints (published_keys.json), whole or of a small model."""
+"""Folders with the keys of published checkpoints (published_keys.json)."""
 
 import json
 import re
@@ -12,9 +12,8 @@ PUBLISHED = json.loads((Path(__file__).parent / "published_keys.json").read_text
 
 def expand(pattern):
     """Return the names that a pattern such as layer.0-11.weight stands for."""
-    found = re.search(r"(?<=\.)\d+(-\d+)?(,\d+(-\d+)?)*(?=\.)(?<=[-,\d])", pattern)
     ranged = [part for part in pattern.split(".") if re.fullmatch(r"\d+[-,][-,\d]*", part)]
-    if not found or not ranged:
+    if not ranged:
         return [pattern]
     names = []
     for span in ranged[0].split(","):

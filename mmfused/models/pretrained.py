@@ -32,7 +32,8 @@ from mmfused.models.encoders import (
     without,
 )
 from mmfused.models.fields import Kinds, check_field, check_fields, refusing
-from mmfused.models.layouts import Layout, Part, find_layout, image_part, text_part
+from mmfused.models.image_layouts import image_part
+from mmfused.models.layouts import Layout, Part, find_layout, text_part
 from mmfused.models.weights import (
     check_size,
     compress,
@@ -88,7 +89,8 @@ def pretrained_vit(
     timm = import_timm()
     size = {} if image_size is None else {"img_size": image_size}
     if Path(source).is_dir() or "/" in source:
-        return vit_of_folder(find_folder("image encoder", source), size)
+        folder = find_folder("image encoder", source, "preprocessor_config.json")
+        return vit_of_folder(folder, size)
     pretrained_cfg = timm.is_model(source) and timm.models.get_pretrained_cfg(source)
     if not pretrained_cfg or not getattr(pretrained_cfg, "hf_hub_id", None):
         expected = "a folder, or the name of a timm model with weights on the hub"
@@ -134,11 +136,11 @@ def vit_of_folder(
         part = image_part(layout)
         saved, pixels = part.options, part.pixels
     image = {**saved, **size}
-    with named(f"image encoder: {config_path(folder)}" if part else ""):
+    with named(f"image encoder: {config_path(folder)}"):
         check_image(saved)
         check_image(image)
-    with on_meta():
-        meta_vit = create_vit(**saved, num_classes=0)
+        with on_meta():
+            meta_vit = create_vit(**saved, num_classes=0)
     check_vit(f"image encoder: got {str(folder)!r}, ", meta_vit)
     weights, where = (
         read_weights("image encoder", folder, values),
@@ -275,10 +277,11 @@ def take(
         shape = tuple(state[key].shape)
         shape = (shape[0] // len(held), *shape[1:])
         for name in held:
-            got = tuple(weights[name].shape)
-            # CLIP's class token and positions have no batch dimension.
-            if got != shape and (1, *got) != shape and (1, 1, *got) != shape:
-                found = f"{name}: got shape {got}, expected {shape}"
+            got, expected = tuple(weights[name].shape), shape
+            while len(expected) > len(got) and expected[0] == 1:
+                expected = expected[1:]  # CLIP's class token and positions have no batch dimension
+            if got != expected:
+                found = f"{name}: got shape {got}, expected {expected}"
                 raise ValueError(f"{where} holds weights of another model: {found}")
         tensor = weights[held[0]] if len(held) == 1 else torch.cat([weights[name] for name in held])
         taken[key] = tensor.reshape(state[key].shape)

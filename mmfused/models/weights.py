@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import takewhile
 from math import prod
 from pathlib import Path
@@ -31,8 +31,11 @@ def on_meta() -> Iterator[None]:
         yield
 
 
-def find_folder(name: str, source: str) -> Path:
-    """Return the folder ``source``, or download the hub model ``source`` and return its folder."""
+def find_folder(name: str, source: str, further: str = "") -> Path:
+    """Return the folder ``source``, or download the hub model ``source`` and return its folder.
+
+    Downloaded are the config, the safetensors and, if the model has it, the file ``further``.
+    """
     if Path(source).is_dir():
         return Path(source)
     from huggingface_hub.errors import EntryNotFoundError
@@ -44,6 +47,9 @@ def find_folder(name: str, source: str) -> Path:
             folder = download(source, OPEN_CLIP_CONFIG).parent
             download(source, OPEN_CLIP_WEIGHTS[0])
             return folder
+        if further:
+            with suppress(EntryNotFoundError):
+                download(source, further)
         try:
             download(source, "model.safetensors")
         except EntryNotFoundError:
