@@ -132,7 +132,7 @@ _VISTA = {
     "pixel_std": CLIP_STD,
     "empty_text": (101, 102),
     "image_token_type": False,
-    "num_heads": 12,
+    "num_heads": None,
     "freeze": ("text",),
 }
 UNICA: Presets = {

@@ -40,7 +40,7 @@ from mmfused.models.retrieval import (
     check_views,
     late_fusion,
 )
-from mmfused.models.text_padding import longest_text
+from mmfused.models.text_padding import longest_text, setting
 from mmfused.models.unica_bica import BiCA
 from mmfused.ops.masked_info_nce import MaskedInfoNCE
 
@@ -80,7 +80,7 @@ class UniCAConfig(ModelConfig):
     # Whether image tokens get the host's embedding of token type 0 and dropout, as text tokens do.
     image_token_type: bool = True
     blocks: int = 1  # number of Bi-CA blocks
-    num_heads: int = 4  # heads in Bi-CA
+    num_heads: int | None = 4  # heads in Bi-CA; None: as many as in the host
     ffn: int | None = None  # hidden width of Bi-CA's feed-forward parts, None: 4 D
     dropout: float = 0.1  # in Bi-CA: of attention probabilities and block outputs
     bica_norm: Literal["post", "pre"] = "post"  # with "pre", Bi-CA is the identity at first
@@ -102,7 +102,7 @@ class UniCAConfig(ModelConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_positive("temperature")
-        if self.has_bica:
+        if self.has_bica and self.num_heads is not None:
             self.check_divisor("num_heads", "text_dim")
         if not self.positive_weight >= 0:
             raise ValueError(f"positive_weight: got {self.positive_weight}, expected at least 0")
@@ -115,6 +115,11 @@ class UniCAConfig(ModelConfig):
     def has_bica(self) -> bool:
         """Whether the model has Bi-CA, which the ablations "bica" and "fusion" leave out."""
         return not {"bica", "fusion"} & set(self.without)
+
+    @property
+    def bica_heads(self) -> int:
+        """The number of heads in Bi-CA."""
+        return self.num_heads or setting(self.text, "num_attention_heads")
 
     @staticmethod
     def of_tokenizer(tokenizer: Any) -> dict[str, Any]:

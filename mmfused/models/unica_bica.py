@@ -52,7 +52,7 @@ class BiCA(nn.Module):
         pre = c.bica_norm == "pre"
         self.attention: BidirectionalGatedCrossAttention = BidirectionalGatedCrossAttention(
             c.text_dim,
-            c.num_heads,
+            c.bica_heads,
             share_weights=c.share_weights,
             gate="none",
             indicator=False,
