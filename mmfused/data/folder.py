@@ -15,10 +15,11 @@ from torch.utils.data import Dataset
 
 from ._common import Resample, Resize, check_choice, check_int
 from .metadata import BrokenRow, Row, parse_label, read_rows
-from .pictures import BrokenPicture, decode, picture_path, quiet, read_picture, short_side
+from .pictures import BrokenPicture, decode, picture_path, read_picture, short_side
 
 # Kept importable from this module for existing callers.
 from .pictures import load_rgb as load_rgb
+from .quiet import quiet
 
 T = TypeVar("T")
 
