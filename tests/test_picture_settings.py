@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -190,7 +191,8 @@ def test_an_encoder_beside_init_brings_its_normalisation(tmp_path):
     """With ``init``, the preset is the name of a recipe alone."""
     config = TrainConfig(str(tmp_path), model="fluid", preset="code", init="run")
     values = FLUIDConfig.preset("code").to_dict()
-    start = Start(values, {"pixel_mean": HALVES[0], "pixel_std": HALVES[1]}, {}, None, None, None)
+    pixels = {"pixel_mean": HALVES[0], "pixel_std": HALVES[1]}
+    start = Start(values, pixels, {}, {}, None, None, Path("run"), None)
     described = model_config(config, start)
     assert (described.pixel_mean, described.pixel_std) == HALVES
 
@@ -208,6 +210,7 @@ def test_presets_resize_as_the_public_code():
         **dict.fromkeys(MODELS, {}),
         "fluid": {"code": ("stretch", "bilinear")},
         "uniecs": {"code": ("stretch", "bicubic")},
+        "unica": {"code": ("shortest", "bicubic")},
     }
 
 

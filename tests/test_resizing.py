@@ -7,7 +7,7 @@ import pytest
 import torch
 from picture_files import saved
 from PIL import Image, ImageOps
-from torchvision.transforms import InterpolationMode, Resize
+from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 from torchvision.transforms.v2 import functional
 
 from mmfused.data import (
@@ -59,6 +59,16 @@ def test_a_picture_file_is_resized_as_by_torchvision(height, width, size, resamp
     box = ((width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2)
     cropped = image.resize((size, size), getattr(Image.Resampling, resample.upper()), box)
     assert torch.equal(load_picture(data, size, resample=resample), as_tensor(cropped))
+    centre = CenterCrop(size)(Resize(size, MODES[resample])(image))
+    found = load_picture(data, size, resize="shortest", resample=resample)
+    assert torch.equal(found, as_tensor(centre))
+
+
+def test_a_long_picture_is_refused_before_its_shorter_side_is_enlarged():
+    data = saved(noise(1, 5000), "PNG")
+    with pytest.raises(pictures.BrokenPicture, match="3920000 x 784 pixels to decode"):
+        load_picture(data, 784, resize="shortest")
+    assert load_picture(data, 784).shape == (3, 784, 784)
 
 
 def test_the_whole_picture_is_seen_wherever_pictures_are_read(tmp_path):
@@ -120,6 +130,11 @@ def test_pictures_in_memory_are_resized_as_by_torchvision(resample):
     for image, pixels in zip(images, found, strict=True):
         expected = functional.resize(image, [24, 24], MODES[resample], antialias=True)
         assert torch.equal(pixels, expected.float() / 255)
+    collate = Collate(TOKENIZER, 24, 8, resize="shortest", resample=resample, **plain)
+    found = collate(items)["pixel_values"]
+    for image, pixels in zip(images, found, strict=True):
+        resized = functional.resize(image, [24], MODES[resample], antialias=True)
+        assert torch.equal(pixels, functional.center_crop(resized, [24, 24]).float() / 255)
 
 
 def test_square_pictures_are_the_same_cropped_and_stretched():
@@ -150,7 +165,7 @@ def test_a_stretched_picture_is_augmented_after_the_stretch(strength):
 
 def test_unknown_ways_of_resizing_are_refused_by_name(tmp_path):
     for arguments, message in (
-        ({"resize": "pad"}, "resize: got 'pad', expected 'crop' or 'stretch'"),
+        ({"resize": "pad"}, "resize: got 'pad', expected 'crop' or 'stretch' or 'shortest'"),
         ({"resample": 3}, "resample: got 3, expected 'bicubic' or 'bilinear'"),
     ):
         for call in (

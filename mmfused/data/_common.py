@@ -8,8 +8,8 @@ from typing import Any, Literal, Protocol, TypeAlias, get_args
 import numpy as np
 import torch
 
-# How a picture becomes a square: its central square is cut out, or the whole picture is stretched.
-Resize: TypeAlias = Literal["crop", "stretch"]
+# How a picture becomes a square, see `load_picture`.
+Resize: TypeAlias = Literal["crop", "stretch", "shortest"]
 Resample: TypeAlias = Literal["bicubic", "bilinear"]
 
 

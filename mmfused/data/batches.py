@@ -56,7 +56,7 @@ class Collate:
         format_text: turns a text into what the tokenizer gets; None leaves it as it is.
         truncation_side: the side on which longer texts are truncated, "left" or "right"; None takes
             the tokenizer's.
-        resize: "crop" resizes the central square of an image, "stretch" the whole image.
+        resize: "crop", "stretch" or "shortest", how an image becomes a square, see `load_picture`.
         resample: the interpolation, "bilinear" or "bicubic".
 
     Raises:
@@ -200,10 +200,14 @@ class Collate:
             top = (height - side) // 2
             left = (width - side) // 2
             images = images[:, :, top : top + side, left : left + side]
-        size = (self.image_size, self.image_size)
-        if images.shape[-2:] == size:
-            return images
-        return F.interpolate(images, size, mode=self.resample, antialias=True)
+        side = self.image_size
+        size = [side, side]
+        if self.resize == "shortest":
+            size = [int(side * long / min(height, width)) for long in (height, width)]
+        if images.shape[-2:] != tuple(size):
+            images = F.interpolate(images, size, mode=self.resample, antialias=True)
+        top, left = (round((long - side) / 2) for long in size)
+        return images[:, :, top : top + side, left : left + side]
 
 
 class Items:

@@ -59,7 +59,7 @@ class ProductFolder(Dataset[dict[str, Any]]):
         num_classes: number of classes; labels must be smaller. None takes the largest label + 1.
         strict: raise ValueError for the first invalid row instead of skipping it.
         text_column: name of the column with the texts.
-        resize: "crop" resizes the central square of an image, "stretch" the whole image.
+        resize: "crop", "stretch" or "shortest", how an image becomes a square, see `load_picture`.
         resample: the interpolation, "bicubic" or "bilinear".
 
     Raises:

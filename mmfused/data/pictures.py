@@ -88,7 +88,9 @@ def load_picture(
             picture's size. To save memory, a large JPEG is decoded at a reduced size, with sides of
             at least ``2 * size``.
         resize: "crop" resizes the central square, and "stretch" the whole picture, without keeping
-            its shape, like torchvision's ``Resize((size, size))``.
+            its shape, like torchvision's ``Resize((size, size))``. "shortest" resizes the shorter
+            side to ``size`` and then cuts out the centre, in whole pixels of the result, like
+            torchvision's ``Resize(size)`` and ``CenterCrop(size)``: up to half a pixel from "crop".
         resample: the interpolation, "bicubic" or "bilinear".
 
     Raises:
@@ -262,15 +264,32 @@ def load_rgb(
         turn = TRANSPOSE.get(_orientation_of(image))
         image = _to_rgb(image, transparency)
         if size is not None:
-            # A stretch or a central square is the same before and after the turn.
-            side = min(width, height)
-            across, down = (side, side) if resize == "crop" else (width, height)
-            left, top = (width - across) / 2, (height - down) / 2
-            box = (left, top, left + across, top + down)
-            image = image.resize((size, size), FILTERS[resample], box=box)
+            # The square is the same before and after the turn, but for half a pixel of "shortest".
+            image = _square(image, width, height, size, resize, FILTERS[resample])
         if turn is not None:
             image = image.transpose(turn)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def _square(
+    image: Image.Image,
+    width: float,
+    height: float,
+    size: int,
+    resize: Resize,
+    resample: Image.Resampling,
+) -> Image.Image:
+    """Return a decoded picture as a square; ``width`` and ``height`` are those of `_draft`."""
+    short = min(width, height)
+    if resize == "shortest":
+        whole = int(size * width / short), int(size * height / short)
+        _check_pixels(*whole)
+        left, top = (round((side - size) / 2) for side in whole)
+        image = image.resize(whole, resample, box=(0, 0, width, height))
+        return image.crop((left, top, left + size, top + size))
+    across, down = (short, short) if resize == "crop" else (width, height)
+    left, top = (width - across) / 2, (height - down) / 2
+    return image.resize((size, size), resample, box=(left, top, left + across, top + down))
 
 
 def _draft(image: Any, size: int | None) -> tuple[float, float]:

@@ -91,7 +91,7 @@ class FLUIDConfig(ModelConfig):
     # Normalisation of pixel_values, which training and evaluation apply to their batches.
     pixel_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     pixel_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    resize: Literal["crop", "stretch"] = "crop"  # see load_picture
+    resize: Literal["crop", "stretch", "shortest"] = "crop"  # see load_picture
     resample: Literal["bicubic", "bilinear"] = "bicubic"  # of picture files
     image: Options | None = None  # arguments of timm's ViT (build_vit); None: takes image_tokens
     text: Options | None = None  # fields of a BertConfig (build_text); None: takes text_tokens

@@ -103,7 +103,7 @@ class MOON2Config(HostedConfig):
     freeze: tuple[qwen.Part, ...] = ()  # parts not trained; "language" includes routers and experts
     pixel_mean: tuple[float, float, float] = qwen.PIXEL_MEAN  # normalisation of pixel_values
     pixel_std: tuple[float, float, float] = qwen.PIXEL_STD
-    resize: Literal["crop", "stretch"] = "crop"  # see load_picture
+    resize: Literal["crop", "stretch", "shortest"] = "crop"  # see load_picture
     resample: Literal["bicubic", "bilinear"] = "bicubic"  # of picture files
     # Ablations: "moe" (no mixtures, no L_aux, no dual alignment), "dual_alignment" (all omegas are
     # equal, no L_sparsity), "sparsity" (no L_sparsity), "balance" (no L_aux), "filtering" (all

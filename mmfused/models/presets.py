@@ -141,6 +141,7 @@ UNICA: Presets = {
         **_VISTA,
         # EVA02-CLIP-B/16; VISTA takes its tokens before the last norm.
         "image": {"name": "eva02_base_patch16_clip_224", "final_norm": False},
+        "resize": "shortest",
         "same_id": "ignore",
         "without": ("bica", "positive_similarity"),
     },

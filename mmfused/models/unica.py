@@ -74,7 +74,7 @@ class UniCAConfig(ModelConfig):
     # Normalisation of pixel_values, which training and evaluation apply to their batches.
     pixel_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     pixel_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    resize: Literal["crop", "stretch"] = "crop"  # see load_picture
+    resize: Literal["crop", "stretch", "shortest"] = "crop"  # see load_picture
     resample: Literal["bicubic", "bilinear"] = "bicubic"  # of picture files
     empty_text: tuple[int, int] = (2, 3)  # ids of [CLS] and [SEP], which replace a missing text
     # Whether image tokens get the host's embedding of token type 0 and dropout, as text tokens do.

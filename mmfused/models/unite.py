@@ -81,7 +81,7 @@ class UNITEConfig(HostedConfig):
     freeze: tuple[qwen.Part, ...] = ()  # parts of the host that are not trained
     pixel_mean: tuple[float, float, float] = qwen.PIXEL_MEAN  # normalisation of pixel_values
     pixel_std: tuple[float, float, float] = qwen.PIXEL_STD
-    resize: Literal["crop", "stretch"] = "crop"  # see load_picture
+    resize: Literal["crop", "stretch", "shortest"] = "crop"  # see load_picture
     resample: Literal["bicubic", "bilinear"] = "bicubic"  # of picture files
     # Ablations: "mamcl" (stage 2 without the mask M), "negatives" (stage 2 without hard negatives),
     # "dual" (stage 1 without CE(S^T)), "fusion" (picture and text are encoded separately, and the

@@ -244,7 +244,7 @@ def model_config(
         if num_classes is not None and start.run is None:
             changes["num_classes"] = num_classes
     changes |= start.fields
-    if config.preset == "code" and not config.init:
+    if config.preset == "code" and start.run is None:
         # The public code normalises pictures in its own way, whatever encoder it starts with.
         pixels = ("pixel_mean", "pixel_std")
         changes |= {name: start.values[name] for name in pixels if name in start.values}
