@@ -5,8 +5,17 @@ import re
 from math import prod
 from pathlib import Path
 
+import pytest
 import safetensors.torch
 
+TIMM = {"architecture": "vit_base_patch16_clip_quickgelu_224", "num_features": 768}
+BGE = "visualized-bge/Visualized_base_en_v1.5.pth"
+CHINESE = "chinese-clip/clip_cn_vit-b-16.pt"
+HUGE = "chinese-clip/clip_cn_vit-h-14.pt"
+M3 = "visualized-bge/Visualized_m3.pth"
+CLIP = "transformers/openai/clip-vit-base-patch16"
+OPEN_CLIP = "open_clip/ViT-B-16"
+MBERT = "transformers/bert-base-multilingual-cased"
 PUBLISHED = json.loads((Path(__file__).parent / "published_keys.json").read_text())
 
 
@@ -61,3 +70,37 @@ def write_state(folder, state, config=None, name="model.safetensors"):
     if config is not None:
         write_config(folder, config)
     return str(folder)
+
+
+def write(folder, name, changes=None):
+    """Write a published checkpoint with changed shapes; a weight of shape None is left out."""
+    config = TIMM if name.startswith("timm/") else PUBLISHED[name].get("config")
+    if config is not None:
+        write_config(folder, config)
+    held = {**shapes_of(name), **(changes or {})}
+    file = "open_clip_model" if name.startswith("open_clip/") else "model"
+    path = folder / f"{file}.safetensors"
+    write_shapes(path, {key: shape for key, shape in held.items() if shape is not None})
+    return path
+
+
+def refusal(folder):
+    """Return the one sentence that refuses a folder."""
+    from mmfused.models.published import check_pretrained
+
+    with pytest.raises(ValueError) as caught:
+        check_pretrained(folder)
+    message = str(caught.value)
+    assert "\n" not in message and str(folder) in message and "expected" in message
+    return message
+
+
+def change(config, path, value):
+    """Return a copy of a config with another value at a dotted path."""
+    copy = json.loads(json.dumps(config))
+    *parents, last = path.split(".")
+    inner = copy
+    for parent in parents:
+        inner = inner[parent]
+    inner[last] = value
+    return copy

@@ -10,12 +10,26 @@ import re
 import pytest
 import safetensors.torch
 import torch
-from published_folders import PUBLISHED, expand, shapes_of, write_config, write_shapes, write_state
+from published_folders import (
+    BGE,
+    CHINESE,
+    CLIP,
+    HUGE,
+    M3,
+    MBERT,
+    OPEN_CLIP,
+    PUBLISHED,
+    expand,
+    refusal,
+    shapes_of,
+    write,
+    write_state,
+)
 
 pytest.importorskip("timm")
 pytest.importorskip("transformers")
 
-from mmfused.models import image_layouts, layouts, pretrained  # noqa: E402
+from mmfused.models import image_layouts, layouts  # noqa: E402
 from mmfused.models.pretrained import pretrained_text, pretrained_vit  # noqa: E402
 from mmfused.models.published import (  # noqa: E402
     check_pretrained,
@@ -35,35 +49,6 @@ HELD = {
     "chinese-clip/": ("image_encoder", "text_encoder"),
     "visualized-bge/": ("image_encoder", "text_encoder", "visual_proj"),
 }
-TIMM = {"architecture": "vit_base_patch16_clip_quickgelu_224", "num_features": 768}
-BGE = "visualized-bge/Visualized_base_en_v1.5.pth"
-CHINESE = "chinese-clip/clip_cn_vit-b-16.pt"
-HUGE = "chinese-clip/clip_cn_vit-h-14.pt"
-M3 = "visualized-bge/Visualized_m3.pth"
-CLIP = "transformers/openai/clip-vit-base-patch16"
-OPEN_CLIP = "open_clip/ViT-B-16"
-MBERT = "transformers/bert-base-multilingual-cased"
-
-
-def write(folder, name, changes=None):
-    """Write a published checkpoint with changed shapes; a weight of shape None is left out."""
-    config = TIMM if name.startswith("timm/") else PUBLISHED[name].get("config")
-    if config is not None:
-        write_config(folder, config)
-    held = {**shapes_of(name), **(changes or {})}
-    file = "open_clip_model" if name.startswith("open_clip/") else "model"
-    path = folder / f"{file}.safetensors"
-    write_shapes(path, {key: shape for key, shape in held.items() if shape is not None})
-    return path
-
-
-def refusal(folder):
-    """Return the one sentence that refuses a folder."""
-    with pytest.raises(ValueError) as caught:
-        check_pretrained(folder)
-    message = str(caught.value)
-    assert "\n" not in message and str(folder) in message and "expected" in message
-    return message
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -195,111 +180,30 @@ def test_a_weight_of_another_model_is_named(tmp_path, name, key, message):
     assert message.format(key=key) in refusal(tmp_path)
 
 
-def change(config, path, value):
-    """Return a copy of a config with another value at a dotted path."""
-    copy = json.loads(json.dumps(config))
-    *parents, last = path.split(".")
-    inner = copy
-    for parent in parents:
-        inner = inner[parent]
-    inner[last] = value
-    return copy
+def test_two_models_in_one_folder_are_refused(tmp_path):
+    write(tmp_path, CLIP, {"other.embeddings.patch_embedding.weight": (3,)})
+    assert "got other.embeddings.patch_embedding.weight, vision_model.emb" in refusal(tmp_path)
 
 
-CONFIGS = [
-    (
-        CLIP,
-        "vision_config.layer_norm_eps",
-        1e-6,
-        "vision_config: layer_norm_eps: got 1e-06, expecte",
-    ),
-    (
-        CLIP,
-        "vision_config.hidden_act",
-        "relu",
-        "vision_config: hidden_act: got 'relu', expected one",
-    ),
-    (
-        CLIP,
-        "vision_config.num_attention_heads",
-        7,
-        "num_attention_heads: got 7, expected a divisor ",
-    ),
-    (CLIP, "vision_config.num_hidden_layers", "x", "num_hidden_layers: got 'x', expected an integ"),
-    (CLIP, "vision_config.num_hidden_layers", 13, "lacks 16 weights of the encoder: vision_model."),
-    (CLIP, "vision_config", 3, "vision_config: got 3, expected an object"),
-    (CLIP, "model_type", "siglip", "expected a folder with safetensors of a known layout"),
-    (OPEN_CLIP, "model_cfg", None, "model_cfg: got None, expected an object"),
-    (
-        OPEN_CLIP,
-        "model_cfg.vision_cfg.no_ln_pre",
-        True,
-        "vision_cfg.no_ln_pre: got True, expected Fa",
-    ),
-    (
-        OPEN_CLIP,
-        "model_cfg.vision_cfg.ls_init_value",
-        0.1,
-        "ls_init_value: got 0.1, expected False",
-    ),
-    (
-        OPEN_CLIP,
-        "model_cfg.vision_cfg.pos_embed_type",
-        "sin_cos_2d",
-        "got 'sin_cos_2d', expected 'l",
-    ),
-    (
-        OPEN_CLIP,
-        "model_cfg.vision_cfg.layers",
-        [3, 4, 6, 3],
-        "layers: got [3, 4, 6, 3], expected an",
-    ),
-    (
-        OPEN_CLIP,
-        "model_cfg.vision_cfg.head_width",
-        100,
-        "head_width: got 100, expected a divisor of",
-    ),
-    (OPEN_CLIP, "model_cfg.quick_gelu", "yes", "quick_gelu: got 'yes', expected True or False"),
-    (
-        OPEN_CLIP,
-        "preprocess_cfg.mean",
-        [1],
-        "preprocess_cfg.mean: got [1], expected 3 finite numbers",
-    ),
-    (
-        OPEN_CLIP,
-        "model_cfg.vision_cfg.timm_model_name",
-        "hf-hub:a/b",
-        "image.name: got 'hf-hub:a/b', ",
-    ),
-    (
-        OPEN_CLIP,
-        "model_cfg.vision_cfg.timm_model_name",
-        "resnet18",
-        "cannot build timm's resnet18",
-    ),
-]
+@pytest.mark.parametrize(("name", "rows"), [(CHINESE, 1), (CHINESE, 3), (BGE, 3)])
+def test_a_text_encoder_with_other_token_types_is_refused(tmp_path, name, rows):
+    key = next(key for key in shapes_of(name) if key.endswith("token_type_embeddings.weight"))
+    write(tmp_path, name, {key: (rows, 768)})
+    assert f"{key}: got {rows} rows, expected 2 rows, as a BERT has" in refusal(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("name", "path", "value", "message"), CONFIGS, ids=[f"{row[1]}={row[2]}" for row in CONFIGS]
-)
-def test_other_configs_are_refused(tmp_path, name, path, value, message):
-    write(tmp_path, name)
-    write_config(tmp_path, change(PUBLISHED[name]["config"], path, value))
-    assert message in refusal(tmp_path)
+def test_a_bert_without_a_config_is_not_known(tmp_path):
+    changes = {key: None for key in shapes_of(CHINESE) if "visual" in key}
+    write(tmp_path, CHINESE, changes)
+    assert "expected a folder with safetensors of a known layout" in refusal(tmp_path)
 
 
-def test_the_second_vision_config_of_early_folders_counts(tmp_path):
-    write(tmp_path, CLIP)
-    config = {**PUBLISHED[CLIP]["config"], "vision_config_dict": {"patch_size": 16}}
-    write_config(tmp_path, change(config, "vision_config.patch_size", 32))
-    assert check_pretrained(tmp_path) == ("image_encoder",)
-    write_config(tmp_path, change(config, "vision_config_dict.patch_size", 32))
-    assert "position_embedding.weight: got shape (197, 768), expected (50, 768)" in refusal(
-        tmp_path
-    )
+def test_a_missing_part_of_the_weights_is_refused(tmp_path):
+    index = {"weight_map": {"bert.x.weight": "model-1-of-1.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    for call in (parts_of, check_pretrained):
+        with pytest.raises(ValueError, match="^pretrained: .*model-1-of-1.safetensors is missing"):
+            call(tmp_path)
 
 
 def test_a_resnet_is_refused(tmp_path):
@@ -347,36 +251,6 @@ def test_a_truncated_file_is_refused(tmp_path, name):
         ValueError, match="^pretrained: .*open_clip_config.json is truncated or corr"
     ):
         parts_of(tmp_path)
-
-
-@pytest.mark.parametrize("name", ["open_clip", "clip"])
-def test_only_config_and_safetensors_are_downloaded_from_the_hub(tmp_path, monkeypatch, name):
-    huggingface_hub = pytest.importorskip("huggingface_hub")
-    requested = []
-
-    def download(source, file):
-        assert source == "some/model"
-        requested.append(file)
-        if not (tmp_path / file).is_file():
-            raise huggingface_hub.errors.EntryNotFoundError(file)
-        return str(tmp_path / file)
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    if name == "open_clip":
-        write(tmp_path, OPEN_CLIP)
-        expected = ["config.json", "open_clip_config.json", "open_clip_model.safetensors"]
-    else:
-        write(tmp_path, CLIP)
-        (tmp_path / "preprocessor_config.json").write_text('{"image_std": [1, 2, 3]}')
-        expected = ["config.json", "preprocessor_config.json", "model.safetensors"]
-    monkeypatch.setattr(pretrained, "read_weights", refuse)
-    with pytest.raises(KeyError):  # before the weights are read
-        pretrained_vit("some/model")
-    assert requested == expected
-
-
-def refuse(*arguments):
-    raise KeyError(arguments)
 
 
 def test_a_host_is_checked_without_its_values(tmp_path):

@@ -136,6 +136,25 @@ def test_eva_of_open_clip(tmp_path, monkeypatch):
     assert fields["image"]["name"] == EVA_NAME
 
 
+@pytest.mark.parametrize(("pool", "proj"), [("avg", ""), ("avg", "linear"), ("token", "none")])
+def test_a_vit_of_timm_in_open_clip_is_pooled_as_there(tmp_path, monkeypatch, pool, proj):
+    """With "avg" and no projection, open_clip's model has no norm before the pooling."""
+    tower = pytest.importorskip("open_clip.timm_model")
+    sizes = {"embed_dim": 64, "depth": 1, "patch_size": 8, "num_heads": 2, "img_size": 24}
+    create = timm.create_model
+    monkeypatch.setattr(
+        timm, "create_model", lambda *args, **given: create(*args, **{**sizes, **given})
+    )
+    vision = {"timm_model_name": "vit_tiny_patch16_224", "image_size": 24}
+    vision |= {"timm_pool": pool, "timm_proj": proj}
+    visual = tower.TimmModel(vision["timm_model_name"], 32, 24, pool, proj)
+    state = {f"visual.{key}": value for key, value in shaken(visual).state_dict().items()}
+    assert ("visual.trunk.fc_norm.weight" in state) == (pool == "avg" and not proj)
+    config = {"model_cfg": {"vision_cfg": vision}}
+    folder = write_state(tmp_path, state, config, "open_clip_model.safetensors")
+    same_image(folder, visual.trunk.forward_features(PIXELS))
+
+
 def test_clip_of_timm(tmp_path):
     name = "vit_base_patch16_clip_quickgelu_224"
     arguments = {"embed_dim": 64, "depth": 2, "num_heads": 2, "patch_size": 8, "img_size": 24}
