@@ -55,6 +55,7 @@ def values():
         "flags": torch.tensor([True, False, True]),
         "empty": torch.empty(0, 4),
         "scale": torch.tensor(2.5),
+        "strided": torch.arange(8.0)[::2],
         "negated": torch._neg_view(torch.arange(4.0)),
     }
 
@@ -111,7 +112,7 @@ def test_the_folder_of_a_checkpoint(tmp_path, capsys):
     assert run(source, out) == 0
     assert_written(out, values())
     printed = capsys.readouterr().out
-    assert f"12 tensors of {source} written to {out}: image_encoder, text_encoder" in printed
+    assert f"13 tensors of {source} written to {out}: image_encoder, text_encoder" in printed
     assert "left out: epoch, a?[2J\n" in printed
     assert f"next: mmfused train --model uniecs --init '{out}' --data" in printed
     record = json.loads((out / "convert.json").read_text())
@@ -136,6 +137,17 @@ def test_a_prefix_that_some_names_lack_is_kept(tmp_path):
     state = {"module.weight": torch.ones(2), "scale": torch.ones(())}
     unpickle.convert(save(tmp_path / "a.pt", state), tmp_path / "model.safetensors")
     assert_written(tmp_path, state)
+
+
+def test_each_tensor_starts_at_a_multiple_of_its_numbers(tmp_path):
+    """safetensors' readers view the bytes of a mapped file as numbers."""
+    unpickle.convert(save(tmp_path / "a.pt", values()), tmp_path / "model.safetensors")
+    data = (tmp_path / "model.safetensors").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    assert length % 8 == 0 and header.pop("__metadata__") == {"format": "pt"}
+    for name, tensor in values().items():
+        assert header[name]["data_offsets"][0] % tensor.element_size() == 0
 
 
 @pytest.mark.parametrize("old", [False, True])
@@ -316,20 +328,24 @@ def test_a_killed_process_leaves_nothing(tmp_path, capsys, monkeypatch):
 
 
 def test_a_full_disk_and_a_lack_of_memory_are_told(tmp_path, capsys, monkeypatch):
-    for error, reason in (
-        (OSError(28, "No space left on device"), "No space left on device"),
-        (MemoryError(), "there is not enough memory"),
+    load = torch.load
+    for place, error, reason in (
+        ((unpickle, "_write"), OSError(28, "No space left on device"), "No space left on device"),
+        ((unpickle, "_write"), MemoryError(), "there is not enough memory"),
+        ((torch, "load"), MemoryError(), "there is not enough memory"),
+        ((torch, "load"), OSError(5, "Input/output error"), "[Errno 5] Input/output error"),
     ):
 
-        def fail(*_, error=error):
+        def fail(*_, error=error, **__):
             raise error
 
-        monkeypatch.setattr(unpickle, "_write", fail)
+        monkeypatch.setattr(torch, "load", load)
+        monkeypatch.setattr(*place, fail)
         limits = []
         monkeypatch.setattr(unpickle.resource, "setrlimit", lambda *x, to=limits: to.append(x))
         monkeypatch.setattr(sys, "argv", ["", str(save(tmp_path / "a.pt", values())), "out"])
         unpickle.main()
-        assert reason in json.loads(capsys.readouterr().out)["error"]
+        assert json.loads(capsys.readouterr().out)["error"].endswith(reason)
         assert limits == [(unpickle.resource.RLIMIT_CORE, (0, 0))]
 
 
