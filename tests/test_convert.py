@@ -27,8 +27,10 @@ def parts(monkeypatch):
 
     def check_pretrained(folder):
         checked.append(sorted(path.name for path in folder.iterdir()))
-        if "refused.weight" in safetensors.torch.load_file(folder / "model.safetensors"):
-            raise ValueError(f"{folder}: got refused.weight, expected the weights of a model")
+        held = safetensors.torch.load_file(folder / "model.safetensors")
+        for name, error in (("refused", ValueError), ("absent", FileNotFoundError)):
+            if name in held:
+                raise error(f"{folder}: got {name}, expected the weights of a model")
         return ("image_encoder", "text_encoder")
 
     module = types.ModuleType("mmfused.models.published")
@@ -53,6 +55,8 @@ def values():
         "flags": torch.tensor([True, False, True]),
         "empty": torch.empty(0, 4),
         "scale": torch.tensor(2.5),
+        "strided": torch.arange(8.0)[::2],
+        "negated": torch._neg_view(torch.arange(4.0)),
     }
 
 
@@ -108,7 +112,7 @@ def test_the_folder_of_a_checkpoint(tmp_path, capsys):
     assert run(source, out) == 0
     assert_written(out, values())
     printed = capsys.readouterr().out
-    assert f"11 tensors of {source} written to {out}: image_encoder, text_encoder" in printed
+    assert f"13 tensors of {source} written to {out}: image_encoder, text_encoder" in printed
     assert "left out: epoch, a?[2J\n" in printed
     assert f"next: mmfused train --model uniecs --init '{out}' --data" in printed
     record = json.loads((out / "convert.json").read_text())
@@ -135,6 +139,29 @@ def test_a_prefix_that_some_names_lack_is_kept(tmp_path):
     assert_written(tmp_path, state)
 
 
+def test_each_tensor_starts_at_a_multiple_of_its_numbers(tmp_path):
+    """safetensors' readers view the bytes of a mapped file as numbers."""
+    unpickle.convert(save(tmp_path / "a.pt", values()), tmp_path / "model.safetensors")
+    data = (tmp_path / "model.safetensors").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    assert length % 8 == 0 and header.pop("__metadata__") == {"format": "pt"}
+    for name, tensor in values().items():
+        assert header[name]["data_offsets"][0] % tensor.element_size() == 0
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_tensors_of_another_device_are_read(tmp_path, monkeypatch, old):
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda _: "cuda:0")
+        source = save(tmp_path / "a.pt", {"weight": torch.ones(2)}, old)
+    given, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda *x, **named: given.append(named) or load(*x, **named))
+    unpickle.convert(source, tmp_path / "model.safetensors")
+    assert_written(tmp_path, {"weight": torch.ones(2)})
+    assert [named["mmap"] for named in given] == [not old]  # a zip is not held in memory
+
+
 def test_settings_and_tokenizer_beside_the_file_are_copied(tmp_path, parts):
     source, out = tmp_path / "source", tmp_path / "out"
     train_tokenizer(TEXTS).save_pretrained(source)
@@ -142,10 +169,11 @@ def test_settings_and_tokenizer_beside_the_file_are_copied(tmp_path, parts):
     (source / "config.json").symlink_to("stored")  # as in the cache of the hub
     (source / "open_clip_config.json").write_text("{}")
     (source / "notes.txt").touch()
+    (source / "vocab.txt").touch()
     save(source / "pytorch_model.bin", values())
     assert run(source / "pytorch_model.bin", out) == 0
     names = ["config.json", "model.safetensors", "open_clip_config.json"]
-    names += ["tokenizer.json", "tokenizer_config.json"]
+    names += ["tokenizer.json", "tokenizer_config.json", "vocab.txt"]
     assert json.loads((out / "convert.json").read_text())["files"] == names
     assert parts == [sorted([*names, "convert.json"])]
     assert not (out / "config.json").is_symlink()
@@ -154,6 +182,7 @@ def test_settings_and_tokenizer_beside_the_file_are_copied(tmp_path, parts):
     own.save_pretrained(tmp_path / "own")
     options = ("--tokenizer", str(tmp_path / "own"), "--overwrite")
     assert run(source / "pytorch_model.bin", out, *options) == 0
+    assert not (out / "vocab.txt").exists()
     assert load_tokenizer(out)("words")["input_ids"] == own("words")["input_ids"]
 
 
@@ -267,10 +296,11 @@ def test_other_files_are_refused(tmp_path, kind):
     assert not (tmp_path / "out").exists()
 
 
-def test_unknown_weights_are_refused_and_leave_nothing(tmp_path, capsys):
-    source = save(tmp_path / "a.pth", {"refused.weight": torch.ones(1)})
+@pytest.mark.parametrize("name", ["refused", "absent"])
+def test_unknown_weights_are_refused_and_leave_nothing(tmp_path, capsys, name):
+    source = save(tmp_path / "a.pth", {name: torch.ones(1)})
     message = refusal(capsys, source, tmp_path / "out")
-    assert message.endswith("a.pth: it: got refused.weight, expected the weights of a model\n")
+    assert message.endswith(f"a.pth: it: got {name}, expected the weights of a model\n")
 
 
 def test_bad_arguments_are_refused_before_the_file_is_read(tmp_path, capsys, monkeypatch):
@@ -298,19 +328,25 @@ def test_a_killed_process_leaves_nothing(tmp_path, capsys, monkeypatch):
 
 
 def test_a_full_disk_and_a_lack_of_memory_are_told(tmp_path, capsys, monkeypatch):
-    for error, reason in (
-        (OSError(28, "No space left on device"), "No space left on device"),
-        (MemoryError(), "there is not enough memory"),
+    load = torch.load
+    for place, error, reason in (
+        ((unpickle, "_write"), OSError(28, "No space left on device"), "No space left on device"),
+        ((unpickle, "_write"), MemoryError(), "there is not enough memory"),
+        ((torch, "load"), MemoryError(), "there is not enough memory"),
+        ((torch, "load"), OSError(5, "Input/output error"), "[Errno 5] Input/output error"),
     ):
 
-        def fail(*_, error=error):
+        def fail(*_, error=error, **__):
             raise error
 
-        monkeypatch.setattr(unpickle, "_write", fail)
-        monkeypatch.setattr(unpickle.resource, "setrlimit", lambda *_: None)
+        monkeypatch.setattr(torch, "load", load)
+        monkeypatch.setattr(*place, fail)
+        limits = []
+        monkeypatch.setattr(unpickle.resource, "setrlimit", lambda *x, to=limits: to.append(x))
         monkeypatch.setattr(sys, "argv", ["", str(save(tmp_path / "a.pt", values())), "out"])
         unpickle.main()
-        assert reason in json.loads(capsys.readouterr().out)["error"]
+        assert json.loads(capsys.readouterr().out)["error"].endswith(reason)
+        assert limits == [(unpickle.resource.RLIMIT_CORE, (0, 0))]
 
 
 def test_only_converted_folders_are_replaced(tmp_path, capsys):

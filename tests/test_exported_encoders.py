@@ -296,6 +296,17 @@ def test_each_option_of_the_image_encoder_is_kept(tmp_path, field):
     assert fields["image"][field] == (list(value) if isinstance(value, tuple) else value)
 
 
+def test_timm_gives_an_exported_encoder_a_head_and_other_channels(tmp_path):
+    model, _ = build("uniecs")
+    save_image(model, tmp_path)
+    folder = f"local-dir:{tmp_path}"
+    loaded = timm.create_model(folder, pretrained=True, num_classes=7, in_chans=1)
+    kernel = model.image_encoder.patch_embed.proj.weight.sum(1, keepdim=True)
+    torch.testing.assert_close(loaded.patch_embed.proj.weight, kernel)
+    assert torch.equal(loaded.cls_token, model.image_encoder.cls_token)
+    assert loaded.head.out_features == 7
+
+
 def test_a_stretched_picture_is_squashed_by_timm():
     """timm's transform with these settings is the whole picture, resized."""
     config, _ = build("uniecs")

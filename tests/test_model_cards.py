@@ -1,6 +1,7 @@
 """The README.md of an exported folder tells what the training was, and no path of this machine."""
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -29,8 +30,8 @@ def finish(run):
     write_json(run / "summary.json", {"steps": 20, "accuracy": 0.1})
     records = [
         {"step": 10, "accuracy": 0.25},
-        {"step": 20, "loss": 1.5, "seconds": 1.0},
         {"step": 20, "val_loss": 1.25, "recall_at_1": 0.123456, "a](b": 1.0, "bad": float("nan")},
+        {"step": 20, "loss": 1.5, "seconds": 1.0},
     ]
     (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)) + '\n{"step": 2')
 
@@ -74,7 +75,9 @@ def test_the_card_of_a_text_encoder_of_unica(tmp_path):
 )
 def test_the_cards_of_other_parts(tmp_path, name, part, library, task, phrase):
     write_run(tmp_path / "run", name)
+    change(tmp_path / "run", steps=5)
     front, text = card_of(tmp_path / "run", tmp_path / "out", "--part", part)
+    assert "epochs" not in text
     assert (front["library_name"], front["pipeline_tag"]) == (library, task)
     assert front["tags"] == ["mmfused", name, "feature-extraction"]
     assert phrase in " ".join(text.split())
@@ -120,6 +123,16 @@ def test_hostile_names_stay_names(tmp_path):
     assert "* run: `x'](mailto:a)?# Title??[31m`" in text
     assert "* data: `x'](mailto:a)?# Title??[31m`" in text
     assert text.count("\n# ") == 1 and "* init: `..`" in text
+
+
+def test_the_run_has_the_name_of_its_folder(tmp_path, monkeypatch):
+    (tmp_path / "checkpoints").mkdir()
+    run = tmp_path / "checkpoints" / "mine"
+    model, _ = write_run(run)
+    settings = json.loads((run / "config.json").read_text())
+    assert "* run: `mine`" in model_card(run, settings, model, "text")
+    monkeypatch.chdir(run)
+    assert "* run: `mine`" in model_card(Path(), settings, model, "text")
 
 
 def test_a_name_that_is_no_utf8_is_written(tmp_path):

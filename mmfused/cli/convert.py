@@ -90,7 +90,6 @@ def read_pickle(file: Path, out: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", f"{__package__}.unpickle", *map(os.path.abspath, (file, out))]
     done = subprocess.run(
         command,
-        stdin=subprocess.DEVNULL,
         capture_output=True,
         cwd=out.parent,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(places)},

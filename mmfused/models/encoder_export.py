@@ -56,7 +56,7 @@ def save_text(
 
     ``transformers.AutoModel`` loads the encoder. A class with a pooler needs the argument
     ``add_pooling_layer=False``, because the encoder has none. Of a UniCA, sentence-transformers
-    loads the folder too, and ``encode`` computes the view "text" of :meth:`UniCA.embed`.
+    loads the folder too, and ``encode`` computes the view "text" of ``UniCA.embed``.
 
     Args:
         model: a FLUID, UniECS or UniCA. Its adapters are merged, and its text encoder is converted
@@ -220,9 +220,7 @@ def timm_settings(encoder: Any, options: dict[str, Any]) -> dict[str, Any]:
         "model_args": arguments,
         "pretrained_cfg": {
             "input_size": [embed.proj.in_channels, *embed.img_size],
-            "fixed_input_size": not options.get("dynamic_img_size", False),
             "num_classes": 0,
-            "pool_size": None,
             "first_conv": "patch_embed.proj",
             "classifier": "head",
         },
