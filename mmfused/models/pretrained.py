@@ -37,7 +37,6 @@ from mmfused.models.layouts import Layout, Part, find_layout, text_part
 from mmfused.models.weights import (
     check_size,
     compress,
-    config_path,
     find_folder,
     named,
     natural,
@@ -132,30 +131,26 @@ def vit_of_folder(
     layout = layout_with("image_encoder", "image encoder", folder)
     if layout is None or layout.kind == "timm":
         saved, pixels, part = *timm_options(folder), None
+        where = f"image encoder: {folder / 'config.json'}"
     else:
-        part = image_part(layout)
+        part, where = image_part(layout), layout.where
         saved, pixels = part.options, part.pixels
     image = {**saved, **size}
-    with named(f"image encoder: {config_path(folder)}"):
+    with named(where):
         check_image(saved)
         check_image(image)
         with on_meta():
             meta_vit = create_vit(**saved, num_classes=0)
     check_vit(f"image encoder: got {str(folder)!r}, ", meta_vit)
-    weights, where = (
-        read_weights("image encoder", folder, values),
-        f"image encoder: {weights_path(folder)}",
-    )
+    weights = read_weights("image encoder", folder, values)
+    where = f"image encoder: {weights_path(folder)}"
     if part is not None:
         weights = take(where, part, meta_vit, weights)
     else:
         check_size(where, weights, meta_vit)
     vit = create_vit(num_classes=0, **image) if values else meta_vit
-    family = (
-        import_timm().models.eva
-        if is_eva(saved["name"])
-        else import_timm().models.vision_transformer
-    )
+    models = import_timm().models
+    family = models.eva if is_eva(saved["name"]) else models.vision_transformer
     with refusing(f"{where} holds the weights of another model"):
         weights = family.checkpoint_filter_fn(weights, vit)  # resamples, and knows timm's old names
         missing, unexpected = vit.load_state_dict(weights, strict=False)
