@@ -17,11 +17,12 @@ from starting_parts import (
     save_parts,
     settings,
 )
+from test_published_layouts import visualized_bge, write_state
 
 from mmfused.cli import main
 from mmfused.data import GeneratedProducts, train_tokenizer
 from mmfused.models import MODELS
-from mmfused.training.initial import is_pretrained
+from mmfused.training.initial import is_pretrained, load_start
 from mmfused.training.load import load_pretrained
 from mmfused.training.run import train
 
@@ -51,6 +52,56 @@ def test_the_parts_of_a_folder_are_those_that_are_named_alone(tmp_path, clip, mo
     named = settings(model, tmp_path / "a", image_encoder=clip, text_encoder=clip)
     expected = initial_weights(named)
     assert_equal(initial_weights(settings(model, tmp_path / "b", init=clip)), expected)
+
+
+@pytest.fixture(scope="module", params=["bert", "xlm-roberta"])
+def vista(request, tmp_path_factory):
+    """Return the folder of a small Visualized BGE, with a tokenizer, and its parts."""
+    state, *parts = visualized_bge(request.param)
+    folder = write_state(tmp_path_factory.mktemp("vista") / "vista", state)
+    train_tokenizer(["a"], vocab_size=60).save_pretrained(folder)
+    return folder, *parts
+
+
+def test_all_weights_of_vista_come_from_the_folder(vista):
+    """The preset "code" is VISTA, whose tokens of an image are those before the last norm."""
+    folder, vit, text, linear = vista
+    model = load_pretrained("unica", folder, device="cpu").model
+    parts = {"image_encoder": vit, "text_encoder": text, "visual_proj": linear}
+    expected = {
+        f"{name}.{key}": value.float()
+        for name, part in parts.items()
+        for key, value in part.state_dict().items()
+        if not (name == "image_encoder" and key.startswith(("norm.", "head.")))
+        and "pool" not in key
+    }
+    assert_equal(model.state_dict(), expected)
+    assert model.config.image["final_norm"] is False and not model.bica
+
+
+def test_training_adds_cross_attention_to_vista(tmp_path, vista):
+    """With pre-norm, Bi-CA is the identity at first."""
+    folder = vista[0]
+    options = {"bica_norm": "pre"}
+    start = load_pretrained("unica", folder, preset="paper", options=options, device="cpu")
+    expected = load_pretrained("unica", folder, device="cpu").model
+    assert len(start.model.bica) == 1 and start.model.config.bica_heads == 2
+    size = start.model.picture_size
+    ids = torch.tensor([[2, 7, 8, 3]])
+    items = {"pixel_values": torch.randn(1, 3, size, size), "input_ids": ids}
+    with torch.no_grad():
+        found = start.model.embed(("image", "both"), **items)
+        for view, embedding in expected.embed(("image", "both"), **items).items():
+            assert torch.equal(found[view], embedding), view
+
+
+def test_a_part_beside_vista_leaves_out_the_layer_between(tmp_path, vista):
+    """The layer is made for both encoders of the folder."""
+    folder, bert = vista[0], save_parts("unica", tmp_path / "parts", width=128)["text_encoder"]
+    start = load_start(settings("unica", tmp_path / "a", init=folder, text_encoder=bert))
+    assert list(start.sources) == ["image_encoder", "text_encoder"]
+    start = load_start(settings("uniecs", tmp_path / "a", init=folder))
+    assert list(start.modules) == ["image_encoder", "text_encoder"]
 
 
 @pytest.mark.parametrize("model", HOSTED)

@@ -325,8 +325,8 @@ def test_eva_clip_in_its_authors_names(tmp_path):
     same_image(write_state(tmp_path, state), vit.forward_features(PIXELS))
 
 
-@pytest.mark.parametrize("kind", ["bert", "xlm-roberta"])
-def test_visualized_bge_in_its_authors_names(tmp_path, kind):
+def visualized_bge(kind):
+    """Return a state with the names of Visualized-BGE, and its ViT, text encoder and projection."""
     vit, linear = small_eva(), shaken(torch.nn.Linear(128, 128))
     other = {"type_vocab_size": 1, "layer_norm_eps": 1e-5, "pad_token_id": 1}
     config = transformers.AutoConfig.for_model(kind, **BERT, **(other if kind != "bert" else {}))
@@ -335,6 +335,12 @@ def test_visualized_bge_in_its_authors_names(tmp_path, kind):
     state |= {f"bge_{key}": value for key, value in text.state_dict().items()}
     state |= {f"visual_proj.{key}": value for key, value in linear.state_dict().items()}
     state["model_visual.logit_scale"] = torch.tensor(1.0)
+    return state, vit, text, linear
+
+
+@pytest.mark.parametrize("kind", ["bert", "xlm-roberta"])
+def test_visualized_bge_in_its_authors_names(tmp_path, kind):
+    state, vit, text, linear = visualized_bge(kind)
     name = "Visualized_base_en_v1.5.pth" if kind == "bert" else "Visualized_m3.pth"
     matches(state, f"visualized-bge/{name}")
     folder = write_state(tmp_path, state)

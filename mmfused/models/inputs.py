@@ -100,7 +100,7 @@ def map_tokens(linear: nn.Module, tokens: Tensor, ignore: Tensor | None) -> Tens
 def encode_image(encoder: Any, pixels: Tensor, present: Tensor | None) -> Tensor:
     """Return all tokens (B, N, image_dim) that the encoder computes from pixels (B, C, H, W).
 
-    ``encoder`` is timm's VisionTransformer. If it is None, raise ValueError.
+    ``encoder`` is timm's VisionTransformer or Eva. If it is None, raise ValueError.
     """
     if encoder is None:
         raise ValueError(
