@@ -15,7 +15,7 @@ from PIL import Image
 from retrieval_models import BERT, TEXTS, VIT
 
 from mmfused.cli import main
-from mmfused.data import train_tokenizer
+from mmfused.data import load_tokenizer, train_tokenizer
 from mmfused.models import MODELS, encoder_export
 from mmfused.models.encoder_export import save_image, save_text, timm_settings
 from mmfused.models.encoders import build_vit
@@ -174,9 +174,14 @@ def test_the_tokenizer_gives_what_the_encoder_takes(tmp_path):
     text = {"model_type": "distilbert", "n_layers": 1, "n_heads": 2, "hidden_dim": 16}
     tokenizer = train_tokenizer(TEXTS, 100)
     tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    tokenizer.model_max_length = 30
+    tokenizer.save_pretrained(tmp_path / "own")
+    tokenizer = load_tokenizer(tmp_path / "own")
     model, tokenizer = build("fluid", tokenizer=tokenizer, text=text)
-    save_text(model, tokenizer, tmp_path)
-    batch = transformers.AutoTokenizer.from_pretrained(tmp_path)(TEXTS[:2], return_tensors=None)
+    save_text(model, tokenizer, tmp_path, max_length=LENGTH)
+    loaded = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert loaded.model_max_length == LENGTH
+    batch = loaded(TEXTS[:2])
     assert sorted(batch) == ["attention_mask", "input_ids"]
 
 
@@ -267,7 +272,8 @@ CHANGES = {
     "embed_norm_layer": "layernorm",
     "norm_layer": "rmsnorm",
     "act_layer": "relu",
-    "name": "vit_tiny_patch16_224",
+    "name": "vit_tiny_patch16_224.augreg_in21k",
+    "num_classes": 0,
 }
 
 
@@ -293,7 +299,14 @@ def test_each_option_of_the_image_encoder_is_kept(tmp_path, field):
     fields, vit = pretrained_vit(str(tmp_path))
     assert equal_weights(vit, model.image_encoder)
     assert torch.equal(vit.eval().forward_features(pixels), expected)
-    assert fields["image"][field] == (list(value) if isinstance(value, tuple) else value)
+    if field != "num_classes":
+        value = value.split(".")[0] if field == "name" else value  # without the weights' tag
+        assert fields["image"][field] == (list(value) if isinstance(value, tuple) else value)
+    assert tuple(loaded.pretrained_cfg["input_size"]) == tuple(pixels.shape[1:])
+    settings = json.loads((tmp_path / "config.json").read_text())
+    assert (settings["num_features"], settings["num_classes"]) == (12, 0)
+    with safetensors.safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}  # transformers asks for it
 
 
 def test_timm_gives_an_exported_encoder_a_head_and_other_channels(tmp_path):
