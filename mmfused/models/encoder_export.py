@@ -89,12 +89,9 @@ def save_text(
     tokenizer = without_call(tokenizer)
     accepted = inspect.signature(encoder.forward).parameters
     names = [name for name in tokenizer.model_input_names if name in accepted]
-    changes: dict[str, Any] = {"model_input_names": names}
+    tokenizer.model_input_names = names
     if max_length is not None:
-        changes["model_max_length"] = max_length
-    for name, value in changes.items():
-        setattr(tokenizer, name, value)
-        tokenizer.init_kwargs[name] = value  # this value is saved
+        tokenizer.model_max_length = max_length
     with quiet_transformers(), refusing(f"out: {folder} cannot be written"):
         encoder.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -220,7 +217,6 @@ def timm_settings(encoder: Any, options: dict[str, Any]) -> dict[str, Any]:
         "model_args": arguments,
         "pretrained_cfg": {
             "input_size": [embed.proj.in_channels, *embed.img_size],
-            "num_classes": 0,
             "first_conv": "patch_embed.proj",
             "classifier": "head",
         },
