@@ -337,17 +337,27 @@ def test_a_stretched_picture_is_squashed_by_timm():
 
 
 @torch.no_grad()
-def test_an_eva_without_its_last_norm_is_one_of_timm(tmp_path):
+@pytest.mark.parametrize("norm", [True, False])
+def test_an_eva_is_exported_with_or_without_its_last_norm(tmp_path, norm):
     """VISTA takes the tokens before the last norm."""
     sizes = {"img_size": 32, "depth": 1, "num_heads": 2, "embed_dim": 16}
-    name = "eva02_base_patch16_clip_224"
-    eva = timm.create_model(name, pretrained=False, num_classes=0, **sizes).eval()
-    eva.norm = torch.nn.Identity()
-    settings = timm_settings(eva, {"name": name, "final_norm": False, **sizes})
-    (tmp_path / "config.json").write_text(json.dumps(settings))
-    safetensors.torch.save_file(eva.state_dict(), tmp_path / "model.safetensors")
-    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    options = {"name": "eva02_base_patch16_clip_224", "final_norm": norm, **sizes}
+    model, _ = build("unica", image=options, image_dim=16)
+    save_image(model, tmp_path)
     pixels = torch.randn(2, 3, 32, 32)
-    assert torch.equal(loaded.forward_features(pixels), eva.forward_features(pixels))
+    expected = model.image_encoder.forward_features(pixels)
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert torch.equal(loaded.forward_features(pixels), expected)
+    fields, vit = pretrained_vit(str(tmp_path))
+    assert equal_weights(vit, model.image_encoder)
+    assert fields["image"].get("final_norm", True) is norm
+    assert torch.equal(vit.eval().forward_features(pixels), expected)
+
+
+def test_a_norm_that_the_options_lack_is_named():
+    sizes = {"img_size": 32, "depth": 1, "num_heads": 2, "embed_dim": 16}
+    name = "eva02_base_patch16_clip_224"
+    eva = timm.create_model(name, pretrained=False, num_classes=0, **sizes)
+    eva.norm = torch.nn.Identity()
     with pytest.raises(ValueError, match=r"with norm.weight of shape None, expected \(16,\)"):
         timm_settings(eva, {"name": name, **sizes})

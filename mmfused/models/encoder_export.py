@@ -229,13 +229,12 @@ def picture_settings(config: Any) -> dict[str, Any]:
     Args:
         config: the config of the model.
     """
-    stretched = getattr(config, "resize", "crop") == "stretch"
     return {
         "mean": config.pixel_mean,
         "std": config.pixel_std,
-        "interpolation": getattr(config, "resample", "bicubic"),
+        "interpolation": config.resample,
         "crop_pct": 1.0,
-        "crop_mode": "squash" if stretched else "center",
+        "crop_mode": "squash" if config.resize == "stretch" else "center",
     }
 
 

@@ -172,7 +172,11 @@ def timm_options(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         value = pretrained.get(name, default)
         check_field(f"{where}: {name}", value, tuple[float, float, float])
         pixels[name] = tuple(value)
-    return {"name": saved_config["architecture"], **without(arguments, "num_classes")}, pixels
+    options = {"name": saved_config["architecture"], **without(arguments, "num_classes")}
+    norm = options.get("use_post_transformer_norm")  # an Eva's name for it, and None is the default
+    if is_eva(options["name"]) and norm is not None:
+        options["final_norm"] = options.pop("use_post_transformer_norm")
+    return options, pixels
 
 
 def layout_with(part: str, name: str, folder: Path) -> Layout | None:
