@@ -25,12 +25,12 @@ def parts(monkeypatch):
     """The parts that the check of the new folder finds, and the folders that it gets."""
     checked = []
 
-    def check_pretrained(folder):
+    def check_pretrained(folder, argument):
         checked.append(sorted(path.name for path in folder.iterdir()))
         held = safetensors.torch.load_file(folder / "model.safetensors")
         for name, error in (("refused", ValueError), ("absent", FileNotFoundError)):
             if name in held:
-                raise error(f"{folder}: got {name}, expected the weights of a model")
+                raise error(f"{argument}: {folder}: got {name}, expected the weights of a model")
         return ("image_encoder", "text_encoder")
 
     module = types.ModuleType("mmfused.models.published")
@@ -300,7 +300,7 @@ def test_other_files_are_refused(tmp_path, kind):
 def test_unknown_weights_are_refused_and_leave_nothing(tmp_path, capsys, name):
     source = save(tmp_path / "a.pth", {name: torch.ones(1)})
     message = refusal(capsys, source, tmp_path / "out")
-    assert message.endswith(f"a.pth: it: got {name}, expected the weights of a model\n")
+    assert message.endswith(f"file: {source}: got {name}, expected the weights of a model\n")
 
 
 def test_bad_arguments_are_refused_before_the_file_is_read(tmp_path, capsys, monkeypatch):

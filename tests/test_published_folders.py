@@ -202,7 +202,7 @@ def test_a_missing_part_of_the_weights_is_refused(tmp_path):
     index = {"weight_map": {"bert.x.weight": "model-1-of-1.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     for call in (parts_of, check_pretrained):
-        with pytest.raises(ValueError, match="^pretrained: .*model-1-of-1.safetensors is missing"):
+        with pytest.raises(ValueError, match="^folder: .*model-1-of-1.safetensors is missing"):
             call(tmp_path)
 
 
@@ -216,9 +216,7 @@ def test_a_resnet_is_refused(tmp_path):
 def test_folders_without_weights_of_a_known_layout_are_refused(tmp_path):
     torch.save({}, tmp_path / "clip_cn_vit-b-16.pt")
     for call in (parts_of, check_pretrained, pretrained_projection):
-        with pytest.raises(
-            ValueError, match="^pretrained: got '.*', expected a folder with safete"
-        ):
+        with pytest.raises(ValueError, match="^folder: got '.*', expected a folder with safete"):
             call(tmp_path)
     for name, load in (("image encoder", pretrained_vit), ("text encoder", pretrained_text)):
         with pytest.raises(
@@ -226,9 +224,7 @@ def test_folders_without_weights_of_a_known_layout_are_refused(tmp_path):
         ):
             load(str(tmp_path))
     write_state(tmp_path, {"weight": torch.zeros(3)})
-    with pytest.raises(
-        ValueError, match="^pretrained: got '.*', expected a folder with safetensors"
-    ):
+    with pytest.raises(ValueError, match="^folder: got '.*', expected a folder with safetensors"):
         parts_of(tmp_path)
     for name, load in (("image encoder", pretrained_vit), ("text encoder", pretrained_text)):
         with pytest.raises(
@@ -247,9 +243,7 @@ def test_a_truncated_file_is_refused(tmp_path, name):
             call(tmp_path)
         assert expected in str(caught.value)
     (tmp_path / "open_clip_config.json").write_text("{")
-    with pytest.raises(
-        ValueError, match="^pretrained: .*open_clip_config.json is truncated or corr"
-    ):
+    with pytest.raises(ValueError, match="^folder: .*open_clip_config.json is truncated or corr"):
         parts_of(tmp_path)
 
 

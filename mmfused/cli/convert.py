@@ -64,10 +64,13 @@ def run(args: argparse.Namespace) -> int:
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         try:
-            parts = check_pretrained(folder)
+            parts = check_pretrained(folder, "file")
         except (ValueError, FileNotFoundError) as error:
             # The temporary folder is gone when the message is read.
-            raise ValueError(f"file: {file}: {str(error).replace(str(folder), 'it')}") from error
+            message = str(error)
+            for path in (folder / "model.safetensors", folder):
+                message = message.replace(str(path), str(file))
+            raise ValueError(message) from error
     print(f"{found['tensors']} tensors of {file} written to {out}: {', '.join(parts)}")
     if found["dropped"]:
         print(f"left out: {join_names(found['dropped'], 8)}")

@@ -41,6 +41,7 @@ from mmfused.models.weights import (
     named,
     natural,
     on_meta,
+    pickle_hint,
     read_weights,
     same_end,
     weights_path,
@@ -57,7 +58,6 @@ LEGACY_ROPE: dict[str, object] = {
 ACTIVATIONS = ("hidden_act", "activation", "hidden_activation", "conv_act")
 # The name of a weight in a numbered layer.
 IN_LAYER = re.compile(r"(?:layers?|blocks|layer_groups|albert_layers)\.\d+\.")
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # timm's default normalisation of pixels.
 PIXELS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
@@ -399,11 +399,9 @@ def read_encoder_folder(name: str, folder: Path, weights: str) -> dict[str, Any]
     """
     if not (folder / "config.json").is_file() or not weights_path(folder).is_file():
         expected = f"config.json and {weights}"
-        for path in sorted(folder.glob("*")):
-            if path.name == "adapter_model.safetensors":
-                expected += f"; {path.name} is an adapter"
-            elif path.suffix in PICKLES:
-                expected += f"; {path.name} is a pickle, which can run any code when it is loaded"
+        if (folder / "adapter_model.safetensors").exists():
+            expected += "; adapter_model.safetensors is an adapter"
+        expected += pickle_hint(folder)
         raise FileNotFoundError(f"{name}: {folder} lacks a file, expected {expected}")
     with named(name):
         return read_object(folder / "config.json")

@@ -9,17 +9,16 @@ from torch import nn
 from mmfused.models.layouts import Layout, Part, find_layout, prefixed
 from mmfused.models.pretrained import take, text_of_folder, vit_of_folder
 from mmfused.models.qwen_host import host_of_folder
-from mmfused.models.weights import on_meta, read_weights, weights_path
-
-PRETRAINED = "pretrained"  # the name of the argument in messages
+from mmfused.models.weights import on_meta, pickle_hint, read_weights, weights_path
 
 
-def parts_of(folder: str | Path) -> tuple[str, ...]:
+def parts_of(folder: str | Path, argument: str = "folder") -> tuple[str, ...]:
     """Return which encoders a pretrained folder holds.
 
     Args:
         folder: a folder with safetensors, in any layout that :func:`pretrained_vit`,
             :func:`pretrained_text` or ``pretrained_qwen2_vl`` load.
+        argument: name of the argument in error messages.
 
     Returns:
         Some of "image_encoder", "text_encoder" and "visual_proj", in this order, or ("host",).
@@ -38,7 +37,7 @@ def parts_of(folder: str | Path) -> tuple[str, ...]:
         ...     parts_of(folder)
         ('text_encoder',)
     """
-    return known_layout(Path(folder)).parts
+    return known_layout(Path(folder), argument).parts
 
 
 def pretrained_projection(folder: str | Path) -> nn.Linear:
@@ -53,13 +52,14 @@ def pretrained_projection(folder: str | Path) -> nn.Linear:
     return projection_of_folder(known_layout(Path(folder)))
 
 
-def check_pretrained(folder: str | Path) -> tuple[str, ...]:
+def check_pretrained(folder: str | Path, argument: str = "folder") -> tuple[str, ...]:
     """Require all weights of each encoder that a folder holds, with the shapes of its config.
 
     Values are not read, and no model is allocated.
 
     Args:
         folder: a folder with safetensors, as for :func:`parts_of`.
+        argument: name of the argument in error messages.
 
     Returns:
         The encoders, as of :func:`parts_of`.
@@ -68,7 +68,7 @@ def check_pretrained(folder: str | Path) -> tuple[str, ...]:
         ValueError: a weight is missing, is not one of the model or has another shape, or the folder
             holds no encoder.
     """
-    layout = known_layout(Path(folder))
+    layout = known_layout(Path(folder), argument)
     for part in layout.parts:
         if part == "image_encoder":
             vit_of_folder(layout.folder, {}, values=False)
@@ -81,15 +81,15 @@ def check_pretrained(folder: str | Path) -> tuple[str, ...]:
     return layout.parts
 
 
-def known_layout(folder: Path) -> Layout:
+def known_layout(folder: Path, argument: str = "folder") -> Layout:
     """Return the layout of a folder, which must be known."""
     try:
-        layout = find_layout(PRETRAINED, folder) if weights_path(folder).is_file() else None
+        layout = find_layout(argument, folder) if weights_path(folder).is_file() else None
     except FileNotFoundError as error:  # a part of the weights
         raise ValueError(str(error)) from error
     if layout is None:
-        expected = "a folder with safetensors of a known layout"
-        raise ValueError(f"{PRETRAINED}: got {str(folder)!r}, expected {expected}")
+        expected = "a folder with safetensors of a known layout" + pickle_hint(folder)
+        raise ValueError(f"{argument}: got {str(folder)!r}, expected {expected}")
     return layout
 
 
@@ -97,14 +97,14 @@ def projection_of_folder(layout: Layout, values: bool = True) -> nn.Linear:
     """Load the projection; without ``values``, check its names and shapes on meta instead."""
     if "visual_proj" not in layout.parts:
         held, expected = ", ".join(layout.parts), "a folder with visual_proj"
-        raise ValueError(f"{PRETRAINED}: {layout.folder} holds {held}, expected {expected}")
+        raise ValueError(f"folder: {layout.folder} holds {held}, expected {expected}")
     width = layout.size("model_visual.visual.patch_embed.proj.weight", 0, 4)
     dim = layout.size("bge_embeddings.word_embeddings.weight", 1, 2)
     with on_meta():
         linear = nn.Linear(width, dim)
     prefix = f"{layout.prefix}visual_proj."
-    weights = read_weights(PRETRAINED, layout.folder, values)
-    where = f"{PRETRAINED}: {weights_path(layout.folder)}"
+    weights = read_weights("folder", layout.folder, values)
+    where = f"folder: {weights_path(layout.folder)}"
     taken = take(where, Part({}, prefixed(prefix), prefix, "$", {}), linear, weights)
     if values:
         linear.to_empty(device="cpu").load_state_dict(taken)

@@ -18,6 +18,7 @@ from mmfused.json_files import one_line, read_object
 from mmfused.models.fields import shown
 
 INDEX = "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 # The names of weights in a folder of open_clip: safetensors by name, or a converted pickle.
 OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")
@@ -75,6 +76,15 @@ def config_path(folder: Path) -> Path:
     has_weights = any((folder / file).is_file() for file in ("model.safetensors", INDEX))
     own, open_clip = folder / "config.json", folder / OPEN_CLIP_CONFIG
     return open_clip if open_clip.is_file() and not (own.is_file() and has_weights) else own
+
+
+def pickle_hint(folder: Path) -> str:
+    """Return the end of a sentence that names the pickles in a folder, if there are some."""
+    pickles = [path.name for path in sorted(folder.glob("*")) if path.suffix in PICKLES]
+    if not pickles:
+        return ""
+    why = "can run any code when it is loaded; mmfused convert writes safetensors"
+    return f"; {pickles[0]} is a pickle, which {why}"
 
 
 def weights_path(folder: Path) -> Path:

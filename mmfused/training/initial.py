@@ -76,8 +76,7 @@ def part_sources(config: TrainConfig) -> dict[str, str]:
     takes = ("host",) if config.model in HOSTED else ("image_encoder", "text_encoder")
     held: tuple[str, ...] = ()
     if config.init and init_run(config) is None:
-        with named("init"):
-            held = parts_of(Path(config.init))
+        held = parts_of(Path(config.init), "init")
         if set(held).isdisjoint(takes):
             raise ValueError(
                 f"init: got {config.init!r}, which holds {' and '.join(held)}, "

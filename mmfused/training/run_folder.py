@@ -19,6 +19,7 @@ from mmfused.models import MODELS
 from mmfused.models.adapters import save_adapter
 from mmfused.models.config import shapes_of
 from mmfused.models.lora import add_lora, check_lora, lora_of
+from mmfused.models.weights import PICKLES
 from mmfused.training.config import TrainConfig
 from mmfused.training.files import (
     check_fields,
@@ -56,7 +57,6 @@ SCORE_OF_TASK = {
     "classification": "accuracy",
     "retrieval": "recall_at_1",
 }
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 CHECKPOINT_TENSORS = ("model.safetensors", "optimizer.safetensors", "rng.safetensors")
 
 
@@ -357,5 +357,5 @@ def _refuse_pickles(path: Path) -> None:
     if pickles and not (path / "model.safetensors").is_file():
         raise ValueError(
             f"{pickles[0]} is a pickle, which can run any code when it is loaded; only safetensors "
-            "are read, which mmfused convert makes of it"
+            "are read, and mmfused convert writes them"
         )
