@@ -311,18 +311,15 @@ def copy_of(name: str, **replaced) -> ModuleType:
 def models() -> SimpleNamespace:
     """Return a namespace with FLUID, UniECS, UniCA, MOON2 and UNITE in plain PyTorch."""
     nce = {"masked_info_nce": masked_info_nce}
-    fluid = copy_of(
-        "fluid",
-        QTransform=QTransform,
-        topk_routing=topk_routing,
-        grouped_linear=grouped_linear,
-        **nce,
-    )
+    experts = {"topk_routing": topk_routing, "grouped_linear": grouped_linear}
+    classifier = copy_of("fluid_experts", **experts).MoEClassifier
+    fluid = copy_of("fluid", QTransform=QTransform, MoEClassifier=classifier, **nce)
     losses = copy_of("uniecs_losses", **nce)
     torch_losses = {"loss_terms": losses.loss_terms, "adaptive_loss": losses.adaptive_loss}
     cross = {"BidirectionalGatedCrossAttention": BidirectionalGatedCrossAttention}
     uniecs = copy_of("uniecs", Block=Block, **cross, **torch_losses)
-    unica = copy_of("unica", MaskedInfoNCE=MaskedInfoNCE, **cross)
+    bica = copy_of("unica_bica", **cross).BiCA
+    unica = copy_of("unica", MaskedInfoNCE=MaskedInfoNCE, BiCA=bica)
     objectives = copy_of("moon2_losses", **nce)
     torch_objectives = {
         "inter_losses": objectives.inter_losses,
