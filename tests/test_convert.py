@@ -311,7 +311,7 @@ def test_bad_arguments_are_refused_before_the_file_is_read(tmp_path, capsys, mon
     assert "tokenizer: got" in refusal(capsys, source, out, "--tokenizer", str(tmp_path))
     assert "mmfused convert did not write (a.pt)" in refusal(capsys, source, tmp_path)
     assert run(source, tmp_path / "no" / "out") == 2
-    assert "expected a new folder in an existing folder" in capsys.readouterr().err
+    assert "expected a new folder in an existing one" in capsys.readouterr().err
 
 
 def test_a_killed_process_leaves_nothing(tmp_path, capsys, monkeypatch):

@@ -287,7 +287,7 @@ def test_only_exported_folders_are_replaced(tmp_path, capsys):
     assert "already exists; choose another name or overwrite it" in capsys.readouterr().err
     assert main([*command[:-1], str(tmp_path / "empty"), "--overwrite"]) == 0
     assert main([*command[:-1], str(tmp_path / "no" / "out")]) == 2
-    assert "expected a new folder in an existing folder" in capsys.readouterr().err
+    assert "expected a new folder in an existing one" in capsys.readouterr().err
     assert main([*command, "--dtype", "int8"]) == 2
     assert "dtype: got 'int8', expected float32 or bfloat16" in capsys.readouterr().err
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from mmfused.data import GeneratedProducts, train_tokenizer
 from mmfused.models import MODELS
 from mmfused.training.initial import is_pretrained, load_start
 from mmfused.training.load import load_pretrained
-from mmfused.training.run import train
+from mmfused.training.run import prepare, train
 
 transformers = pytest.importorskip("transformers")
 
@@ -192,3 +193,95 @@ def test_runs_are_not_pretrained_folders(tmp_path, clip):
     assert not is_pretrained(tmp_path / "run")
     for path in (tmp_path, tmp_path / "nowhere", tmp_path / "run" / "model.safetensors"):
         assert not is_pretrained(path)
+
+
+def test_parts_that_a_folder_lacks_are_told(tmp_path, clip, vista, caplog):
+    def told(call, *arguments, **options):
+        caplog.clear()
+        call(*arguments, **options)
+        return [record.message for record in caplog.records if "random" in record.message]
+
+    vit = save_parts("uniecs", tmp_path / "parts")["image_encoder"]
+    expected = [f"{vit} has no text_encoder, which is random at first"]
+    assert told(prepare, settings("uniecs", tmp_path / "a", init=vit), None) == expected
+    assert not told(prepare, settings("uniecs", tmp_path / "a", init=clip), None)
+    assert not told(prepare, settings("uniecs", tmp_path / "a", text_encoder=clip), None)
+    assert not told(load_pretrained, "unica", vista[0], device="cpu")
+    (message,) = told(load_pretrained, "unica", clip, preset="tiny", device="cpu")
+    assert message == f"{clip} has no visual_proj, bica, which is random at first"
+
+
+def error_of(capsys, *arguments):
+    """Return the message of a refused command, which is one line."""
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("mmfused: error: ") and error.count("\n") == 1
+    return error
+
+
+def test_a_text_encoder_without_words_is_refused(tmp_path, capsys):
+    """From a config.json alone, transformers makes a tokenizer of five special tokens."""
+    bert = save_parts("uniecs", tmp_path / "parts")["text_encoder"]
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        Path(bert, name).unlink()
+    given = ["--model", "uniecs", "--data", "generated", "--device", "cpu"]
+    train = ["train", *given, "--out", tmp_path / "run"]
+    hint = "it has a tokenizer without words; the setting tokenizer names another"
+    assert hint in error_of(capsys, *train, "--text-encoder", bert)
+    assert hint in error_of(capsys, *train, "--init", bert)
+    assert hint in error_of(capsys, "eval", *given, "--checkpoint", bert)
+    message = error_of(capsys, *train, "--init", bert, "--tokenizer", bert)
+    assert f"tokenizer: got '{bert}', expected a tokenizer" in message
+    assert message.endswith("it has a tokenizer without words\n")
+
+
+@pytest.mark.parametrize("model", ENCODER_MODELS)
+def test_texts_that_the_model_cannot_read_are_refused_before_the_data(tmp_path, clip, model):
+    """The encoder has 64 positions; 16 of them are UniCA's image tokens."""
+    most = 48 if model == "unica" else 64
+    start = settings(model, tmp_path / "run", init=clip, max_length=most)
+    assert prepare(start, None).model.longest_text == most
+    for length in (most + 1, 4000):
+        with pytest.raises(ValueError, match=f"^max_length: got {length}, expected at most {most}"):
+            train(settings(model, tmp_path / "run", init=clip, max_length=length))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_padded_length_is_the_longest_text(tmp_path, clip):
+    """UniECS cuts texts that it pads."""
+    padded = {"text_mask": False, "text_length": 20}
+    run = settings("fluid", tmp_path / "a", init=clip, max_length=21, model_options=padded)
+    with pytest.raises(ValueError, match="^max_length: got 21, expected at most 20,"):
+        prepare(run, None)
+    padded["text_padding"] = "encoded"
+    run = settings("uniecs", tmp_path / "a", init=clip, max_length=99, model_options=padded)
+    assert prepare(run, None).model.longest_text is None
+
+
+def test_pictures_that_leave_no_place_for_a_text_are_refused(tmp_path, clip):
+    run = settings("unica", tmp_path / "run", init=clip, image_size=64)
+    with pytest.raises(ValueError, match="^image: got 64 image tokens, expected at most 62"):
+        prepare(run, None)
+
+
+def test_pictures_that_the_patches_do_not_fill_are_refused(tmp_path, clip):
+    run = settings("uniecs", tmp_path / "run", init=clip, image_size=36)
+    with pytest.raises(ValueError, match="^image_size: got 36, expected a multiple of pat"):
+        prepare(run, None)
+
+
+def test_a_path_that_is_no_folder_is_told(tmp_path, clip, capsys):
+    given = ["--model", "uniecs", "--data", "generated"]
+    embed = ["eval", *given, "--checkpoint"]
+    torch.save({}, tmp_path / "a.pt")
+    assert "nowhere holds no finished run" in error_of(capsys, *embed, tmp_path / "nowhere")
+    message = "a.pt is a pickle, which can run any code when it is loaded; only safetensors are"
+    assert message in error_of(capsys, *embed, tmp_path / "a.pt")
+    weights = Path(clip, "model.safetensors")
+    assert "is a file, expected the folder of a run" in error_of(capsys, *embed, weights)
+    train = ["train", *given, "--out", tmp_path / "run"]
+    for name in ("image", "text"):
+        message = error_of(capsys, *train, f"--{name}-encoder", tmp_path / "a.pt")
+        assert f"{name} encoder: got the file '{tmp_path / 'a.pt'}', expected a folder" in message
+        assert message.endswith("mmfused convert writes safetensors\n")

@@ -74,7 +74,9 @@ def run(args: argparse.Namespace) -> int:
     print(f"{found['tensors']} tensors of {file} written to {out}: {', '.join(parts)}")
     if found["dropped"]:
         print(f"left out: {join_names(found['dropped'], 8)}")
-    print(f"next: mmfused train {_options(parts)} {shlex.quote(str(out))} --data DIR --val DIR")
+    words = "" if _has_tokenizer(out) else " --tokenizer NAME"
+    path = shlex.quote(str(out))
+    print(f"next: mmfused train {_options(parts)} {path}{words} --data DIR --val DIR --out DIR")
     return 0
 
 
@@ -119,6 +121,12 @@ def _copy_settings(source: Path, folder: Path, with_tokenizer: bool) -> None:
     for name in (*SETTINGS, *(TOKENIZER_FILES if with_tokenizer else ())):
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    from mmfused.training.folder_lock import TOKENIZER_FILES
+
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
 def _options(parts: tuple[str, ...]) -> str:

@@ -80,6 +80,7 @@ def load_model(args: argparse.Namespace) -> Trained:
     """Load the model that the options name."""
     from mmfused.training.initial import is_pretrained
     from mmfused.training.load import load_pretrained, load_trained
+    from mmfused.training.run_folder import read_settings
 
     given = {name: getattr(args, name) for name in PRETRAINED_OPTIONS}
     given = {name: value for name, value in given.items() if value is not None}
@@ -90,6 +91,7 @@ def load_model(args: argparse.Namespace) -> Trained:
     if None not in (args.checkpoint, args.host):
         raise ValueError(f"checkpoint: got {args.checkpoint!r} with host, expected one of the two")
     if args.host is None and not is_pretrained(Path(source)):
+        read_settings(Path(source))  # which says what is wrong with a path
         for name, value in given.items():
             raise ValueError(
                 f"{name}: got {value!r} with the run {source!r}, "

@@ -29,7 +29,8 @@ def check_out(out: Path, command: str, overwrite: bool) -> None:
     from mmfused.training.files import join_names
 
     if not out.parent.is_dir():
-        raise ValueError(f"out: got {str(out)!r}, expected a new folder in an existing folder")
+        expected = f"a new folder in an existing one, and {out.parent} does not exist"
+        raise ValueError(f"out: got {str(out)!r}, expected {expected}")
     if not os.path.lexists(out):
         return
     foreign = _foreign_files(out, command)

@@ -171,10 +171,11 @@ def load_tokenizer(
         raise ValueError(f"{argument}: got {name!r}, expected a tokenizer folder or a hub name")
     try:
         if (folder / "tokenizer.json").is_file():
-            return _read_folder(folder)
-        if folder.is_dir():
-            _check_vocabulary_folder(folder)
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            tokenizer = _read_folder(folder)
+        else:
+            if folder.is_dir():
+                _check_vocabulary_folder(folder)
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (KeyboardInterrupt, SystemExit):
         raise
     # The tokenizers library raises Exception, or BaseException if its Rust code panics.
@@ -186,6 +187,13 @@ def load_tokenizer(
             f"{argument}: got {name!r}, expected a tokenizer folder or a hub name: "
             f"{reason} ({one_line(error)})"
         ) from error
+    # From a config.json alone, transformers makes a tokenizer that knows no word.
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise ValueError(
+            f"{argument}: got {name!r}, expected a tokenizer folder or a hub name: "
+            "it has a tokenizer without words"
+        )
+    return tokenizer
 
 
 def _read_folder(folder: Path) -> Any:

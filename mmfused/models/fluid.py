@@ -27,7 +27,7 @@ from mmfused.models.config import ModelConfig, absent_part
 from mmfused.models.encoders import Stem, build_text, build_vit
 from mmfused.models.fields import Options
 from mmfused.models.fluid_experts import DenseClassifier, MoEClassifier, at_least_float32
-from mmfused.models.text_padding import check_padded_length
+from mmfused.models.text_padding import check_padded_length, longest_text_of
 from mmfused.ops.gated_cross_attention import TokenGate
 from mmfused.ops.masked_info_nce import masked_info_nce
 from mmfused.ops.query_pooling import QTransform
@@ -253,6 +253,13 @@ class FLUID(nn.Module):
         for module in self.modules():
             if isinstance(module, QTransform):
                 nn.init.normal_(module.queries, std=c.query_std)
+
+    @property
+    def longest_text(self) -> int | None:
+        """Largest number of tokens of a text; None without a text encoder."""
+        if not self.uses_text or self.text_encoder is None:
+            return None
+        return self.config.text_length or longest_text_of(self.text_encoder)
 
     @property
     def picture_size(self) -> int:

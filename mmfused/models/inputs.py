@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mmfused.library import check_value
-from mmfused.models.text_padding import longest_text, pad_ids
+from mmfused.models.text_padding import longest_text_of, pad_ids
 
 
 def one_source(names: str, first: Tensor | None, second: Tensor | None) -> Tensor:
@@ -124,13 +124,12 @@ def encode_text(encoder: Any, ids: Tensor, attention_mask: Tensor | None) -> Ten
     """
     if encoder is None:
         raise ValueError("input_ids: got ids with the config's text None, expected text_tokens")
-    c = encoder.config
-    limit = longest_text(c.model_type, c.max_position_embeddings, c.pad_token_id)
+    limit, vocabulary = longest_text_of(encoder), encoder.config.vocab_size
     if ids.ndim != 2 or ids.shape[1] > limit:
         got = tuple(ids.shape)
         raise ValueError(f"input_ids: got shape {got}, expected (batch, at most {limit} tokens)")
-    check_range("input_ids", ids, c.vocab_size)
-    ids, poison = clamp_indices(ids, c.vocab_size)
+    check_range("input_ids", ids, vocabulary)
+    ids, poison = clamp_indices(ids, vocabulary)
     tokens = encoder(input_ids=ids, attention_mask=attention_mask).last_hidden_state
     return tokens + poison.to(tokens.dtype).sum(1)[:, None, None]
 

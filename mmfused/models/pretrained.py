@@ -95,7 +95,9 @@ def pretrained_vit(
         expected = "a folder, or the name of a timm model with weights on the hub"
         raise ValueError(f"image encoder: got {source!r}, expected {expected}")
     with on_meta():  # checked before the download
-        check_vit(f"image encoder: got {source!r}, ", create_vit(name=source, num_classes=0))
+        meta_vit = create_vit(name=source, num_classes=0)
+    check_vit(f"image encoder: got {source!r}, ", meta_vit)
+    check_multiple(size, meta_vit)
     overlay = {"hf_hub_filename": "model.safetensors"}
     vit = timm.create_model(
         model_name=source,
@@ -142,6 +144,7 @@ def vit_of_folder(
         with on_meta():
             meta_vit = create_vit(**saved, num_classes=0)
     check_vit(f"image encoder: got {str(folder)!r}, ", meta_vit)
+    check_multiple(size, meta_vit)
     weights = read_weights("image encoder", folder, values)
     where = f"image encoder: {weights_path(folder)}"
     if part is not None:
@@ -156,6 +159,15 @@ def vit_of_folder(
         missing, unexpected = vit.load_state_dict(weights, strict=False)
     check_keys(where, saved["name"], weights, missing, unexpected)
     return vit_fields(image, vit, pixels), vit
+
+
+def check_multiple(size: dict[str, int], vit: Any) -> None:
+    """Require a size of pictures that the patches fill."""
+    patch = vit.patch_embed.patch_size[0]
+    if size and size["img_size"] % patch:
+        raise ValueError(
+            f"image_size: got {size['img_size']}, expected a multiple of patch_size = {patch}"
+        )
 
 
 def timm_options(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:

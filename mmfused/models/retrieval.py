@@ -163,6 +163,11 @@ class RetrievalModel(nn.Module):
         }
 
     @property
+    def longest_text(self) -> int | None:
+        """Largest number of tokens of a text; None if the model sets no limit."""
+        return None
+
+    @property
     def picture_size(self) -> int:
         """Side of the image encoder's pictures in pixels."""
         encoder: Any = self.image_encoder

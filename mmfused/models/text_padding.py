@@ -31,6 +31,12 @@ def longest_text(model_type: str, positions: int, pad: Any) -> int:
     return positions - 1 - (1 if model_type == "mpnet" else pad)
 
 
+def longest_text_of(encoder: Any) -> int:
+    """Return the number of tokens that a text encoder reads."""
+    c = encoder.config
+    return longest_text(c.model_type, c.max_position_embeddings, c.pad_token_id)
+
+
 def check_padded_length(options: Options, length: int) -> None:
     """Require an encoder of these options (`build_text`) that reads texts padded to a length.
 

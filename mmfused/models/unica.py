@@ -40,7 +40,7 @@ from mmfused.models.retrieval import (
     check_views,
     late_fusion,
 )
-from mmfused.models.text_padding import longest_text, setting
+from mmfused.models.text_padding import longest_text_of, setting
 from mmfused.models.unica_bica import BiCA
 from mmfused.ops.masked_info_nce import MaskedInfoNCE
 
@@ -189,6 +189,14 @@ class UniCA(RetrievalModel):
         if max(c.empty_text) >= vocabulary:
             expected = f"ids below the host's vocab_size={vocabulary}"
             raise ValueError(f"empty_text: got {c.empty_text}, expected {expected}")
+        if self.longest_text is not None and self.longest_text < 2:
+            encoder: Any = self.image_encoder
+            got = f"{encoder.patch_embed.num_patches} image tokens"
+            positions = self.text_encoder.config.max_position_embeddings
+            raise ValueError(
+                f"image: got {got}, expected at most {positions - 2}, so that [CLS] and [SEP] fit "
+                f"into the {positions} positions of the host"
+            )
         blocks = c.blocks if c.has_bica else 0
         self.bica: nn.ModuleList = nn.ModuleList(BiCA(c) for _ in range(blocks))
         weighted = "positive_similarity" not in c.without
@@ -202,6 +210,16 @@ class UniCA(RetrievalModel):
         )
         for name in c.freeze:
             freeze(getattr(self, f"{name}_encoder"))
+
+    @property
+    def longest_text(self) -> int | None:
+        """Largest number of tokens of a text beside a picture; None without an image encoder."""
+        encoder: Any = self.image_encoder
+        return None if encoder is None else self._longest_beside(encoder.patch_embed.num_patches)
+
+    def _longest_beside(self, patches: int) -> int:
+        positions = self.text_encoder.config.max_position_embeddings
+        return min(longest_text_of(self.text_encoder), positions - patches)
 
     @property
     def picture_size(self) -> int:
@@ -374,9 +392,7 @@ class UniCA(RetrievalModel):
         batch: int,
         patches: int,
     ) -> Tensor:
-        c = self.text_encoder.config
-        limit = longest_text(c.model_type, c.max_position_embeddings, c.pad_token_id)
-        limit = min(limit, c.max_position_embeddings - patches)
+        limit = self._longest_beside(patches)
         if ids is None or ids.ndim != 2 or not 2 <= ids.shape[1] <= limit:
             got = None if ids is None else f"shape {tuple(ids.shape)}"
             expected = f"(batch, tokens), from 2 to {limit} tokens beside {patches} image tokens"

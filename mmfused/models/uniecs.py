@@ -40,7 +40,7 @@ from mmfused.models.retrieval import (
     check_views,
     late_fusion,
 )
-from mmfused.models.text_padding import check_padded_length
+from mmfused.models.text_padding import check_padded_length, longest_text_of
 from mmfused.models.uniecs_blocks import Block, Pool
 from mmfused.models.uniecs_losses import (
     NAMES,
@@ -280,6 +280,12 @@ class UniECS(RetrievalModel):
             # All tokens of an absent modality equal this bias. If the bias were 0, as in the public
             # code, LayerNorms of zeros would multiply gradients by eps**-0.5 = 316 in backward.
             nn.init.uniform_(linear.bias, -(linear.in_features**-0.5), linear.in_features**-0.5)
+
+    @property
+    def longest_text(self) -> int | None:
+        """Largest number of tokens of a text; None if texts are cut, or without a text encoder."""
+        cut = self.config.text_length is not None and self.config.text_padding == "encoded"
+        return None if cut or self.text_encoder is None else longest_text_of(self.text_encoder)
 
     def encode(
         self,

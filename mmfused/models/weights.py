@@ -39,6 +39,9 @@ def find_folder(name: str, source: str, further: str = "") -> Path:
     """
     if Path(source).is_dir():
         return Path(source)
+    if Path(source).exists():
+        hint = pickle_hint(Path(source).parent)
+        raise ValueError(f"{name}: got the file {source!r}, expected a folder or a hub name{hint}")
     from huggingface_hub.errors import EntryNotFoundError
 
     try:

@@ -6,7 +6,8 @@ folder, whose parts are used as if each were named alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +31,9 @@ from mmfused.training.files import check_shapes, load_weights, path_inside, read
 from mmfused.training.folder_lock import is_run_folder
 from mmfused.training.optimizer import make_optimizer, own_rates
 from mmfused.training.run_folder import build_saved, load_own_tokenizer, read_settings
+
+
+logger: logging.Logger = logging.getLogger(__name__)
 
 
 class Start(NamedTuple):
@@ -195,7 +199,11 @@ def load_tokenizer(config: TrainConfig) -> Any:
     if setting == "init" and init_run(config) is not None:
         tokenizer = load_own_tokenizer(Path(source))
     else:
-        tokenizer = product_data.load_tokenizer(source, setting)
+        try:
+            tokenizer = product_data.load_tokenizer(source, setting)
+        except ValueError as error:
+            hint = "" if setting == "tokenizer" else "; the setting tokenizer names another"
+            raise ValueError(f"{error}{hint}") from error
     return MODELS[config.model].config.prepare_tokenizer(tokenizer)
 
 
@@ -284,6 +292,12 @@ def check_start(config: TrainConfig, start: Start, tokenizer: Any) -> ModelConfi
     model = meta_model(kind, described, kept)
     if tokenizer is not None:
         check_vocabulary(config, model, tokenizer)
+    longest = model.longest_text
+    if longest is not None and config.max_length > longest:
+        raise ValueError(
+            f"max_length: got {config.max_length}, expected at most {longest}, "
+            "the number of tokens of the longest text that the model reads"
+        )
     _load_modules(start, model, "meta")
     if start.run:
         path = path_inside(start.run, "model.safetensors")
@@ -341,6 +355,14 @@ def build_model(
         weights = _merged_weights(start.run) if start.lora and config.lora else None
         load_weights(model, path, _replaced(start), weights)
     return model if lora is None else add_lora(model, **lora)
+
+
+def warn_of_random(model: Any, start: Start, source: str, parts: Sequence[str]) -> None:
+    """Log which of the ``parts`` of a model the pretrained ``source`` lacks."""
+    names = [name for name, part in model.named_children() if name in parts and part.state_dict()]
+    random = [name for name in names if name not in start.modules]
+    if random:
+        logger.warning("%s has no %s, which is random at first", source, ", ".join(random))
 
 
 def _new_lora(config: TrainConfig, described: ModelConfig) -> dict[str, Any] | None:

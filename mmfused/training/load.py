@@ -13,11 +13,19 @@ import torch
 from mmfused import data as product_data
 from mmfused.models import MODELS
 from mmfused.models.adapters import CONFIG, WEIGHTS
+from mmfused.models.config import meta_model
 from mmfused.models.weights import find_folder
 from mmfused.training.config import HOSTED, TrainConfig, recipe
 from mmfused.training.datasets import load_folder
 from mmfused.training.files import sha256
-from mmfused.training.initial import build_model, check_start, load_start, load_tokenizer
+from mmfused.training.initial import (
+    build_model,
+    check_start,
+    load_start,
+    load_tokenizer,
+    model_config,
+    warn_of_random,
+)
 from mmfused.training.run_folder import load_saved, read_settings
 from mmfused.training.setup import (
     VAL_BATCH_SIZE,
@@ -206,7 +214,8 @@ def load_pretrained(
         device: name of a torch device; "auto" is "cuda" if it is available, else "cpu".
         threads: number of CPU threads; None takes torch's.
         settings: further settings of :class:`~mmfused.training.config.TrainConfig`, such as
-            adapter, tokenizer, image_size and max_length.
+            adapter, tokenizer, image_size and max_length (by default the recipe's, but no more than
+            the model reads).
 
     Raises:
         ValueError: an option is invalid, or the source cannot be used.
@@ -238,6 +247,9 @@ def load_pretrained(
         raise ValueError(
             f"tokenizer: got None with {source}, which holds no text encoder, expected a tokenizer"
         )
+    if "max_length" not in settings:
+        longest = meta_model(MODELS[model], model_config(config, start, tokenizer)).longest_text
+        config.max_length = min(config.max_length, longest or config.max_length)
     check_start(config, start, tokenizer)
     folder = find_folder(setting, source)
     files = sorted(folder.glob("*.safetensors"))
@@ -247,6 +259,7 @@ def load_pretrained(
         torch.manual_seed(config.seed)
         # What an untrained classifier predicts means nothing; its preset has the number of classes.
         built = build_model(config, start.values.get("num_classes", 1), tokenizer, start).eval()
+    warn_of_random(built, start, source, [name for name, _ in built.named_children()])
     values = {"model": built.config.to_dict(), "training": config.to_dict()}
     return Trained(folder, built, tokenizer, values, chosen, files)
 

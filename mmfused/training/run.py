@@ -36,6 +36,7 @@ from mmfused.training.initial import (
     load_start,
     load_tokenizer,
     train_tokenizer,
+    warn_of_random,
 )
 from mmfused.training.loop import Training
 from mmfused.training.ranks import check_agreement, fail_together, join_ranks
@@ -194,6 +195,8 @@ def _load_parts(config: TrainConfig, found: Checkpoint | None) -> tuple[Any, Any
     if tokenizer is None:
         tokenizer = train_tokenizer(config, train_set, products)
     model = build_model(config, train_set.num_classes, tokenizer, start)
+    if config.init and start.run is None:
+        warn_of_random(model, start, config.init, ("image_encoder", "text_encoder"))
     return model, tokenizer, data
 
 
