@@ -32,7 +32,6 @@ from mmfused.training.folder_lock import is_run_folder
 from mmfused.training.optimizer import make_optimizer, own_rates
 from mmfused.training.run_folder import build_saved, load_own_tokenizer, read_settings
 
-
 logger: logging.Logger = logging.getLogger(__name__)
 
 
