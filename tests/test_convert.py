@@ -114,7 +114,8 @@ def test_the_folder_of_a_checkpoint(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert f"13 tensors of {source} written to {out}: image_encoder, text_encoder" in printed
     assert "left out: epoch, a?[2J\n" in printed
-    assert f"next: mmfused train --model uniecs --init '{out}' --data" in printed
+    train = "next: mmfused train --model uniecs --preset code --init"
+    assert f"{train} '{out}' --tokenizer NAME --data" in printed
     record = json.loads((out / "convert.json").read_text())
     assert record["source"] == "a b.pt" and record["files"] == ["model.safetensors"]
     assert record["sha256"] == sha256(source.read_bytes()).hexdigest()

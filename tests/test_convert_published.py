@@ -46,7 +46,10 @@ def test_a_converted_file_starts_a_training(tmp_path, tokenizer, capsys, name, m
     torch.save({"epoch": 3, "state_dict": state}, tmp_path / "a.pth")
     assert convert(tmp_path / "a.pth", tmp_path / "out", "--tokenizer", tokenizer) == 0
     printed = capsys.readouterr().out
-    assert f"next: mmfused train --model {model} --init {tmp_path / 'out'} --data" in printed
+    assert (
+        f"next: mmfused train --model {model} --preset code --init {tmp_path / 'out'} --data"
+        in printed
+    )
     plain = write_state(tmp_path / "plain", state)
     found, expected = (
         initial_weights(settings(model, tmp_path / "run", init=str(folder), tokenizer=tokenizer))
@@ -71,7 +74,7 @@ def test_a_converted_file_starts_a_training(tmp_path, tokenizer, capsys, name, m
         (
             "bge_embeddings.word_embeddings.weight",
             None,
-            "file: got '{file}', expected a folder wit",
+            "file: got '{file}' with bge_embeddings.",
         ),
     ],
 )

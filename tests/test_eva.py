@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 
-from mmfused.models import FLUID, FLUIDConfig
+from mmfused.models import FLUID, FLUIDConfig, UniECS, UniECSConfig
 from mmfused.models.checkpointing import checkpoint_layers
 from mmfused.models.encoders import build_vit, check_image, freeze, picture_size
 from mmfused.models.lora import add_lora, merge_lora
@@ -238,3 +238,25 @@ def test_a_folder_loads_resamples_and_rebuilds(tmp_path):
     torch.testing.assert_close(
         resampled.eval().forward_features(pixels), saved.forward_features(pixels)
     )
+
+
+@pytest.mark.parametrize("name", ["eva_giant_patch14_clip_224", "eva02_tiny_patch14_224"])
+def test_adapters_of_fused_attention_take_part(name):
+    """timm's Eva otherwise reads qkv.weight itself, without the adapter."""
+    pytest.importorskip("peft")
+    sizes = {"embed_dim": 64, "depth": 1, "num_heads": 2, "patch_size": 8, "img_size": 16}
+    config = {"image_dim": 64, "text_dim": 16, "image_stem": "patch"}
+    model = UniECS(UniECSConfig(dim=32, image={"name": name, **sizes}, **config)).double().eval()
+    encoder, pixels = model.image_encoder, torch.randn(2, 3, 16, 16).double()
+    expected = encoder.forward_features(pixels)
+    add_lora(model, rank=2)
+    torch.testing.assert_close(encoder.forward_features(pixels), expected)
+    for key, weight in encoder.named_parameters():
+        if "lora_B" in key:
+            torch.nn.init.normal_(weight)
+    adapted = encoder.forward_features(pixels)
+    adapted.square().sum().backward()
+    trained = [weight for weight in encoder.parameters() if weight.requires_grad]
+    assert len(trained) >= 8 and all(weight.grad.abs().max() > 0 for weight in trained)
+    merge_lora(model)
+    torch.testing.assert_close(encoder.forward_features(pixels), adapted)

@@ -210,7 +210,7 @@ def test_presets_resize_as_the_public_code():
         **dict.fromkeys(MODELS, {}),
         "fluid": {"code": ("stretch", "bilinear")},
         "uniecs": {"code": ("stretch", "bicubic")},
-        "unica": {"code": ("shortest", "bicubic")},
+        "unica": dict.fromkeys(("paper", "code"), ("shortest", "bicubic")),
     }
 
 

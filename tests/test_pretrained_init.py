@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 import training_runs
 from starting_parts import (
@@ -249,14 +250,17 @@ def test_texts_that_the_model_cannot_read_are_refused_before_the_data(tmp_path, 
 
 
 def test_a_padded_length_is_the_longest_text(tmp_path, clip):
-    """UniECS cuts texts that it pads."""
+    """Cut texts would lose their [SEP]."""
     padded = {"text_mask": False, "text_length": 20}
-    run = settings("fluid", tmp_path / "a", init=clip, max_length=21, model_options=padded)
-    with pytest.raises(ValueError, match="^max_length: got 21, expected at most 20,"):
-        prepare(run, None)
-    padded["text_padding"] = "encoded"
-    run = settings("uniecs", tmp_path / "a", init=clip, max_length=99, model_options=padded)
-    assert prepare(run, None).model.longest_text is None
+    for model in ("fluid", "uniecs"):
+        if model == "uniecs":
+            padded["text_padding"] = "encoded"
+        changes = {"init": clip, "model_options": padded}
+        run = settings(model, tmp_path / "a", max_length=21, **changes)
+        with pytest.raises(ValueError, match="^max_length: got 21, expected at most 20,"):
+            prepare(run, None)
+        run = settings(model, tmp_path / "a", max_length=20, **changes)
+        assert prepare(run, None).model.longest_text == 20
 
 
 def test_pictures_that_leave_no_place_for_a_text_are_refused(tmp_path, clip):
@@ -285,3 +289,23 @@ def test_a_path_that_is_no_folder_is_told(tmp_path, clip, capsys):
         message = error_of(capsys, *train, f"--{name}-encoder", tmp_path / "a.pt")
         assert f"{name} encoder: got the file '{tmp_path / 'a.pt'}', expected a folder" in message
         assert message.endswith("mmfused convert writes safetensors\n")
+
+
+def test_weights_in_their_authors_names_may_lie_beside_another_config(tmp_path, vista):
+    folder = shutil.copytree(vista[0], tmp_path / "vista")
+    (folder / "config.json").write_text('{"note": 1}')
+    assert is_pretrained(folder) and load_pretrained("unica", str(folder), device="cpu")
+
+
+def test_a_damaged_folder_is_told_as_such(tmp_path, vista, capsys):
+    folder = Path(shutil.copytree(vista[0], tmp_path / "vista"))
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[:-9])
+    given = ["--model", "unica", "--data", "generated"]
+    train = ["train", *given, "--out", tmp_path / "run", "--init", folder]
+    reason = f"{folder / 'model.safetensors'} is truncated, corrupt or not a safetensors file"
+    assert f"init: {reason}" in error_of(capsys, *train)
+    assert f"checkpoint: {reason}" in error_of(capsys, "eval", *given, "--checkpoint", folder)
+    safetensors.torch.save_file({"odd.weight": torch.ones(1)}, folder / "model.safetensors")
+    expected = "with odd.weight, expected a folder with safetensors of a known layout"
+    assert expected in error_of(capsys, *train)

@@ -216,7 +216,7 @@ def test_a_resnet_is_refused(tmp_path):
 def test_folders_without_weights_of_a_known_layout_are_refused(tmp_path):
     torch.save({}, tmp_path / "clip_cn_vit-b-16.pt")
     for call in (parts_of, check_pretrained, pretrained_projection):
-        with pytest.raises(ValueError, match="^folder: got '.*', expected a folder with safete"):
+        with pytest.raises(ValueError, match="^folder: got '.*'.*, expected a folder with safete"):
             call(tmp_path)
     for name, load in (("image encoder", pretrained_vit), ("text encoder", pretrained_text)):
         with pytest.raises(
@@ -224,7 +224,7 @@ def test_folders_without_weights_of_a_known_layout_are_refused(tmp_path):
         ):
             load(str(tmp_path))
     write_state(tmp_path, {"weight": torch.zeros(3)})
-    with pytest.raises(ValueError, match="^folder: got '.*', expected a folder with safetensors"):
+    with pytest.raises(ValueError, match="^folder: got '.*'.*, expected a folder with safetensors"):
         parts_of(tmp_path)
     for name, load in (("image encoder", pretrained_vit), ("text encoder", pretrained_text)):
         with pytest.raises(

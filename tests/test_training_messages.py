@@ -95,7 +95,7 @@ def test_a_signal_stops_ablate(tmp_path, monkeypatch, capsys):
     [
         (["--epochs", "1e30"], "epochs: got 1e+30, which make"),
         (["--val", "x"], "val: got 'x' with the generated set, expected no folder"),
-        (["--init", "nowhere"], "init: got 'nowhere', expected the folder of a run or checkpoint"),
+        (["--init", "nowhere"], "init: got 'nowhere', expected the folder of a run or checkpoint,"),
         (
             ["--tokenizer", "./nowhere"],
             "tokenizer: got './nowhere', expected a tokenizer folder or a hub name",

@@ -9,8 +9,11 @@ import shlex
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from mmfused.training.folder_lock import TOKENIZER_FILES
 
 from .new_folder import check_out, new_folder
 
@@ -60,7 +63,10 @@ def run(args: argparse.Namespace) -> int:
     record = {"mmfused": mmfused.__version__, "source": file.name, "sha256": sha256(file)}
     with new_folder(out, "convert", record, args.overwrite) as folder:
         found = read_pickle(file, folder / "model.safetensors")
-        _copy_settings(file.parent, folder, with_tokenizer=tokenizer is None)
+        beside = tokenizer is None and _has_tokenizer(file.parent)
+        for name in (*SETTINGS, *(TOKENIZER_FILES if beside else ())):
+            if (file.parent / name).is_file():
+                shutil.copyfile(file.parent / name, folder / name)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         try:
@@ -74,7 +80,8 @@ def run(args: argparse.Namespace) -> int:
     print(f"{found['tensors']} tensors of {file} written to {out}: {', '.join(parts)}")
     if found["dropped"]:
         print(f"left out: {join_names(found['dropped'], 8)}")
-    words = "" if _has_tokenizer(out) else " --tokenizer NAME"
+    complete = beside or tokenizer is not None or parts == ("image_encoder",)
+    words = "" if complete else " --tokenizer NAME"
     path = shlex.quote(str(out))
     print(f"next: mmfused train {_options(parts)} {path}{words} --data DIR --val DIR --out DIR")
     return 0
@@ -114,19 +121,14 @@ def read_pickle(file: Path, out: Path) -> dict[str, Any]:
     return found
 
 
-def _copy_settings(source: Path, folder: Path, with_tokenizer: bool) -> None:
-    """Copy the settings, and the files of a tokenizer, that lie beside the weights."""
-    from mmfused.training.folder_lock import TOKENIZER_FILES
-
-    for name in (*SETTINGS, *(TOKENIZER_FILES if with_tokenizer else ())):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
-
-
 def _has_tokenizer(folder: Path) -> bool:
-    from mmfused.training.folder_lock import TOKENIZER_FILES
+    """Return whether a folder has all files of a tokenizer."""
+    from mmfused.data import load_tokenizer
 
-    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+    if any((folder / name).is_file() for name in TOKENIZER_FILES):
+        with suppress(ValueError):
+            return load_tokenizer(folder) is not None
+    return False
 
 
 def _options(parts: tuple[str, ...]) -> str:
@@ -137,4 +139,4 @@ def _options(parts: tuple[str, ...]) -> str:
         return "--model uniecs --image-encoder"
     if parts == ("text_encoder",):
         return "--model uniecs --text-encoder"
-    return f"--model {'unica' if 'visual_proj' in parts else 'uniecs'} --init"
+    return f"--model {'unica' if 'visual_proj' in parts else 'uniecs'} --preset code --init"

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 TITLES = {
@@ -105,6 +105,7 @@ def model_card(
     """
     from mmfused.models.encoder_export import picture_settings
     from mmfused.models.encoders import text_class
+    from mmfused.models.text_padding import longest_text_of
     from mmfused.training.config import TrainConfig
 
     training = TrainConfig.from_dict(settings["training"]).to_dict()
@@ -116,7 +117,8 @@ def model_card(
     if part == "text":
         _, no_pooler = text_class(model.text_encoder.config)
         words["kind"] = type(model.text_encoder).__name__
-        words["length"] = str(training["max_length"])
+        longest = longest_text_of(model.text_encoder)
+        words["length"] = str(min(training["max_length"], longest))
         words["pooler"] = ", add_pooling_layer=False" if no_pooler else ""
         words["no_pooler"] = "The encoder has no pooler. " if no_pooler else ""
     texts = {None: HOST, "image": IMAGE, "text": SENTENCES if key == "unica" else TEXT}
@@ -205,7 +207,8 @@ def _facts(
         facts["stage"] = _code(settings["model"]["stage"])
     for name in SOURCES:
         if training.get(name) is not None:
-            facts[name.replace("_", " ")] = _code(Path(training[name]).name or training[name])
+            # The name in a path of any system.
+            facts[name.replace("_", " ")] = _code(PureWindowsPath(training[name]).name or "?")
     if is_checkpoint:
         step = read_json(folder / "state.json")["step"]
         facts["steps"] = f"checkpoint at step {step}"

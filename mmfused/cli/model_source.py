@@ -103,7 +103,13 @@ def load_model(args: argparse.Namespace) -> Trained:
         "options": dict(map(parse_option, given.pop("option", []))),
         **dict(zip(("backend", "device", "threads"), placed, strict=True)),
     }
-    return load_pretrained(given.pop("model"), source, **settings, **given)
+    try:
+        return load_pretrained(given.pop("model"), source, **settings, **given)
+    except ValueError as error:
+        setting, colon, reason = str(error).partition(": ")
+        if args.host is not None or setting not in ("init", "host"):
+            raise
+        raise ValueError(f"checkpoint{colon}{reason}") from error
 
 
 def _check_model(model: str | None, source: str, hosted: bool) -> None:

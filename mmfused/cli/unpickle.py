@@ -110,6 +110,9 @@ def _check_archive(file: Path) -> None:
     try:
         with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
+            packed = [entry for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
+            # Reads all bytes; torch checks no sums.
+            damaged = None if packed else archive.testzip()
     except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
         raise ValueError(f"it is a truncated or corrupt archive: {one_line(error)}") from error
     names = [entry.filename.rpartition("/")[2] for entry in entries]
@@ -117,12 +120,15 @@ def _check_archive(file: Path) -> None:
         raise ValueError("it is a TorchScript archive, which holds a program, expected a pickle")
     if "data.pkl" not in names:
         raise ValueError("it is an archive without data.pkl, expected a file of torch.save")
-    for entry in entries:
-        if entry.compress_type != zipfile.ZIP_STORED:
-            raise ValueError(
-                f"it is an archive with the compressed file {_shown(entry.filename)}, "
-                "expected a file of torch.save, which compresses nothing"
-            )
+    if packed:
+        raise ValueError(
+            f"it is an archive with the compressed file {_shown(packed[0].filename)}, "
+            "expected a file of torch.save, which compresses nothing"
+        )
+    if damaged is not None:
+        raise ValueError(
+            f"it is corrupt: the checksum of {_shown(damaged)} is not that of its bytes"
+        )
 
 
 def _check(tensors: Mapping[Any, Tensor], size: int) -> None:

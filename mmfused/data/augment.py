@@ -45,8 +45,9 @@ def augment(
     hue. With probability 0.1, a random rectangle is erased to grey (Zhong et al. 2020).
 
     "light": each image gets a random resized crop (area 0.9 to 1, aspect ratio 3/4 to 4/3, bicubic)
-    and nothing else, as VISTA trains (EVA-CLIP's image_transform in FlagEmbedding). The boxes are
-    drawn like those of torchvision's RandomResizedCrop.
+    and nothing else, as in VISTA's training (EVA-CLIP's image_transform in FlagEmbedding). The
+    boxes are drawn like those of torchvision's RandomResizedCrop. VISTA draws them in the whole
+    picture; ``mmfused train`` has squares, so that the ends of a long picture are never seen.
 
     Args:
         images: (B, 3, H, W) uint8.

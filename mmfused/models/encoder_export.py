@@ -22,6 +22,8 @@ from mmfused.models.fields import refusing
 from mmfused.models.lora import merge_lora
 from mmfused.models.qwen_export import ExportDtype
 from mmfused.models.qwen_tokens import without_call
+from mmfused.models.text_padding import longest_text_of
+from mmfused.models.unica import UniCA
 from mmfused.models.weights import on_meta
 
 Part = Literal["image", "text"]
@@ -64,8 +66,8 @@ def save_text(
         tokenizer: the model's tokenizer.
         folder: the folder, which is created if it does not exist.
         dtype: "float32" or "bfloat16", the type of the weights.
-        max_length: number of tokens to which the tokenizer truncates if it is asked to; None keeps
-            the tokenizer's own.
+        max_length: number of tokens to which the tokenizer truncates if it is asked to, at most
+            those that the encoder reads; None keeps the tokenizer's own.
 
     Raises:
         ValueError: the model has no text encoder, or the folder cannot be written.
@@ -91,11 +93,11 @@ def save_text(
     names = [name for name in tokenizer.model_input_names if name in accepted]
     tokenizer.model_input_names = names
     if max_length is not None:
-        tokenizer.model_max_length = max_length
+        tokenizer.model_max_length = min(max_length, longest_text_of(encoder))
     with quiet_transformers(), refusing(f"out: {folder} cannot be written"):
         encoder.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        if type(model).__name__ == "UniCA":
+        if isinstance(model, UniCA):
             _save_sentence_modules(Path(folder), encoder, tokenizer.model_max_length)
 
 

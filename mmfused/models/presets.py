@@ -131,6 +131,7 @@ _VISTA = {
     "pixel_mean": CLIP_MEAN,
     "pixel_std": CLIP_STD,
     "empty_text": (101, 102),
+    "resize": "shortest",
     "image_token_type": False,
     "num_heads": None,
     "freeze": ("text",),
@@ -141,7 +142,6 @@ UNICA: Presets = {
         **_VISTA,
         # EVA02-CLIP-B/16; VISTA takes its tokens before the last norm.
         "image": {"name": "eva02_base_patch16_clip_224", "final_norm": False},
-        "resize": "shortest",
         "same_id": "ignore",
         "without": ("bica", "positive_similarity"),
     },

@@ -72,7 +72,7 @@ def pretrained_vit(
         source: a folder, or a hub name: of a timm model with weights on the hub, or of a repository
             with a config and safetensors. A folder is in timm's format, CLIP in open_clip's or
             transformers', or a state in its authors' names: CLIP, Chinese-CLIP, EVA02-CLIP and
-            Visualized-BGE (see :mod:`mmfused.models.layouts`). Only JSON and safetensors are read.
+            Visualized-BGE (see mmfused/models/layouts.py). Only JSON and safetensors are read.
         image_size: side of the pictures, to which the position embedding is resampled. None: the
             pretrained size.
 
@@ -84,6 +84,18 @@ def pretrained_vit(
         FileNotFoundError: the folder lacks a config or weights.
         ValueError: there is no such model, it is no ViT or Eva of timm, or its weights are not
             those of its config.
+
+    Examples:
+        >>> import tempfile
+        >>> from transformers import CLIPVisionConfig, CLIPVisionModel
+        >>> from mmfused.models.pretrained import pretrained_vit
+        >>> sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, image_size=16)
+        >>> clip = CLIPVisionModel(CLIPVisionConfig(**sizes, num_attention_heads=2, patch_size=8))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     clip.save_pretrained(folder)
+        ...     fields, vit = pretrained_vit(folder, image_size=32)
+        >>> type(vit).__name__, fields["image_dim"], fields["image"]["name"]
+        ('VisionTransformer', 32, 'vit_base_patch16_clip_quickgelu_224')
     """
     timm = import_timm()
     size = {} if image_size is None else {"img_size": image_size}
@@ -216,6 +228,18 @@ def pretrained_text(source: str) -> tuple[dict[str, Any], nn.Module]:
     Raises:
         FileNotFoundError: the folder lacks a config or weights.
         ValueError: it holds no text encoder, or its weights are not those of its config.
+
+    Examples:
+        >>> import tempfile
+        >>> from transformers import BertConfig, BertForMaskedLM
+        >>> from mmfused.models.pretrained import pretrained_text
+        >>> sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, vocab_size=90)
+        >>> bert = BertForMaskedLM(BertConfig(**sizes, num_attention_heads=2))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     bert.save_pretrained(folder)
+        ...     fields, encoder = pretrained_text(folder)
+        >>> type(encoder).__name__, fields["text_dim"], fields["text"]["vocab_size"]
+        ('BertModel', 32, 90)
     """
     return text_of_folder(find_folder("text encoder", source))
 

@@ -9,15 +9,15 @@ from torch import nn
 from mmfused.models.layouts import Layout, Part, find_layout, prefixed
 from mmfused.models.pretrained import take, text_of_folder, vit_of_folder
 from mmfused.models.qwen_host import host_of_folder
-from mmfused.models.weights import on_meta, pickle_hint, read_weights, weights_path
+from mmfused.models.weights import compress, on_meta, pickle_hint, read_weights, weights_path
 
 
 def parts_of(folder: str | Path, argument: str = "folder") -> tuple[str, ...]:
     """Return which encoders a pretrained folder holds.
 
     Args:
-        folder: a folder with safetensors, in any layout that :func:`pretrained_vit`,
-            :func:`pretrained_text` or ``pretrained_qwen2_vl`` load.
+        folder: a folder with safetensors, in any layout that ``pretrained_vit``,
+            ``pretrained_text`` or ``pretrained_qwen2_vl`` load.
         argument: name of the argument in error messages.
 
     Returns:
@@ -83,14 +83,25 @@ def check_pretrained(folder: str | Path, argument: str = "folder") -> tuple[str,
 
 def known_layout(folder: Path, argument: str = "folder") -> Layout:
     """Return the layout of a folder, which must be known."""
+    path = weights_path(folder)
     try:
-        layout = find_layout(argument, folder) if weights_path(folder).is_file() else None
+        layout = find_layout(argument, folder) if path.is_file() else None
     except FileNotFoundError as error:  # a part of the weights
         raise ValueError(str(error)) from error
     if layout is None:
-        expected = "a folder with safetensors of a known layout" + pickle_hint(folder)
-        raise ValueError(f"{argument}: got {str(folder)!r}, expected {expected}")
+        expected = "a folder with safetensors of a known layout (a config.json that is known, or "
+        expected += "names of CLIP, EVA02-CLIP, Chinese-CLIP or Visualized BGE)"
+        found = repr(str(folder))
+        if path.is_file():
+            found += f" with {_some_names(folder)}"
+        raise ValueError(f"{argument}: got {found}, expected {expected}{pickle_hint(folder)}")
     return layout
+
+
+def _some_names(folder: Path, most: int = 5) -> str:
+    """Return names of weights in a folder, for a message."""
+    names = compress(sorted(read_weights("folder", folder, values=False)))
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
 def projection_of_folder(layout: Layout, values: bool = True) -> nn.Linear:

@@ -283,9 +283,14 @@ class UniECS(RetrievalModel):
 
     @property
     def longest_text(self) -> int | None:
-        """Largest number of tokens of a text; None if texts are cut, or without a text encoder."""
-        cut = self.config.text_length is not None and self.config.text_padding == "encoded"
-        return None if cut or self.text_encoder is None else longest_text_of(self.text_encoder)
+        """Largest number of tokens of a text; None without a text encoder.
+
+        A longer text that is padded before the text encoder would lose its [SEP].
+        """
+        if self.text_encoder is None:
+            return None
+        padded = self.config.text_length if self.config.text_padding == "encoded" else None
+        return padded or longest_text_of(self.text_encoder)
 
     def encode(
         self,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,15 +50,13 @@ class Start(NamedTuple):
 
 
 def is_pretrained(folder: Path) -> bool:
-    """Return whether a folder holds a pretrained model, and not a run or checkpoint."""
+    """Return whether a folder holds a pretrained model, perhaps damaged, and not a run."""
     if not folder.is_dir() or (folder / "state.json").is_file() or is_run_folder(folder):
         return False
-    try:
-        if (folder / "config.json").is_file():
-            return not {"model_type", "architecture"}.isdisjoint(read_json(folder / "config.json"))
-        return bool(parts_of(folder))
-    except ValueError:
-        return False
+    with suppress(ValueError, FileNotFoundError):
+        if not {"model_type", "architecture"}.isdisjoint(read_json(folder / "config.json")):
+            return True
+    return any(folder.glob("*.safetensors"))
 
 
 def init_run(config: TrainConfig) -> Path | None:
@@ -106,7 +105,8 @@ def read_init(init: str, model: str) -> dict[str, Any]:
         path_inside(Path(init), "model.safetensors")
     except (ValueError, FileNotFoundError) as error:
         raise ValueError(
-            f"init: got {init!r}, expected the folder of a run or checkpoint: {error}"
+            f"init: got {init!r}, expected the folder of a run or checkpoint, or a pretrained one: "
+            f"{error}"
         ) from error
     found = settings["training"].get("model", TrainConfig.model)
     if found != model:

@@ -104,6 +104,7 @@ class Trained:
             "files": [sha256(path) for path in self.weights],
             "tokenizer": hashlib.sha256(json.dumps(words).encode()).hexdigest(),
             "max_length": self.settings["training"]["max_length"],
+            "seed": self.settings["training"]["seed"],  # of weights that the files lack
             "model": self.name,
             "config": self.settings["model"],
         }
