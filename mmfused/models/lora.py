@@ -120,7 +120,7 @@ def add_lora(
         for part in transformer.modules():
             if isinstance(part, nn.BatchNorm2d):  # of a ConvStem; its statistics stay too
                 freeze(part)
-            if hasattr(part, "qkv_bias_separate"):  # or timm's Eva reads qkv.weight, past adapters
+            elif hasattr(part, "qkv_bias_separate"):  # or timm's Eva would read qkv.weight itself
                 part.qkv_bias_separate = True
     inject(root, settings)
     for layer in adapted_layers(root).values():
