@@ -12,7 +12,7 @@ import training_runs
 from transformers import XLMRobertaConfig, XLMRobertaModel
 
 from mmfused.data import train_tokenizer
-from mmfused.models import MODELS
+from mmfused.models import FLUID, MODELS, FLUIDConfig
 from mmfused.training.load import load_trained
 from mmfused.training.run import TrainConfig, train
 
@@ -114,7 +114,7 @@ def test_unica_trains_on_a_pretrained_xlm_roberta(tmp_path):
     train(run)
     model = load_trained(tmp_path / "run", device="cpu").model
     assert model.config.text["model_type"] == "xlm-roberta"
-    assert model.config.empty_text == (first, last) and model.config.num_heads == 12
+    assert model.config.empty_text == (first, last) and model.config.bica_heads == 2
     for name, weight in model.text_encoder.state_dict().items():
         assert torch.equal(weight, host.state_dict()[name]), name
 
@@ -130,8 +130,12 @@ def test_chunks_of_a_batch_give_the_same_training(name, tmp_path):
 
 def test_texts_longer_than_fluids_text_length_are_refused(tmp_path):
     changed = {**WIDTHS, **SIZES["fluid"], "text_length": 8}
-    with pytest.raises(ValueError, match=r"input_ids: got shape .*, at most text_length=8 tokens"):
+    with pytest.raises(ValueError, match=r"^max_length: got 12, expected at most 8, the number of"):
         train(settings("fluid", tmp_path / "run", model_options=changed))
+    config = FLUIDConfig.preset("code", num_classes=3, **changed)
+    ids = torch.ones(1, 9, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"input_ids: got shape .*, at most text_length=8 tokens"):
+        FLUID(config)(torch.ones(1, 3, config.picture_size, config.picture_size), ids)
     with pytest.raises(ValueError, match="text_length: got 512, expected at most 24, the number"):
         train(settings("fluid", tmp_path / "other", model_options={**WIDTHS, "text": BERT}))
-    assert not (tmp_path / "other").exists()
+    assert not (tmp_path / "run").exists() and not (tmp_path / "other").exists()

@@ -263,7 +263,16 @@ def quantised():
     return torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)
 
 
+def flipped(path):
+    """Write a file in which one bit of a number is another."""
+    save(path, {"a": torch.arange(1000.0)})
+    data = bytearray(path.read_bytes())
+    data[data.index(torch.arange(1000.0).numpy().tobytes()) + 99] ^= 4
+    path.write_bytes(data)
+
+
 BAD = {
+    "flipped": (flipped, "it is corrupt: the checksum of .*data/0 is not that of its bytes"),
     "truncated": (truncated, "it is a truncated or corrupt archive"),
     "truncated, old": (lambda path: truncated(path, True), "truncated"),
     "empty": (lambda path: path.touch(), "it is truncated, corrupt, or no pickle"),

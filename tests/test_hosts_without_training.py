@@ -207,7 +207,7 @@ REFUSED = [
     ),
     (
         ["--checkpoint", "run", "--preset", "code"],
-        "preset: got 'code' with the run 'run', expected it only with host or a pretrained folder",
+        "run holds no finished run: config.json is missing",
     ),
     (["--host", "host"], "model: got None with 'host', expected moon2, unite"),
     (["--host", "host", "--model", "x"], "model: got 'x' with 'host', expected moon2, unite"),

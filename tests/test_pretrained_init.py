@@ -186,8 +186,11 @@ def test_eval_and_embed_take_the_folder(tmp_path, clip, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_runs_are_not_pretrained_folders(tmp_path, clip):
+def test_runs_are_not_pretrained_folders(tmp_path, clip, capsys):
     train(settings("fluid", tmp_path / "run", init=clip, steps=1))
+    given = ["eval", "--data", "generated", "--checkpoint", tmp_path / "run", "--model", "fluid"]
+    message = f"model: got 'fluid' with the run '{tmp_path / 'run'}', expected it only with host"
+    assert message in error_of(capsys, *given)
     checkpoint = next((tmp_path / "run" / "checkpoints").iterdir())
     assert is_pretrained(tmp_path / "run") is is_pretrained(checkpoint) is False
     (tmp_path / "run" / "config.json").unlink()  # a damaged run

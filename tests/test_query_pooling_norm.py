@@ -24,14 +24,14 @@ BACKENDS_FORMS_DTYPES += [("fused", "absorbed", dtype) for dtype in DTYPES]
 BACKENDS_FORMS_DTYPES.sort(key=str)
 
 
-def check_budget(inputs, heads, backend, form):
+def check_budget(inputs, heads, backend, form, factor=2.0):
     upstream = upstream_for(inputs)
     exact = run(cast(inputs, torch.float64), heads, "reference", upstream)
     # A result whose norm is at most 1e-12 is 0 up to rounding.
     exact = {name: value if value.norm() > 1e-12 else value * 0 for name, value in exact.items()}
     plain = run(inputs, heads, "reference", upstream)
     actual = run(inputs, heads, backend, upstream, form)
-    assert not over_budget(actual, exact, plain)
+    assert not over_budget(actual, exact, plain, factor=factor)
 
 
 def shifted(inputs, mean):
@@ -81,7 +81,8 @@ def test_tokens_of_few_columns(monkeypatch, backend, form, dtype, dim):
         with pytest.raises(RuntimeError, match="a LayerNorm of two features has no kernel"):
             run(inputs, heads, backend, form="auto")
         return
-    check_budget(shifted(inputs, 3), heads, backend, form)
+    # Of two columns, all that is left are rounding errors, whose size depends on the machine.
+    check_budget(shifted(inputs, 3), heads, backend, form, factor=8 if dim == 2 else 2)
 
 
 @pytest.mark.parametrize("backend, form, dtype", BACKENDS_FORMS_DTYPES, ids=str)
