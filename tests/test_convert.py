@@ -39,6 +39,12 @@ def parts(monkeypatch):
     return checked
 
 
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Read pickles in this process, to save time."""
+    monkeypatch.setattr(convert, "read_pickle", unpickle.convert)
+
+
 def values():
     """Return tensors of several types, shapes and strides, of which two share numbers."""
     draw = torch.Generator().manual_seed(0)
@@ -163,6 +169,7 @@ def test_tensors_of_another_device_are_read(tmp_path, monkeypatch, old):
     assert [named["mmap"] for named in given] == [not old]  # a zip is not held in memory
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_settings_and_tokenizer_beside_the_file_are_copied(tmp_path, parts):
     source, out = tmp_path / "source", tmp_path / "out"
     train_tokenizer(TEXTS).save_pretrained(source)
@@ -306,6 +313,7 @@ def test_other_files_are_refused(tmp_path, kind):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("in_this_process")
 @pytest.mark.parametrize("name", ["refused", "absent"])
 def test_unknown_weights_are_refused_and_leave_nothing(tmp_path, capsys, name):
     source = save(tmp_path / "a.pth", {name: torch.ones(1)})
@@ -359,6 +367,7 @@ def test_a_full_disk_and_a_lack_of_memory_are_told(tmp_path, capsys, monkeypatch
         assert limits == [(unpickle.resource.RLIMIT_CORE, (0, 0))]
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_only_converted_folders_are_replaced(tmp_path, capsys):
     source, out = save(tmp_path / "a.pt", values()), tmp_path / "out"
     out.mkdir()

@@ -7,7 +7,7 @@ import torch
 import training_runs
 from starting_parts import TEXTS, assert_equal, initial_weights, settings
 
-from mmfused.cli import main
+from mmfused.cli import main, unpickle
 from mmfused.data import train_tokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -27,6 +27,12 @@ def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     train_tokenizer(TEXTS, vocab_size=90).save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch):
+    """Read pickles in this process, to save time; test_convert.py starts another."""
+    monkeypatch.setattr("mmfused.cli.convert.read_pickle", unpickle.convert)
 
 
 def state_of(name):
