@@ -15,7 +15,7 @@ from typing import Any
 
 from mmfused.training.folder_lock import TOKENIZER_FILES
 
-from .new_folder import check_out, new_folder
+from .new_folder import add_out_arguments, check_out, new_folder
 
 HELP = "write the weights of a .pth, .pt, .bin or .ckpt file as a folder of safetensors"
 # The files beside the weights that are copied, besides those of a tokenizer.
@@ -31,21 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "no code in it is run",
     )
     parser.add_argument(
-        "--out",
-        required=True,
-        metavar="DIR",
-        help="the new folder",
-    )
-    parser.add_argument(
         "--tokenizer",
         metavar="NAME",
         help="tokenizer folder or hub name (default: the tokenizer beside FILE, if there is one)",
     )
-    parser.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="replace DIR, if mmfused convert wrote it",
-    )
+    add_out_arguments(parser, "convert")
 
 
 def run(args: argparse.Namespace) -> int:

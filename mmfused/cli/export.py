@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from .model_card import model_card
-from .new_folder import check_out, new_folder
+from .new_folder import add_out_arguments, check_out, new_folder
 
 HELP = "write a trained model, or an encoder of it, as a folder for transformers or timm"
 
@@ -21,12 +21,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder of a run or of a checkpoint",
     )
     parser.add_argument(
-        "--out",
-        required=True,
-        metavar="DIR",
-        help="the new folder",
-    )
-    parser.add_argument(
         "--part",
         help="the encoder to write: image or text (fluid, uniecs; default for unica: text)",
     )
@@ -35,11 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="float32",
         help="type of the weights: float32 or bfloat16 (default: float32)",
     )
-    parser.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="replace DIR, if mmfused export wrote it",
-    )
+    add_out_arguments(parser, "export")
 
 
 def run(args: argparse.Namespace) -> int:

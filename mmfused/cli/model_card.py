@@ -131,7 +131,7 @@ def model_card(
             "",
             f"# {title}",
             "",
-            f"Exported with [mmfused](https://pypi.org/project/mmfused/) from a training of "
+            f"Exported with [mmfused](https://github.com/mmfused/mmfused) from a training of "
             f"[{TITLES[key]}]({PAPERS[key]}).",
             "",
             texts[part].format(**words),

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+
+def add_out_arguments(parser: argparse.ArgumentParser, command: str) -> None:
+    """Add the options of ``command`` that name the new folder."""
+    parser.add_argument(
+        "--out",
+        required=True,
+        metavar="DIR",
+        help="the new folder",
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help=f"replace DIR, if mmfused {command} wrote it",
+    )
 
 
 def record_name(command: str) -> str:
