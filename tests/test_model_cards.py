@@ -66,6 +66,19 @@ def test_the_card_of_a_text_encoder_of_unica(tmp_path):
     assert "README.md" in json.loads((tmp_path / "out" / "export.json").read_text())["files"]
 
 
+def test_texts_are_cut_at_what_the_encoder_reads(tmp_path):
+    """A run of an earlier version may have a larger max_length."""
+    write_run(tmp_path / "run")
+    change(tmp_path / "run", max_length=5000)
+    _, text = card_of(tmp_path / "run", tmp_path / "out")
+    positions = json.loads((tmp_path / "out" / "config.json").read_text())[
+        "max_position_embeddings"
+    ]
+    assert f"are cut at {positions} tokens" in text
+    tokenizer = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert tokenizer["model_max_length"] == positions < 5000
+
+
 @pytest.mark.parametrize(
     ("name", "part", "library", "task", "phrase"),
     [

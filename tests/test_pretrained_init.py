@@ -215,6 +215,14 @@ def test_parts_that_a_folder_lacks_are_told(tmp_path, clip, vista, caplog):
     assert message == f"{clip} has no visual_proj, bica, which is random at first"
 
 
+def test_random_parts_are_part_of_what_embeddings_depend_on(clip):
+    first, second = (
+        load_pretrained("uniecs", clip, preset="tiny", device="cpu", seed=seed) for seed in (0, 1)
+    )
+    assert not torch.equal(first.model.image_map.weight, second.model.image_map.weight)
+    assert first.identity != second.identity
+
+
 def error_of(capsys, *arguments):
     """Return the message of a refused command, which is one line."""
     capsys.readouterr()
