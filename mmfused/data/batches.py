@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, TypeAlias
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,9 @@ from .augment import Strength
 from .augment import augment as augment_batch
 
 Batch: TypeAlias = dict[str, Tensor]
+P = TypeVar("P")
+S = TypeVar("S")
+B = TypeVar("B")
 Augment: TypeAlias = Literal["none"] | Strength
 
 # Means and standard deviations of the colour channels in ImageNet's training set.
@@ -237,6 +241,16 @@ class Items:
     def __len__(self) -> int:
         return len(self.labels)
 
+    ahead = 0  # number of batches whose reading starts in advance
+
+    def start(self, rows: Tensor) -> Tensor:
+        """Start reading the items of a batch; `finish` takes the result."""
+        return rows
+
+    def finish(self, started: Tensor, generator: torch.Generator | None = None) -> Batch:
+        """Return the batch whose reading was started."""
+        return self.batch(started, generator)
+
     def batch(self, rows: Tensor, generator: torch.Generator | None = None) -> Batch:
         """Return the batch of ``rows``, as :class:`Collate` makes it.
 
@@ -258,6 +272,22 @@ class Items:
             "attention_mask": mask[:, used],
             "labels": self.labels[rows],
         }
+
+
+def read_ahead(
+    plans: Iterable[P],
+    start: Callable[[P], S],
+    finish: Callable[[P, S], B],
+    ahead: int,
+) -> Iterator[B]:
+    """Yield a batch for each plan, after starting to read the next ``ahead`` batches."""
+    waiting: deque[tuple[P, S]] = deque()
+    for plan in plans:
+        waiting.append((plan, start(plan)))
+        if len(waiting) > ahead:
+            yield finish(*waiting.popleft())
+    while waiting:
+        yield finish(*waiting.popleft())
 
 
 class Batches:
