@@ -15,7 +15,7 @@ from mmfused.models import MODELS
 from mmfused.models.adapters import CONFIG, WEIGHTS
 from mmfused.models.config import meta_model
 from mmfused.models.weights import find_folder
-from mmfused.training.config import HOSTED, TrainConfig, recipe
+from mmfused.training.config import HOSTED, TrainConfig
 from mmfused.training.datasets import load_folder
 from mmfused.training.files import sha256
 from mmfused.training.initial import (
@@ -26,6 +26,7 @@ from mmfused.training.initial import (
     model_config,
     warn_of_random,
 )
+from mmfused.training.recipes import recipe
 from mmfused.training.run_folder import load_saved, read_settings
 from mmfused.training.setup import (
     VAL_BATCH_SIZE,
