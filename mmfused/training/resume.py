@@ -73,6 +73,11 @@ def find_start(config: TrainConfig, out: Path) -> Checkpoint | Literal["finished
     path, state = found
     check_fields(state["settings"], {"rows": dict}, path / "state.json")
     config.check_same(state["settings"]["training"], path)
+    if "stream" not in state["settings"]["training"]:
+        raise ValueError(
+            f"resume: {path} was written by an earlier version, which drew batches in another "
+            "order; init starts a new run with its weights"
+        )
     return Checkpoint(path, state)
 
 

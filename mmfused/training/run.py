@@ -174,7 +174,7 @@ def prepare(
         amp=amp,
         rank=rank,
         settings=_saved_settings(config, model, data),
-        facts=_data_facts(data),
+        data=data,
     )
     if found:
         training.restore(found)
@@ -234,13 +234,4 @@ def _saved_settings(config: TrainConfig, model: Any, data: tuple) -> dict[str, A
         "image_size": model.picture_size,
         "class_names": names,
         "rows": {name: rows_digest(split) for name, split in splits if split is not None},
-    }
-
-
-def _data_facts(data: tuple) -> dict[str, Any]:
-    train_set, val_set, _ = data
-    return {
-        "train_rows": len(train_set),
-        "val_rows": len(val_set),
-        "skipped": [row for split in data if split is not None for row in split.skipped],
     }
