@@ -44,8 +44,8 @@ class Items:
 
     def __init__(self, dataset: Rows, collate: Collate) -> None:
         self.collate = collate
-        images, present, texts, labels = _columns(dataset)
-        self.images: Tensor
+        columns = _columns(dataset)
+        images: Any = columns[0]
         self.rows: Tensor | None = None  # of the images, for each item; None if they are the same
         # A single tensor with images of the right size is used without a copy.
         if isinstance(images, SelectedImages) and _has_size(images.source, collate.image_size):
@@ -53,8 +53,8 @@ class Items:
             images = images.source
         if not _has_size(images, collate.image_size):
             images = torch.stack(collate.same_size(list(images)))
-        self.images = collate.squares(images) if collate.augment == "none" else images
-        self._keep(present, texts, labels)
+        self.images: Tensor = collate.squares(images) if collate.augment == "none" else images
+        self._keep(*columns[1:])
 
     def _keep(self, present: Sequence[bool], texts: Sequence[str], labels: Sequence[int]) -> None:
         self.present: Tensor = torch.tensor(present, dtype=torch.bool)
@@ -228,7 +228,7 @@ class Tokens:
         if not len(rows):
             return torch.zeros(0, 0, dtype=torch.int64), torch.zeros(0, 0, dtype=torch.int64)
         if self._ids is None:
-            return self.collate.tokenize([self.texts[row] for row in rows.tolist()])
+            return self.collate.tokenize([str(self.texts[row]) for row in rows.tolist()])
         lengths = self._lengths[rows, None]
         width = int(lengths.max())
         place = torch.arange(width).expand(len(rows), width)
