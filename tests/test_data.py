@@ -312,15 +312,15 @@ def test_folder_without_a_usable_row_raises(tmp_path):
     with pytest.raises(
         ValueError, match=r"has no usable row in metadata.csv; the first row: metadata.csv line 2"
     ):
-        ProductFolder(write_folder(tmp_path, [("0.png", "a", "x")]))
+        ProductFolder(write_folder(tmp_path, [("0.png", "a", "-1")]))
     with pytest.raises(ValueError, match=r"has no usable row in metadata.csv$"):
         ProductFolder(write_folder(tmp_path, []))
 
 
 def test_missing_folder_and_missing_metadata_raise(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"gone is not a folder with a metadata.csv"):
+    with pytest.raises(FileNotFoundError, match=r"gone does not exist, expected a folder with "):
         ProductFolder(tmp_path / "gone")
-    with pytest.raises(FileNotFoundError, match=r" has no metadata.csv"):
+    with pytest.raises(ValueError, match=r"got none of the known files, expected a folder with "):
         ProductFolder(tmp_path)
 
 

@@ -418,10 +418,10 @@ def _sentence(error: BaseException, most: int = 200) -> str:
     return f"Pillow cannot read it ({type(error).__name__}{': ' if text else ''}{text})"
 
 
-def short_side(path: str | os.PathLike[str]) -> int:
+def short_side(source: str | os.PathLike[str] | bytes) -> int:
     """Return the short side of a picture from its header; raise like :func:`load_picture`."""
     try:
-        with quiet(), _opened(_read_file(path, MAX_BYTES)) as image:
+        with quiet(), _opened(read_picture(source)) as image:
             return min(image.size)
     except BrokenPicture:
         raise
