@@ -1,8 +1,11 @@
-"""Arrays of lists of different lengths, and random draws below different limits."""
+"""Compact lists of lists and of strings, and random draws below different limits."""
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 import torch
@@ -41,6 +44,11 @@ class Ragged:
 
     def __getitem__(self, index: int) -> np.ndarray:
         return self.values[self.offsets[index] : self.offsets[index + 1]]
+
+    @property
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """The values and the offsets."""
+        return self.values, self.offsets
 
     @property
     def sizes(self) -> np.ndarray:
@@ -97,3 +105,36 @@ def share_of(
 ) -> slice:
     """Return the part of ``count`` rows that a rank gets; the parts are nearly equal."""
     return slice(rank * count // world, (rank + 1) * count // world)
+
+
+class PackedStrings(Sequence[str]):
+    """Strings that are stored as the bytes of one buffer; they can be added, but not changed."""
+
+    def __init__(self) -> None:
+        self._bytes = bytearray()
+        self._ends = array("q", [0])
+
+    def add(self, data: bytes) -> None:
+        """Add a string, given as UTF-8."""
+        self._bytes += data
+        self._ends.append(len(self._bytes))
+
+    @property
+    def buffers(self) -> tuple[bytearray, array[int]]:
+        """The bytes of all strings, and the offsets of the strings in them."""
+        return self._bytes, self._ends
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        return self._bytes[self._ends[index] : self._ends[index + 1]].decode()
