@@ -1,6 +1,7 @@
 """Scores of explicit relevant candidates against sorting in float64, and embeddings of items."""
 
 import random
+from itertools import accumulate
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 
 from mmfused.training import search
 from mmfused.training.pair_metrics import (
-    Relevance,
+    Pairs,
     embed_pair_items,
     evaluate_pairs,
     pair_scores,
@@ -18,26 +19,31 @@ from mmfused.training.pair_metrics import (
 TASKS, CORPORA = ("text", "mm", "other", "unused"), ("mm", "text", "spare")
 
 
-def random_case(queries, candidates, seed):
+def random_case(seed, queries=47, items=131, candidates=150):
+    """Return pairs of random items; some candidates are in two corpora, some positives in none."""
     draw = random.Random(seed)
-    positives = [
-        draw.sample(range(candidates), draw.choice([0, 1, 1, 2, 5])) for _ in range(queries)
-    ]
-    tasks = [draw.randrange(3) for _ in range(queries)]
-    corpora = [draw.randrange(3) for _ in range(candidates)]
-    return positives, tasks, corpora
-
-
-def make_relevance(positives, tasks, corpora, task_names=TASKS, corpus_names=CORPORA):
-    sizes = torch.tensor([0, *map(len, positives)])
-    return Relevance(
-        sizes.cumsum(0),
-        torch.tensor([j for found in positives for j in found]),
-        torch.tensor(tasks),
-        task_names,
-        torch.tensor(corpora),
-        corpus_names,
+    found = [draw.sample(range(items), draw.choice([0, 1, 1, 2, 5])) for _ in range(queries)]
+    return make_pairs(
+        found,
+        [draw.randrange(3) for _ in range(queries)],
+        [draw.randrange(3) for _ in range(candidates)],
+        queries=[draw.randrange(items) for _ in range(queries)],
+        candidates=[draw.randrange(items) for _ in range(candidates)],
     )
+
+
+def make_pairs(positives, tasks, corpora, task_names=TASKS, corpus_names=CORPORA, **items):
+    """Return pairs; by default, the queries and the candidates are the first items."""
+    numbers = {
+        "queries": range(len(tasks)),
+        "positives_indptr": [0, *accumulate(map(len, positives))],
+        "positives_indices": [j for found in positives for j in found],
+        "tasks": tasks,
+        "candidates": range(len(corpora)),
+        "corpora": corpora,
+    }
+    tensors = {name: torch.tensor(list(x)).long() for name, x in {**numbers, **items}.items()}
+    return Pairs(**tensors, task_names=task_names, corpus_names=corpus_names)
 
 
 def by_sorting(scores, positives, queries, candidates):
@@ -73,72 +79,78 @@ def by_sorting(scores, positives, queries, candidates):
 @pytest.mark.parametrize("seed", range(3))
 def test_scores_equal_sorting(seed, monkeypatch):
     monkeypatch.setattr(search, "SCORES", 400)
-    positives, tasks, corpora = random_case(47, 131, seed)
-    query, candidate = (torch.randint(-3, 4, (rows, 3)).float() for rows in (47, 131))
-    found = pair_scores(query, candidate, make_relevance(positives, tasks, corpora))
-    scores = (query.double() @ candidate.double().T).tolist()
+    pairs, embeddings = random_case(seed), torch.randint(-3, 4, (131, 3)).float()
+    found = pair_scores(embeddings, pairs)
+    embeddings = embeddings.double()
+    scores = (embeddings[pairs.queries] @ embeddings.T).tolist()
+    splits = pairs.positives_indptr.diff().tolist()
+    positives = [x.tolist() for x in pairs.positives_indices.split(splits)]
 
-    def of(numbers, number):
-        return [i for i, other in enumerate(numbers) if other == number]
+    def queries(task):
+        return [i for i, number in enumerate(pairs.tasks) if number == task]
 
-    everything = range(131)
-    expected = {"all": (range(47), everything)}
-    expected |= {
-        "text->all": (of(tasks, 0), everything),
-        "text->text": (of(tasks, 0), of(corpora, 1)),
-    }
-    expected |= {"mm->all": (of(tasks, 1), everything), "mm->mm": (of(tasks, 1), of(corpora, 0))}
-    expected |= {"other->all": (of(tasks, 2), everything)}
+    def candidates(*corpora):
+        numbers = zip(pairs.candidates.tolist(), pairs.corpora, strict=True)
+        return {item for item, corpus in numbers if corpus in corpora}
+
+    expected = {"all": (range(47), candidates(0, 1, 2))}
+    expected |= {"text->all": (queries(0), candidates(0, 1, 2))}
+    expected |= {"text->text": (queries(0), candidates(1))}
+    expected |= {"mm->all": (queries(1), candidates(0, 1, 2))}
+    expected |= {"mm->mm": (queries(1), candidates(0))}
+    expected |= {"other->all": (queries(2), candidates(0, 1, 2))}
     assert list(found["searches"]) == list(expected)
+    whole = {**found["searches"]["all"]}
     for name, chosen in expected.items():
         got = found["searches"][name]
         got["chance"] = got["chance"]["recall_at_1"]
         assert got == pytest.approx(by_sorting(scores, positives, *chosen)), name
-    whole = found["searches"]["all"]
-    assert found == {name: whole[name] for name in found if name != "searches"} | {
-        "searches": found["searches"]
-    }
-    assert found["recall_at_5"] != found["true_recall_at_5"]
+    assert {*whole} - {*found} == {"queries", "candidates", "unanswerable", "chance"}
+    assert {*found} - {*whole} == {"searches"}
+    assert all(found[name] == whole[name] for name in found if name != "searches")
+    assert whole["unanswerable"] > 0
 
 
 def test_one_corpus_or_task_has_no_searches_of_its_own():
-    relevance = make_relevance([[0], [1]], [0, 0], [0, 0], ("all pairs",), ("all pairs",))
-    assert list(pair_scores(torch.eye(2), torch.eye(2), relevance)["searches"]) == ["all"]
+    pairs = make_pairs([[0], [1]], [0, 0], [0, 0], ("all pairs",), ("all pairs",))
+    assert list(pair_scores(torch.eye(2), pairs)["searches"]) == ["all"]
 
 
 def test_a_task_whose_corpus_has_none_of_its_candidates_is_unanswerable():
-    relevance = make_relevance([[0], [1]], [0, 1], [1, 1])
-    found = pair_scores(torch.eye(2), torch.eye(2), relevance)["searches"]
+    found = pair_scores(torch.eye(2), make_pairs([[0], [1]], [0, 1], [1, 1]))["searches"]
     assert found["mm->mm"] == {"queries": 0, "candidates": 0, "unanswerable": 1}
     with pytest.raises(ValueError, match="data: got no query with a relevant candidate"):
-        pair_scores(torch.eye(2), torch.eye(2), make_relevance([[], []], [0, 1], [1, 1]))
+        pair_scores(torch.eye(2), make_pairs([[], []], [0, 1], [1, 1]))
 
 
 WRONG = {
-    "indptr: got numbers that fall": {"indptr": [0, 2, 1]},
-    "indptr: got 2 at the end, expected 1": {"indptr": [0, 1, 2]},
-    "tasks: got 1 tasks, expected 2": {"tasks": [0]},
+    "positives_indptr: got numbers that fall": {"positives_indptr": [0, 2, 1]},
+    "positives_indptr: got 2 numbers, expected 3": {"positives_indptr": [0, 1]},
+    "positives_indices: got 1 numbers, expected 2": {"positives_indptr": [0, 1, 2]},
+    "tasks: got 1 numbers, expected 2": {"queries": [0, 1], "tasks": [0]},
     "tasks: got 0 to 4, expected numbers from 0 to 3": {"tasks": [0, 4]},
-    "indices: got 3 to 3, expected numbers from 0 to 2": {"indices": [3]},
+    "corpora: got 2 numbers, expected 3": {"corpora": [0, 0], "candidates": [0, 1, 2]},
     "corpora: got -1 to 0, expected": {"corpora": [-1, 0, 0]},
-    "indices: got a candidate twice": {"indptr": [0, 0, 2], "indices": [2, 2]},
+    "positives_indices: got an item twice": {
+        "positives_indptr": [0, 0, 2],
+        "positives_indices": [2, 2],
+    },
 }
 
 
 @pytest.mark.parametrize("message", WRONG)
 def test_tensors_that_do_not_fit_together_are_refused(message):
-    fields = {"indptr": [0, 1, 1], "indices": [2], "tasks": [0, 0], "corpora": [0, 0, 0]}
-    tensors = {name: torch.tensor(x) for name, x in {**fields, **WRONG[message]}.items()}
+    numbers = {"positives": [[2], []], "tasks": [0, 0], "corpora": [0, 0, 0]}
     with pytest.raises(ValueError, match=message):
-        Relevance(**tensors, task_names=TASKS, corpus_names=CORPORA)
+        make_pairs(**{**numbers, **WRONG[message]})
 
 
-def test_embeddings_of_another_number_of_rows_are_refused():
-    relevance = make_relevance([[0], [1]], [0, 0], [0, 0, 0])
-    with pytest.raises(ValueError, match="query: got 3 rows, expected 2"):
-        pair_scores(torch.eye(3), torch.eye(3), relevance)
-    with pytest.raises(ValueError, match="candidate: got 2 rows, expected 3"):
-        pair_scores(torch.eye(2), torch.eye(2), relevance)
+@pytest.mark.parametrize("name", ["queries", "candidates", "positives_indices"])
+def test_items_without_embedding_are_refused(name):
+    pairs = make_pairs([[0], [1]], [0, 0], [0, 0])
+    setattr(pairs, name, torch.tensor([0, 2]))
+    with pytest.raises(ValueError, match=f"{name}: got 0 to 2, expected numbers from 0 to 1"):
+        pair_scores(torch.eye(2), pairs)
 
 
 class Model(torch.nn.Linear):
@@ -191,14 +203,15 @@ def test_evaluation_of_a_pair_set():
         items=SimpleNamespace(texts=["text" * has for has in HAS_TEXT]),
         queries=np.array([2, 4]),
         candidates=np.array([1, 0, 3]),
-        positives=SimpleNamespace(values=np.array([1, 0, 2]), offsets=np.array([0, 1, 3])),
+        positives=SimpleNamespace(values=np.array([0, 1, 3]), offsets=np.array([0, 1, 3])),
         tasks=np.array([0, 0]),
         task_names=["one"],
         corpora=np.array([0, 0, 0]),
         corpus_names=["one"],
     )
-    sides = (torch.tensor([EMBEDDED[i] for i in rows]).float() for rows in ([2, 4], [1, 0, 3]))
-    relevance = make_relevance([[1], [0, 2]], [0, 0], [0, 0, 0], ["one"], ["one"])
-    found = evaluate_pairs(Model(1, 1), batches(2), pairs)
-    assert found == pair_scores(*sides, relevance) and found["mrr"] < 1
-    assert evaluate_pairs(Model(1, 1), batches(2), pairs, stopped=lambda: True) is None
+    expected = make_pairs(
+        [[0], [1, 3]], [0, 0], [0, 0, 0], ["one"], ["one"], queries=[2, 4], candidates=[1, 0, 3]
+    )
+    found = evaluate_pairs(Model(1, 1), pairs, batches(2))
+    assert found == pair_scores(torch.tensor(EMBEDDED), expected) and found["mrr"] < 1
+    assert evaluate_pairs(Model(1, 1), pairs, batches(2), stopped=lambda: True) is None

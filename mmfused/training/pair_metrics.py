@@ -15,16 +15,18 @@ from mmfused.training.search import CUTOFFS, found_in_first, ranges
 
 
 @dataclass
-class Relevance:
-    """Which of C candidates are relevant to each of Q queries, with their tasks and corpora.
+class Pairs:
+    """Queries, their relevant candidates and what they search, as indices of items.
 
     Args:
-        indptr: (Q + 1,) int64; the relevant candidates of query i are
-            ``indices[indptr[i] : indptr[i + 1]]``.
-        indices: (P,) int64, candidates, from 0 to C - 1, different ones for each query.
+        queries: (Q,) int64, the item of each query.
+        positives_indptr: (Q + 1,) int64; the relevant items of query i are
+            ``positives_indices[positives_indptr[i] : positives_indptr[i + 1]]``.
+        positives_indices: (P,) int64, items, different ones for each query.
         tasks: (Q,) int64, the task of each query, an index into ``task_names``.
-        task_names: names of the tasks.
+        candidates: (C,) int64, the item of each candidate.
         corpora: (C,) int64, the corpus of each candidate, an index into ``corpus_names``.
+        task_names: names of the tasks.
         corpus_names: names of the corpora.
 
     Raises:
@@ -32,13 +34,19 @@ class Relevance:
 
     Examples:
         >>> import torch
-        >>> from mmfused.training.pair_metrics import Relevance, pair_scores
-        >>> numbers = {"indptr": torch.tensor([0, 2, 3]), "indices": torch.tensor([0, 3, 1])}
-        >>> tasks = {"tasks": torch.tensor([0, 1]), "task_names": ["text", "image"]}
-        >>> corpora = {"corpora": torch.tensor([0, 1, 1, 0]), "corpus_names": ["text", "image"]}
-        >>> relevance = Relevance(**numbers, **tasks, **corpora)
-        >>> candidates = torch.tensor([[0.9, 0.1], [0.2, 0.3], [0.4, 0.8], [0.1, 0.1]])
-        >>> scores = pair_scores(torch.eye(2), candidates, relevance)
+        >>> from mmfused.training.pair_metrics import Pairs, pair_scores
+        >>> embeddings = torch.tensor([[1, 0], [0, 1], [0.9, 0.1], [0.2, 0.3], [0.4, 0.8], [0, 0]])
+        >>> pairs = Pairs(
+        ...     queries=torch.tensor([0, 1]),
+        ...     positives_indptr=torch.tensor([0, 2, 3]),
+        ...     positives_indices=torch.tensor([2, 5, 3]),
+        ...     tasks=torch.tensor([0, 1]),
+        ...     candidates=torch.tensor([2, 3, 4, 5]),
+        ...     corpora=torch.tensor([0, 1, 1, 0]),
+        ...     task_names=["text", "image"],
+        ...     corpus_names=["text", "image"],
+        ... )
+        >>> scores = pair_scores(embeddings, pairs)
         >>> scores["recall_at_1"], scores["mrr"], scores["true_recall_at_1"]
         (0.5, 0.75, 0.25)
         >>> list(scores["searches"])
@@ -47,40 +55,58 @@ class Relevance:
         1.0
     """
 
-    indptr: Tensor
-    indices: Tensor
+    queries: Tensor
+    positives_indptr: Tensor
+    positives_indices: Tensor
     tasks: Tensor
-    task_names: Sequence[str]
+    candidates: Tensor
     corpora: Tensor
+    task_names: Sequence[str]
     corpus_names: Sequence[str]
 
     def __post_init__(self) -> None:
-        for name in ("indptr", "indices", "tasks", "corpora"):
-            setattr(self, name, getattr(self, name).long())
-        steps = self.indptr.diff()
-        if not len(self.indptr) or self.indptr[0] != 0 or (steps < 0).any():
-            raise ValueError("indptr: got numbers that fall, expected numbers that rise from 0")
-        if self.indptr[-1] != len(self.indices):
+        indptr, indices = self.positives_indptr, self.positives_indices
+        if not len(indptr) or indptr[0] != 0 or (indptr.diff() < 0).any():
             raise ValueError(
-                f"indptr: got {int(self.indptr[-1])} at the end, expected {len(self.indices)}, the "
-                "number of indices"
+                "positives_indptr: got numbers that fall, expected numbers that rise from 0"
             )
-        if len(self.tasks) != len(steps):
-            raise ValueError(f"tasks: got {len(self.tasks)} tasks, expected {len(steps)}")
-        for name, limit in (
-            ("indices", len(self.corpora)),
-            ("tasks", len(self.task_names)),
-            ("corpora", len(self.corpus_names)),
+        for name, got, expected in (
+            ("positives_indptr", len(indptr), len(self.queries) + 1),
+            ("positives_indices", len(indices), int(indptr[-1])),
+            ("tasks", len(self.tasks), len(self.queries)),
+            ("corpora", len(self.corpora), len(self.candidates)),
         ):
-            numbers = getattr(self, name)
-            if len(numbers) and not 0 <= int(numbers.min()) <= int(numbers.max()) < limit:
-                raise ValueError(
-                    f"{name}: got {int(numbers.min())} to {int(numbers.max())}, expected numbers "
-                    f"from 0 to {limit - 1}"
-                )
-        keys = torch.repeat_interleave(steps) * len(self.corpora) + self.indices
-        if len(keys.unique()) < len(keys):
-            raise ValueError("indices: got a candidate twice for a query, expected different ones")
+            if got != expected:
+                raise ValueError(f"{name}: got {got} numbers, expected {expected}")
+        _check_below("tasks", self.tasks, len(self.task_names))
+        _check_below("corpora", self.corpora, len(self.corpus_names))
+        rows = torch.repeat_interleave(indptr.diff())
+        if torch.stack([rows, indices]).unique(dim=1).shape[1] < len(indices):
+            raise ValueError(
+                "positives_indices: got an item twice for a query, expected different ones"
+            )
+
+    @classmethod
+    def of(cls, pairs: Any) -> Pairs:
+        """Return those of a `mmfused.data.PairSet`."""
+        return cls(
+            queries=torch.as_tensor(pairs.queries),
+            positives_indptr=torch.as_tensor(pairs.positives.offsets),
+            positives_indices=torch.as_tensor(pairs.positives.values),
+            tasks=torch.as_tensor(pairs.tasks),
+            candidates=torch.as_tensor(pairs.candidates),
+            corpora=torch.as_tensor(pairs.corpora),
+            task_names=pairs.task_names,
+            corpus_names=pairs.corpus_names,
+        )
+
+
+def _check_below(name: str, numbers: Tensor, limit: int) -> None:
+    if len(numbers) and not 0 <= int(numbers.min()) <= int(numbers.max()) < limit:
+        raise ValueError(
+            f"{name}: got {int(numbers.min())} to {int(numbers.max())}, expected numbers from 0 to "
+            f"{limit - 1}"
+        )
 
 
 @dataclass
@@ -129,16 +155,16 @@ class _Search:
 
 
 def pair_scores(
-    query: Tensor,
-    candidate: Tensor,
-    relevance: Relevance,
+    embeddings: Tensor,
+    pairs: Pairs,
     device: torch.device | str | None = None,
 ) -> dict[str, Any]:
     """Return the scores of queries with explicit relevant candidates.
 
     In "searches", "all" has the scores of all queries among all candidates. With several tasks,
     "task->all" has those of the queries of a task, and "task->task" those in the corpus with the
-    name of the task, if there are several corpora. The scores of a search are
+    name of the task, if there are several corpora. An item in several corpora is one candidate of
+    "all". The scores of a search are
 
     * recall_at_k: fraction of queries with a relevant candidate among the first k = 1, 5, 10;
     * true_recall_at_k: mean fraction of a query's relevant candidates that are among the first k =
@@ -150,62 +176,57 @@ def pair_scores(
 
     Queries without a relevant candidate in a search are excluded; "unanswerable" is their number.
     "queries" is the number of those that remain. Irrelevant candidates rank before relevant ones of
-    equal dot product. The item of a query is not excluded from the candidates.
+    equal dot product. A query that is also a candidate finds itself.
 
     Args:
-        query: (Q, D) embeddings.
-        candidate: (C, D) embeddings.
-        relevance: the relevant candidates.
-        device: where to search; None is the device of ``query``.
+        embeddings: (N, D) embeddings of the items.
+        pairs: the queries and candidates.
+        device: where to search; None is the device of ``embeddings``.
 
     Returns:
         The scores of "all", and "searches".
 
     Raises:
-        ValueError: no query has a relevant candidate, or the numbers of rows differ from those of
-            ``relevance``.
+        ValueError: no query has a relevant candidate, or an item has no embedding.
     """
-    for name, rows, expected in (
-        ("query", len(query), len(relevance.tasks)),
-        ("candidate", len(candidate), len(relevance.corpora)),
-    ):
-        if rows != expected:
-            raise ValueError(f"{name}: got {rows} rows, expected {expected}, as in relevance")
+    for name in ("queries", "candidates", "positives_indices"):
+        _check_below(name, getattr(pairs, name), len(embeddings))
 
     def search(queries: Tensor, candidates: Tensor) -> _Search:
-        return _search(query, candidate, relevance, queries, candidates, device)
+        return _search(embeddings, pairs, queries, pairs.candidates[candidates].unique(), device)
 
-    whole = search(torch.arange(len(query)), torch.arange(len(candidate)))
-    searches = {"all": whole.scores()}
+    every_query = torch.ones(len(pairs.queries), dtype=torch.bool)
+    whole = search(every_query, torch.ones(len(pairs.candidates), dtype=torch.bool))
     if not len(whole.queries):
         raise ValueError("data: got no query with a relevant candidate, expected at least one")
-    for number, name in enumerate(relevance.task_names):
-        of_task = relevance.tasks == number
+    searches = {"all": whole.scores()}
+    corpus_names = list(pairs.corpus_names)
+    for number, name in enumerate(pairs.task_names):
+        of_task = pairs.tasks == number
         if not of_task.any():
             continue
-        if len(relevance.task_names) > 1:
+        if len(pairs.task_names) > 1:
             searches[f"{name}->all"] = whole.of(of_task).scores()
-        if len(relevance.corpus_names) > 1 and name in relevance.corpus_names:
-            of_corpus = relevance.corpora == list(relevance.corpus_names).index(name)
-            found = search(of_task.nonzero()[:, 0], of_corpus.nonzero()[:, 0])
-            searches[f"{name}->{name}"] = found.scores()
+        if len(corpus_names) > 1 and name in corpus_names:
+            of_corpus = pairs.corpora == corpus_names.index(name)
+            searches[f"{name}->{name}"] = search(of_task, of_corpus).scores()
     top = {name: x for name, x in searches["all"].items() if isinstance(x, float)}
     return {**top, "searches": searches}
 
 
 def _search(
-    query: Tensor,
-    candidate: Tensor,
-    relevance: Relevance,
-    queries: Tensor,
+    embeddings: Tensor,
+    pairs: Pairs,
+    chosen: Tensor,
     candidates: Tensor,
     device: torch.device | str | None,
 ) -> _Search:
-    """Search some queries (q,) int64 in some candidates (c,) int64."""
-    column_of = torch.full((len(candidate),), -1)
+    """Search the queries ``chosen``, (Q,) bool, in the different items ``candidates``, (c,)."""
+    column_of = torch.full((len(embeddings),), -1)
     column_of[candidates] = torch.arange(len(candidates))
-    rows, places = ranges(relevance.indptr[queries], relevance.indptr[queries + 1])
-    columns = column_of[relevance.indices[places]]
+    queries = chosen.nonzero()[:, 0]
+    rows, places = ranges(pairs.positives_indptr[queries], pairs.positives_indptr[queries + 1])
+    columns = column_of[pairs.positives_indices[places]]
     rows, columns = rows[columns >= 0], columns[columns >= 0]
     counts = torch.bincount(rows, minlength=len(queries))
     answerable = counts > 0
@@ -219,7 +240,8 @@ def _search(
 
     results = (counts, counts.new_zeros(0, len(CUTOFFS)))
     if len(kept):
-        results = found_in_first(query[kept], candidate[candidates], relevant, device)
+        query = embeddings[pairs.queries[kept]]
+        results = found_in_first(query, embeddings[candidates], relevant, device)
     return _Search(kept, counts, *results, len(candidates), len(queries) - len(kept))
 
 
@@ -291,8 +313,8 @@ def _own_views(
 
 def evaluate_pairs(
     model: Any,
-    batches: Iterable[Mapping[str, Tensor]],
     pairs: Any,
+    batches: Iterable[Mapping[str, Tensor]],
     amp: bool = False,
     stopped: Callable[[], object] = lambda: False,
 ) -> dict[str, Any] | None:
@@ -300,8 +322,8 @@ def evaluate_pairs(
 
     Args:
         model: a retrieval model.
-        batches: batches of all items of ``pairs``, in order.
         pairs: a `mmfused.data.PairSet`.
+        batches: batches of all items of ``pairs``, in order.
         amp: compute under bfloat16 autocast.
         stopped: called before each batch.
     """
@@ -309,18 +331,4 @@ def evaluate_pairs(
     embeddings = embed_pair_items(model, batches, has_text, amp, stopped)
     if embeddings is None:
         return None
-    device = next(model.parameters()).device
-    queries, candidates = torch.as_tensor(pairs.queries), torch.as_tensor(pairs.candidates)
-    return pair_scores(embeddings[queries], embeddings[candidates], relevance_of(pairs), device)
-
-
-def relevance_of(pairs: Any) -> Relevance:
-    """Return the relevance of a `mmfused.data.PairSet`."""
-    return Relevance(
-        indptr=torch.as_tensor(pairs.positives.offsets),
-        indices=torch.as_tensor(pairs.positives.values),
-        tasks=torch.as_tensor(pairs.tasks),
-        task_names=pairs.task_names,
-        corpora=torch.as_tensor(pairs.corpora),
-        corpus_names=pairs.corpus_names,
-    )
+    return pair_scores(embeddings, Pairs.of(pairs), next(model.parameters()).device)
