@@ -11,6 +11,7 @@ TESTED = {  # name on the package index: (oldest, newest)
     "open_clip_torch": ("3.0.0", "3.3.0"),
     "sentence-transformers": ("6.0.0", "6.2.0"),
     "peft": ("0.19.0", "0.21.2"),
+    "datasets": ("4.4.0", "5.2.0"),
 }
 # Every kernel is compiled with each of these for each architecture; in ascending order.
 TRITONS = ("3.6.0", "3.8.0", "3.9.0")

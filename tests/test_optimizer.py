@@ -17,8 +17,9 @@ from mmfused.cli.train import add_arguments
 from mmfused.cli.train_options import config_options
 from mmfused.models import MODELS
 from mmfused.training.checkpoint import saved
-from mmfused.training.config import TrainConfig, recipe
+from mmfused.training.config import TrainConfig
 from mmfused.training.optimizer import learning_rate, make_optimizer, set_rates
+from mmfused.training.recipes import recipe
 from mmfused.training.run import train
 
 few_products = training_runs.few_products

@@ -16,9 +16,10 @@ from mmfused.cli.train import add_arguments
 from mmfused.cli.train_options import config_options
 from mmfused.models import MODELS, FLUIDConfig, UniECSConfig
 from mmfused.training.checkpoint import newest
-from mmfused.training.config import TrainConfig, recipe
+from mmfused.training.config import TrainConfig
 from mmfused.training.initial import Start, load_start, model_config
 from mmfused.training.load import load_trained
+from mmfused.training.recipes import recipe
 from mmfused.training.resume import Checkpoint
 from mmfused.training.run import prepare, train
 

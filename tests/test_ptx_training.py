@@ -25,7 +25,7 @@ from mmfused.testing import over_budget, relative_error
 from mmfused.training.config import TrainConfig
 from mmfused.training.initial import build_model, train_tokenizer
 from mmfused.training.optimizer import make_optimizer
-from mmfused.training.tasks import TASKS
+from mmfused.training.tasks import task_of
 
 pytestmark = pytest.mark.skipif(
     INTERPRETED or not KERNELS_ON_CPU,
@@ -57,7 +57,7 @@ class Training:
         tokenizer = train_tokenizer(self.config, products)
         torch.manual_seed(0)
         self.model = build_model(self.config, products.num_classes, tokenizer)
-        self.task = TASKS[MODELS[name].task](
+        self.task = task_of(self.config, products)(
             self.config, tokenizer, 32, self.model.config, products, products, None, 0, 1
         )
         self.batches = list(islice(self.task.batches.stream(), STEPS))

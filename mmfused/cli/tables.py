@@ -12,12 +12,14 @@ def print_summary(summary: Mapping[str, Any]) -> None:
     amp = "on" if summary["amp"] == "bf16" else "off"
     milliseconds = summary["step_seconds"] * 1e3
     skipped = len(summary["skipped"])
+    lost = summary.get("unreadable")  # summaries of earlier versions lack it
+    unreadable = f", {len(lost)} pictures unreadable" if lost else ""
     scores = _class_rows(summary) if "val_loss" in summary else _retrieval_rows(summary)
     print_rows(
         {
             "model": f"{summary['model']}, {millions:.2f} M parameters, {summary['modalities']}",
             "data": f"{summary['train_rows']} training rows, "
-            f"{summary['val_rows']} validation rows, {skipped} skipped",
+            f"{summary['val_rows']} validation rows, {skipped} skipped{unreadable}",
             "backend": f"{summary['backend']} on {summary['device']}, bf16 autocast {amp}",
             "steps": f"{summary['steps']}, {milliseconds:.1f} ms each, "
             f"{summary['seconds']:.1f} s in total",
@@ -35,9 +37,10 @@ def _class_rows(summary: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _retrieval_rows(summary: Mapping[str, Any]) -> dict[str, str]:
-    """Return rows with the loss, and the scores averaged over the pairs of views."""
+    """Return rows with the loss, and the scores, perhaps averaged over the pairs of views."""
     names = {"Recall@1": "recall_at_1", "Recall@5": "recall_at_5", "MRR": "mrr"}
-    scores = {f"mean {name}": f"{summary[key]:.1%}" for name, key in names.items()}
+    mean = "mean " if "pairs" in summary else ""
+    scores = {f"{mean}{name}": f"{summary[key]:.1%}" for name, key in names.items()}
     return {"loss": f"{summary['train_loss']:.4f} training", **scores}
 
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TypeAlias
 
+from .data_options import add_format_arguments, add_reading_arguments
 from .tables import print_summary
 from .train_options import config_options
 
@@ -118,14 +119,16 @@ def _add_data_arguments(group: Group) -> None:
         "--data",
         required=True,
         metavar="DIR",
-        help="folder with images and metadata.csv, or 'generated' (required)",
+        help="the training set: a folder with images and metadata.csv, another format that "
+        "docs/data.md lists, or 'generated' (required)",
     )
     group.add_argument(
         "--val",
         metavar="DIR",
-        help="folder of the validation set, with images and metadata.csv (required, but not with "
-        "'generated')",
+        help="the validation set, or the fraction of --data that becomes it, as in 0.1 (required, "
+        "but not with 'generated' or where --data holds a test set)",
     )
+    add_format_arguments(group)
     group.add_argument(
         "--products",
         metavar="DIR",
@@ -135,7 +138,21 @@ def _add_data_arguments(group: Group) -> None:
     group.add_argument(
         "--text-column",
         metavar="NAME",
-        help="text column in the metadata.csv of --data and --val (default: text)",
+        help="text column of --data and --val, short for --columns text=NAME (default: text)",
+    )
+    add_reading_arguments(group)
+    group.add_argument(
+        "--negatives",
+        dest="num_negatives",
+        type=int,
+        metavar="N",
+        help="unica, unite: number of hard negatives of a query (default: 1)",
+    )
+    group.add_argument(
+        "--mix-tasks",
+        action="store_const",
+        const=True,
+        help="pairs of several tasks: a batch may have pairs of several tasks (default: of one)",
     )
     group.add_argument(
         "--modalities",

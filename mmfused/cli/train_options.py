@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from .data_options import parse_columns
+
 MODALITIES = {
     "image,text": "both",
     "text,image": "both",
@@ -18,7 +20,7 @@ MODALITIES = {
 
 def config_options(args: argparse.Namespace) -> dict[str, Any]:
     """Return arguments for TrainConfig: the given options, and the recipe for options not given."""
-    from mmfused.training.config import recipe
+    from mmfused.training.recipes import recipe
 
     if args.modalities is not None and args.modalities not in MODALITIES:
         raise ValueError(
@@ -31,6 +33,8 @@ def config_options(args: argparse.Namespace) -> dict[str, Any]:
         options["modalities"] = MODALITIES[args.modalities]
     if args.betas is not None:
         options["betas"] = _parse_betas(args.betas)
+    if args.columns is not None:
+        options["columns"] = parse_columns(args.columns)
     first = _settings_of_init(args)
     for name in ("preset", "modalities"):
         if name in first["training"]:

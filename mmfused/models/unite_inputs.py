@@ -58,6 +58,7 @@ class UNITEProcessor:
         tokenizer: the model's tokenizer, from `UNITEConfig.prepare_tokenizer`.
         config: the model's config.
         max_length: largest number of tokens of a sequence.
+        count_pictures: whether ``max_length`` includes the tokens of pictures and videos.
         picture_tokens: smallest and largest number of tokens of a picture or of two frames.
         frame_pixels: number of pixels of a frame.
         frames: smallest and largest number of frames.
@@ -82,6 +83,7 @@ class UNITEProcessor:
         config: UNITEConfig,
         *,
         max_length: int = 2048,
+        count_pictures: bool = True,
         picture_tokens: tuple[int, int] = (256, 1280),
         frame_pixels: int = 240 * 320,
         frames: tuple[int, int] = (4, 12),
@@ -98,6 +100,7 @@ class UNITEProcessor:
         self.config = config
         self.tokens: dict[str, Any] = config.tokens or {}
         self.max_length = max_length
+        self.count_pictures = count_pictures
         self.frame_pixels = frame_pixels
         self.frames = frames
         self.fps = fps
@@ -253,7 +256,8 @@ class UNITEProcessor:
             words = {"image": has_image, "video": has_video, "text": has_text}
             prompt = PROMPT.format(" and ".join(word for word, is_used in words.items() if is_used))
         pieces.append(Piece([*self._encode(prompt), self.tokens["end"]], False))
-        ids = _cut(name, pieces, self.max_length)
+        held = 0 if self.count_pictures else sum(map(sum, counts.values()))
+        ids = _cut(name, pieces, self.max_length + held)
         return ids, TEXT * has_text + IMAGE * has_image + VIDEO * has_video
 
     def _piece(self, part: str, left: dict[str, Iterator[int]]) -> Piece:

@@ -17,67 +17,11 @@ Modalities: TypeAlias = Literal["both", "image", "text"]
 Precision: TypeAlias = Literal["auto", "bf16", "off"]
 Schedule: TypeAlias = Literal["cosine", "linear", "constant"]
 Augment: TypeAlias = Literal["none", "light", "strong"]
+Labels: TypeAlias = Literal["auto", "index", "name"]
 
 # The models on a Qwen2-VL; the others have an image and a text encoder.
 HOSTED = ("moon2", "unite")
 
-# The papers' settings by model and preset; command-line options override them.
-_FLUID = {
-    "lr": 2e-5,
-    "weight_decay": 0.01,
-    "epochs": 15,
-    "batch_size": 128,
-    "max_length": 512,
-}
-_FLUID_CODE = {**_FLUID, "augment": "none"}
-# max_length is text_length of the presets.
-_UNIECS = {
-    "lr": 1e-6,
-    "weight_decay": 0.01,
-    "epochs": 50,
-    "batch_size": 256,
-    "max_length": 64,
-}
-_UNIECS_CODE = {
-    **_UNIECS,
-    "lr_image": 1e-5,
-    "betas": (0.9, 0.98),
-    "schedule": "cosine",
-    "augment": "none",
-}
-# VISTA, UniCA's baseline, gives max_length; its second stage gives the augmentation.
-_UNICA = {"lr": 2e-5, "epochs": 5, "batch_size": 640, "max_length": 109}
-# The paper gives the batch size and LoRA's; the rest is from the public scripts of the 2B model.
-_UNITE = {"epochs": 1, "batch_size": 4096, "max_length": 2048}
-_UNITE_CODE = {
-    **_UNITE,
-    "weight_decay": 0.0,
-    "warmup": 0.03,
-    "schedule": "cosine",
-    "betas": (0.9, 0.999),
-    "clip": 1.0,
-    "grad_checkpointing": True,
-}
-_UNITE_STAGES = {
-    1: {"lr": 1e-4, "lora": {"rank": 8, "alpha": 16, "dropout": 0.05}},
-    2: {"lr": 2e-5, "lora": {"rank": 8, "alpha": 64, "dropout": 0.05}},
-}
-RECIPES: dict[tuple[str, str], dict[str, Any]] = {
-    ("fluid", "paper"): _FLUID,
-    ("fluid", "code"): _FLUID_CODE,
-    ("uniecs", "paper"): _UNIECS,
-    ("uniecs", "code"): _UNIECS_CODE,
-    ("unica", "paper"): _UNICA,
-    ("unica", "code"): {**_UNICA, "augment": "light"},
-    ("moon2", "paper"): {"lr": 1e-5, "epochs": 1, "batch_size": 256},
-    ("unite", "paper"): _UNITE,
-    ("unite", "code"): _UNITE_CODE,
-}
-# What depends on the model's stage.
-RECIPES_OF_STAGES: dict[tuple[str, str], dict[int, dict[str, Any]]] = {
-    ("unite", "paper"): _UNITE_STAGES,
-    ("unite", "code"): _UNITE_STAGES,
-}
 # Settings that may differ when a run is resumed. The folders ``data``, ``val`` and ``products`` may
 # be moved, but `check_rows` requires the same contents.
 FREE_ON_RESUME = {
@@ -93,13 +37,17 @@ FREE_ON_RESUME = {
     "save_every",
     "keep",
     "grad_checkpointing",
+    "stream",
+    "workers",
 }
+COLUMNS = ("image", "text", "label", "coarse_label")
 _NEVER_EMPTY = (
     "out",
     "data",
     "val",
     "products",
     "text_column",
+    "format",
     "image_encoder",
     "text_encoder",
     "host",
@@ -107,25 +55,6 @@ _NEVER_EMPTY = (
     "init",
     "tokenizer",
 )
-
-
-def recipe(model: str, preset: str, stage: object = None) -> dict[str, Any]:
-    """Return the settings of a model's paper or public code; empty if it gives none.
-
-    Args:
-        model: name of the model.
-        preset: name of its preset.
-        stage: the stage of UNITE's training, 1 or 2.
-
-    Examples:
-        >>> from mmfused.training.config import recipe
-        >>> first, second = (recipe("unite", "code", stage) for stage in (1, 2))
-        >>> first["lr"], first["lora"]["alpha"], second["lr"], second["lora"]["alpha"]
-        (0.0001, 16, 2e-05, 64)
-    """
-    of_stages = RECIPES_OF_STAGES.get((model, preset), {})
-    of_stage = [changes for number, changes in of_stages.items() if number == stage]
-    return {**RECIPES.get((model, preset), {}), **(of_stage[0] if of_stage else {})}
 
 
 @dataclass
@@ -140,11 +69,24 @@ class TrainConfig:
 
     Args:
         out: the folder of the run.
-        data: folder with images and metadata.csv, or "generated".
-        val: folder of the validation set; None if ``data`` is "generated".
-        products: folder of the catalogue that retrieval models search. If None, the catalogue is
-            ``data`` in training and ``val`` in validation.
-        text_column: text column of the metadata.csv in ``data`` and ``val``.
+        data: the training set, in a format of :func:`mmfused.data.open_table` or, for retrieval
+            models, of :func:`mmfused.data.open_pairs`; or "generated".
+        val: the validation set, or the fraction of ``data`` that becomes the validation set, as a
+            string such as "0.1". None takes the test set that ``data`` holds in the format "glami"
+            or "webqa"; it is required with other formats, and must be None with "generated".
+        products: the catalogue that retrieval models search. If None, the catalogue is ``data`` in
+            training and ``val`` in validation.
+        text_column: text column of ``data`` and ``val``, if ``columns`` names none.
+        format: format of ``data`` and ``val``; None detects it.
+        columns: names of columns in ``data`` and ``val`` by "image", "text", "label" and
+            "coarse_label".
+        labels: what labels are: an "index" from 0, or a "name" of a class; "auto" is what the
+            format or the first label says.
+        stream: whether pictures are decoded when a batch needs them, instead of all at the start.
+            None decides by the memory that they would take.
+        workers: number of threads that decode pictures; None takes the CPU's, at most 8.
+        num_negatives: number of hard negatives of a query, for UniCA and UNITE.
+        mix_tasks: whether a batch may have pairs of several tasks, for pairs with tasks.
         model: "fluid", "uniecs", "unica", "moon2" or "unite".
         preset: "tiny", "paper" (the paper's sizes) or "code" (the public code's sizes). With
             ``init``, the sizes are those of its run.
@@ -227,6 +169,13 @@ class TrainConfig:
     val: str | None = None
     products: str | None = None
     text_column: str = "text"
+    format: str | None = None
+    columns: dict[str, str] | None = None
+    labels: Labels = "auto"
+    stream: bool | None = None
+    workers: int | None = None
+    num_negatives: int = 1
+    mix_tasks: bool = False
     model: ModelName = "fluid"
     preset: str = "tiny"
     model_options: dict[str, Any] = field(default_factory=dict)
@@ -319,6 +268,7 @@ class TrainConfig:
             )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas: got {self.betas}, expected two numbers from 0 to below 1")
+        self._check_data()
         for name in ("swap_text", "drop_image", "drop_text", "warmup"):
             value = getattr(self, name)
             if not 0 <= value <= 1:
@@ -328,6 +278,37 @@ class TrainConfig:
                 f"drop_image and drop_text: got {self.drop_image} and {self.drop_text}, "
                 "expected a sum of at most 1"
             )
+
+    def _check_data(self) -> None:
+        for name, column in (self.columns or {}).items():
+            if name not in COLUMNS:
+                raise ValueError(f"columns: got {name!r}, expected some of {', '.join(COLUMNS)}")
+            if not isinstance(column, str) or not column.strip():
+                raise ValueError(f"columns: {name}: got {column!r}, expected the name of a column")
+        if self.columns and "text" in self.columns and self.text_column != "text":
+            raise ValueError(
+                f"text_column: got {self.text_column!r} with columns that name the text, "
+                "expected one of the two"
+            )
+        if self.val_fraction is not None and not 0 < self.val_fraction < 1:
+            raise ValueError(
+                f"val: got {self.val!r}, expected a folder, or a fraction above 0 and below 1"
+            )
+
+    @property
+    def val_fraction(self) -> float | None:
+        """The fraction of ``data`` that becomes the validation set, or None."""
+        try:
+            return None if self.val is None else float(self.val)
+        except ValueError:
+            return None
+
+    @property
+    def column_names(self) -> dict[str, str] | None:
+        """The ``columns``, with ``text_column``."""
+        if self.text_column == "text":
+            return self.columns
+        return {"text": self.text_column, **(self.columns or {})}
 
     def _check_pretrained(self) -> None:
         for name, absent in (("image_encoder", "text"), ("text_encoder", "image")):
@@ -362,12 +343,13 @@ class TrainConfig:
         for name, fits, expected in (
             ("products", self.model != "fluid", "a retrieval model"),
             ("grad_cache", self.model != "fluid", "a retrieval model"),
+            ("num_negatives", self.model in ("unica", "unite"), "unica or unite"),
             ("host", hosted, "moon2 or unite"),
             ("image_encoder", not hosted, encoders),
             ("text_encoder", not hosted, encoders),
         ):
             value = getattr(self, name)
-            if value is not None and not fits:
+            if value not in (None, getattr(type(self), name)) and not fits:
                 raise ValueError(
                     f"{name}: got {value!r} with model {self.model!r}, expected {expected}"
                 )

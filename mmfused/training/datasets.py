@@ -2,22 +2,76 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from mmfused import data as product_data
+from mmfused.data.pair_sets import PairSet
+from mmfused.data.tables import Split
 from mmfused.models import MODELS
-from mmfused.training.config import TrainConfig
+from mmfused.training.config import Labels, TrainConfig
 
 MAX_CLASSES = 10**6
 # Side to which pictures are resized if the model does not see them.
 UNUSED_SIDE = 16
-# The settings that are product folders.
+# The settings that are data sets.
 SPLITS = ("data", "val", "products")
+# Formats whose folders hold a test set beside the training set.
+WITH_TEST_SET = ("glami", "webqa")
 
 logger: logging.Logger = logging.getLogger(__name__)
+
+
+class Source(NamedTuple):
+    """A data set that a setting or an argument names."""
+
+    name: str  # of the setting, for error messages
+    path: str
+    format: str | None = None
+    columns: Mapping[str, str] | None = None
+    labels: Labels = "auto"
+    split: Split = "train"
+    stream: bool | None = None
+    needs_label: bool = True
+
+    @property
+    def format_name(self) -> str:
+        """The format, detected if it is not given.
+
+        Raises:
+            FileNotFoundError: the path does not exist.
+            ValueError: the path holds no data set in a known format.
+        """
+        if not Path(self.path).exists():
+            raise FileNotFoundError(
+                f"{self.name}: got {self.path!r}, expected a folder with images and metadata.csv, "
+                "or another data set"
+            )
+        try:
+            return self.format or product_data.detect_format(self.path)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from error
+
+    @property
+    def holds_pairs(self) -> bool:
+        """Whether the data set has explicit pairs of queries and candidates."""
+        return self.format_name in product_data.PAIR_FORMATS
+
+
+def sources(config: TrainConfig) -> dict[str, Source]:
+    """Return the data sets of a run by setting; a fraction as ``val`` is none."""
+    reading = {"format": config.format, "columns": config.column_names, "labels": config.labels}
+    found = {"data": Source("data", config.data, stream=config.stream, **reading)}
+    if config.val is not None and config.val_fraction is None:
+        found["val"] = Source("val", config.val, split="test", stream=config.stream, **reading)
+    if config.products is not None:
+        found["products"] = Source("products", config.products, stream=config.stream)
+    return found
 
 
 def load_data(
@@ -25,114 +79,207 @@ def load_data(
     image_size: int | None = None,
     num_classes: int | None = None,
     model_config: Any = None,
-) -> tuple[Any, Any]:
-    """Return the training and the validation set.
+    class_names: Sequence[str] | None = None,
+) -> tuple[Any, Any, Any]:
+    """Return the training, the validation and the product set; None if there are no products.
 
     Args:
         config: the settings.
         image_size: passed to :class:`mmfused.data.ProductFolder`.
         num_classes: number of classes of a classifier; None takes those of the training data.
         model_config: the model's config, which says how pictures are resized; None crops them.
+        class_names: names of a classifier's classes; None takes those of the training data.
     """
-    train_set, val_set = _load_splits(config, image_size, model_config)
+    if config.data == "generated":
+        train_set, val_set = _generated(config)
+    elif sources(config)["data"].holds_pairs:
+        return *_load_pair_splits(config), None
+    else:
+        train_set, val_set = _load_splits(config, image_size, model_config, class_names)
+    products = None
+    if config.products is not None:
+        source = sources(config)["products"]
+        products = load_products(source, image_size, model_config=model_config)
     if MODELS[config.model].task == "classification":
         _check_classes(train_set, val_set, num_classes)
+    else:
+        share_labels({"data": train_set, "val": val_set, "products": products})
     if config.swap_text:
         train_set = product_data.swap_texts(train_set, config.swap_text, seed=2 * config.seed)
         val_set = product_data.swap_texts(val_set, config.swap_text, seed=2 * config.seed + 1)
-    return train_set, val_set
+    return train_set, val_set, products
+
+
+def _generated(config: TrainConfig) -> tuple[Any, Any]:
+    for name, default in (
+        ("text_column", "text"),
+        ("columns", None),
+        ("format", None),
+        ("labels", "auto"),
+        ("stream", None),
+    ):
+        value = getattr(config, name)
+        if value != default:
+            raise ValueError(
+                f"{name}: got {value!r} with the generated set, expected {default!r}: it has no "
+                "files"
+            )
+    if config.val is not None:
+        raise ValueError(
+            f"val: got {config.val!r} with the generated set, "
+            "expected no folder: a validation set is generated too"
+        )
+    train_set = product_data.GeneratedProducts("train")
+    return train_set, product_data.GeneratedProducts("val")
 
 
 def _load_splits(
     config: TrainConfig,
     image_size: int | None,
     model_config: Any,
+    class_names: Sequence[str] | None,
 ) -> tuple[Any, Any]:
-    if config.data == "generated":
-        if config.text_column != "text":
-            raise ValueError(
-                f"text_column: got {config.text_column!r} with the generated set, "
-                "expected 'text', its only text column"
-            )
-        if config.val is not None:
-            raise ValueError(
-                f"val: got {config.val!r} with the generated set, "
-                "expected no folder: a validation set is generated too"
-            )
-        train_set = product_data.GeneratedProducts("train")
-        return train_set, product_data.GeneratedProducts("val")
-    check_folder("data", config.data)
-    if config.val is None:
-        raise ValueError(
-            "val: got None, expected the folder of a validation set, with images and metadata.csv"
-        )
-    column = config.text_column
-    train_set = load_folder("data", config.data, image_size, column, model_config=model_config)
-    val_set = load_folder("val", config.val, image_size, column, model_config=model_config)
+    found = sources(config)
+    found["val"] = _val_source(config, found)
+    is_classifier = MODELS[config.model].task == "classification"
+    train_set = load_products(
+        found["data"], image_size, model_config=model_config, class_names=class_names
+    )
+    if config.val_fraction is not None:
+        return _split(train_set, config.val_fraction, by="row" if is_classifier else "label")
+    val_set = load_products(
+        found["val"],
+        image_size,
+        model_config=model_config,
+        class_names=train_set.class_names if is_classifier else None,
+    )
     return train_set, val_set
 
 
-def load_catalogue(
-    config: TrainConfig,
-    image_size: int | None = None,
-    model_config: Any = None,
-) -> product_data.ProductFolder | None:
-    """Return the products in ``config.products``, or None if the config has no such folder."""
-    if config.products is None:
-        return None
-    return load_folder("products", config.products, image_size, model_config=model_config)
+def _val_source(config: TrainConfig, found: Mapping[str, Source]) -> Source:
+    """Return the validation set that the settings name, or the test set in ``data``.
 
+    With a fraction, the result is unused.
 
-def check_folder(name: str, folder: str) -> None:
-    """Raise FileNotFoundError unless ``folder`` has a metadata.csv.
-
-    Args:
-        name: name of the argument, for the error message.
-        folder: value of the argument.
+    Raises:
+        ValueError: the settings name none.
     """
-    if not (Path(folder) / "metadata.csv").is_file():
-        raise FileNotFoundError(
-            f"{name}: got {folder!r}, expected a folder with images and metadata.csv"
+    if "val" in found or config.val_fraction is not None:
+        return found.get("val", found["data"])
+    data = found["data"]
+    if data.format_name in WITH_TEST_SET and Path(data.path).is_dir():
+        return data._replace(name="val", split="test")
+    raise ValueError(
+        "val: got None, expected a validation set, or the fraction of data that becomes it"
+    )
+
+
+def _split(whole: Any, fraction: float, **options: Any) -> tuple[Any, Any]:
+    try:
+        return whole.split(fraction, **options)
+    except ValueError as error:
+        raise ValueError(f"val: {error}") from error
+
+
+def _load_pair_splits(config: TrainConfig) -> tuple[PairSet, PairSet]:
+    """Return the training and the validation set of pairs."""
+    if MODELS[config.model].task == "classification":
+        raise ValueError(
+            f"data: got {config.data!r}, which holds pairs, with model {config.model!r}, "
+            "expected products with labels"
         )
+    for name in ("products", "columns", "swap_text"):
+        if getattr(config, name):
+            raise ValueError(
+                f"{name}: got {getattr(config, name)!r} with {config.data!r}, which holds pairs, "
+                "expected products with labels"
+            )
+    found = sources(config)
+    val = _val_source(config, found)
+    train_set = load_pairs(found["data"])
+    if config.val_fraction is not None:
+        return _split(train_set, config.val_fraction)
+    if not val.holds_pairs:
+        raise ValueError(f"val: got {val.path!r}, which holds no pairs, expected pairs as in data")
+    return train_set, load_pairs(val)
 
 
-def load_folder(
-    name: str,
-    folder: str,
+def load_products(
+    source: Source,
     image_size: int | None = None,
-    text_column: str = "text",
     num_classes: int | None = None,
     model_config: Any = None,
+    class_names: Sequence[str] | None = None,
 ) -> product_data.ProductFolder:
-    """Return the ProductFolder at ``folder``, and log the rows that it skips.
+    """Return the products of ``source``, and log the rows that it skips.
 
-    Error messages begin with ``name``, the name of the argument ``folder``. ``model_config`` is the
-    model's config, which says how pictures are resized; None crops them. The other arguments are
-    those of :class:`mmfused.data.ProductFolder`.
+    ``model_config`` is the model's config, which says how pictures are resized; None crops them.
+    The other arguments are those of :class:`mmfused.data.ProductFolder`.
     """
-    check_folder(name, folder)
+    if source.holds_pairs:
+        raise ValueError(
+            f"{source.name}: got {source.path!r}, which holds pairs, expected products with labels"
+        )
     resizing = {}
     if model_config is not None:
         resizing = {"resize": model_config.resize, "resample": model_config.resample}
     try:
         products = product_data.ProductFolder(
-            folder,
+            source.path,
             image_size=image_size,
-            text_column=text_column,
             num_classes=num_classes,
+            class_names=class_names,
+            format=source.format,
+            columns=source.columns,
+            labels=source.labels,
+            split=source.split,
+            stream=source.stream,
+            needs_label=source.needs_label,
             **resizing,
         )
     except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
-    _warn_of_skipped(name, products.skipped)
+        raise ValueError(f"{source.name}: {error}") from error
+    _warn_of_skipped(source.name, products.skipped)
     return products
 
 
-def _warn_of_skipped(name: str, skipped: list[str], most: int = 5) -> None:
+def load_pairs(source: Source) -> PairSet:
+    """Return the pairs of ``source``, and log the rows that it skips."""
+    try:
+        pairs = product_data.open_pairs(source.path, format=source.format, split=source.split)
+    except ValueError as error:
+        raise ValueError(f"{source.name}: {error}") from error
+    _warn_of_skipped(source.name, pairs.skipped)
+    return pairs
+
+
+def _warn_of_skipped(name: str, skipped: Sequence[str], most: int = 5) -> None:
     if skipped:
         more = [f"and {len(skipped) - most} more"] if len(skipped) > most else []
-        reasons = "\n  ".join(skipped[:most] + more)
+        reasons = "\n  ".join([*skipped[:most], *more])
         logger.warning("%s: %d rows skipped\n  %s", name, len(skipped), reasons)
+
+
+def share_labels(sets: Mapping[str, Any]) -> None:
+    """Give equal names of classes equal labels in all sets, which may be None.
+
+    Raises:
+        ValueError: the labels of some sets are names, and those of others are numbers.
+    """
+    given = {name: one for name, one in sets.items() if one is not None}
+    named = {name: one for name, one in given.items() if one.class_names is not None}
+    if not named or all(isinstance(one, product_data.GeneratedProducts) for one in named.values()):
+        return
+    for name in given:
+        if name not in named:
+            raise ValueError(
+                f"{name}: got labels that are numbers, expected names as in {next(iter(named))}"
+            )
+    names = list(dict.fromkeys(name for one in named.values() for name in one.class_names))
+    index = {name: label for label, name in enumerate(names)}
+    for one in named.values():
+        numbers = np.array([index[name] for name in one.class_names], dtype=np.int64)
+        one.relabel(numbers, names)
 
 
 def _check_classes(train_set: Any, val_set: Any, num_classes: int | None) -> None:
@@ -165,20 +312,44 @@ def stored_side(config: TrainConfig) -> int:
     """Return the short side of the first readable training picture, or 32 if there is none."""
     if config.data == "generated":
         return product_data.GeneratedProducts("train", size=1)[0]["image"].shape[-1]
-    check_folder("data", config.data)
-    return product_data.first_side(config.data, config.text_column) or 32
+    source = sources(config)["data"]
+    if source.holds_pairs:
+        return load_pairs(source).first_side() or 32
+    try:
+        side = product_data.first_side(source.path, format=source.format, columns=source.columns)
+    except ValueError as error:
+        raise ValueError(f"data: {error}") from error
+    return side or 32
 
 
-def check_rows(config: TrainConfig, expected: Mapping[str, str], *splits: Any) -> None:
-    """Raise ValueError if the digest of a split is not the ``expected`` one.
+def rows_digest(split: Any) -> str:
+    """Return the digest of a set that does not depend on how its pictures are read."""
+    return getattr(split, "fingerprint", None) or split.digest
+
+
+def resuming(config: TrainConfig, settings: Mapping[str, Any]) -> TrainConfig:
+    """Return the settings with which the data of a run are read again.
+
+    Earlier versions decoded all pictures at the start, and compared the digests of whole files.
+    """
+    if config.stream is None and "stream" not in settings["training"]:
+        return dataclasses.replace(config, stream=False)
+    return config
+
+
+def check_rows(config: TrainConfig, settings: Mapping[str, Any], *splits: Any) -> None:
+    """Raise ValueError if the digest of a split is not the one that a run was trained with.
 
     Args:
         config: the settings.
-        expected: digests by the name of the split.
+        settings: the saved settings of the run.
         splits: data sets in the order of ``SPLITS``; None for a split that the run does not have.
     """
+    expected = settings["rows"]
     for name, split in zip(SPLITS, splits, strict=True):
-        if (None if split is None else split.digest) != expected.get(name):
+        # Earlier versions read every picture in full, and saved the digest of that.
+        digests = (None,) if split is None else (rows_digest(split), split.digest)
+        if expected.get(name) not in digests:
             where = getattr(config, name) or config.data
             raise ValueError(
                 f"resume: {name}: the texts, labels or pictures of {where} are not those that "

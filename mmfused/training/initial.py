@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -215,10 +216,8 @@ def _source_of_tokenizer(config: TrainConfig) -> str | None:
 
 def train_tokenizer(config: TrainConfig, train_set: Any, products: Any = None) -> Any:
     """Return a new tokenizer, trained on the texts of ``train_set`` and ``products``."""
-    texts = [*train_set.texts, *(products.texts if products is not None else [])]
-    tokenizer = product_data.train_tokenizer(
-        [text for text in texts if text], vocab_size=config.vocab_size
-    )
+    texts = chain(train_set.texts, () if products is None else products.texts)
+    tokenizer = product_data.train_tokenizer(texts, vocab_size=config.vocab_size)
     return MODELS[config.model].config.prepare_tokenizer(tokenizer)
 
 

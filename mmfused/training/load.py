@@ -15,8 +15,8 @@ from mmfused.models import MODELS
 from mmfused.models.adapters import CONFIG, WEIGHTS
 from mmfused.models.config import meta_model
 from mmfused.models.weights import find_folder
-from mmfused.training.config import HOSTED, TrainConfig, recipe
-from mmfused.training.datasets import load_folder
+from mmfused.training.config import HOSTED, TrainConfig
+from mmfused.training.datasets import Source, load_pairs, load_products
 from mmfused.training.files import sha256
 from mmfused.training.initial import (
     build_model,
@@ -26,11 +26,13 @@ from mmfused.training.initial import (
     model_config,
     warn_of_random,
 )
+from mmfused.training.recipes import recipe
 from mmfused.training.run_folder import load_saved, read_settings
 from mmfused.training.setup import (
     VAL_BATCH_SIZE,
     check_backend,
     make_collate,
+    make_reader,
     make_val_batches,
     pick_device,
     use_amp,
@@ -124,24 +126,44 @@ class Trained:
         text_column: str = "text",
         num_classes: int | None = None,
         name: str = "data",
+        *,
+        columns: Mapping[str, str] | None = None,
+        workers: int | None = None,
+        **reading: Any,
     ) -> tuple[Any, product_data.Batches]:
-        """Return the items of a folder, or of the generated validation set, and their batches.
+        """Return a data set and the batches of its items.
+
+        The set is a :class:`~mmfused.data.ProductFolder`, a :class:`~mmfused.data.PairSet`, whose
+        batches are those of its distinct items, or the generated validation set.
 
         Args:
-            data: the folder, or "generated".
+            data: the data set, or "generated".
             batch_size: items per batch; None takes ``VAL_BATCH_SIZE``.
-            text_column: text column of metadata.csv.
+            text_column: text column, if ``columns`` names none.
             num_classes: rows with a label of at least ``num_classes`` are skipped.
             name: name of the argument ``data`` in error messages.
+            columns: names of columns, see :func:`~mmfused.data.open_table`.
+            workers: number of threads that decode pictures.
+            reading: further fields of `mmfused.training.datasets.Source`.
         """
-        size = self.model.picture_size
-        if data == "generated":
-            dataset = product_data.GeneratedProducts("val")
-        else:
-            dataset = load_folder(name, data, size, text_column, num_classes, self.model.config)
+        size, config = self.model.picture_size, self.model.config
         max_length = self.settings["training"]["max_length"]
-        collate = make_collate(self.tokenizer, size, max_length, self.model.config)
-        return dataset, make_val_batches(dataset, collate, batch_size or VAL_BATCH_SIZE)
+        collate = make_collate(self.tokenizer, size, max_length, config)
+        batch_size = batch_size or VAL_BATCH_SIZE
+        if data == "generated":
+            generated = product_data.GeneratedProducts("val")
+            return generated, make_val_batches(generated, collate, batch_size)
+        if text_column != "text":
+            columns = {"text": text_column, **(columns or {})}
+        source = Source(name, data, columns=columns, **{"split": "test", **reading})
+        if source.holds_pairs:
+            self.check_is_retrieval_model(name)
+            pairs = load_pairs(source)
+            reader = make_reader(self.name, self.tokenizer, size, max_length, config)
+            return pairs, make_val_batches(pairs.items, reader, batch_size, workers)
+        names = self.settings.get("class_names") if self.task == "classification" else None
+        products = load_products(source, size, num_classes, config, names)
+        return products, make_val_batches(products, collate, batch_size, workers)
 
 
 def load_trained(

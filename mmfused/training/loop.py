@@ -49,7 +49,7 @@ class Training:
         amp: compute under bfloat16 autocast.
         rank: rank of this process.
         settings: saved in each checkpoint and in ``config.json``.
-        facts: numbers of rows, and a sentence for each skipped row, for the summary.
+        data: the training, validation and product sets; None for a set that the run lacks.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Training:
         amp: bool,
         rank: int,
         settings: dict[str, Any],
-        facts: dict[str, Any],
+        data: tuple[Any, ...],
     ) -> None:
         self.config = config
         self.model = model
@@ -71,7 +71,7 @@ class Training:
         self.amp = amp
         self.main: bool = rank == 0
         self.settings = settings
-        self.facts = facts
+        self.data: list[Any] = [split for split in data if split is not None]
         self.out: Path = Path(config.out)
         self.device: torch.device = next(model.parameters()).device
         self.steps: int = self._number_of_steps()
@@ -353,7 +353,11 @@ class Training:
             "amp": "bf16" if self.amp else "off",
             "modalities": config.modalities,
             "parameters": sum(p.numel() for p in self.model.parameters()),
-            **self.facts,
+            "train_rows": len(self.data[0]),
+            "val_rows": len(self.data[1]),
+            "skipped": [row for split in self.data for row in split.skipped],
+            # Pictures that could not be decoded when a batch needed them.
+            "unreadable": [row for split in self.data for row in getattr(split, "lost", ())],
             "steps": self.steps,
             "train_loss": train_records[-1]["loss"],
             **{name: value for name, value in last_val.items() if name != "step"},

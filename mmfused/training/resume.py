@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 from mmfused.models import MODELS
 from mmfused.training import checkpoint as checkpoints
 from mmfused.training.config import TrainConfig
-from mmfused.training.datasets import UNUSED_SIDE, check_rows, load_catalogue, load_data
+from mmfused.training.datasets import UNUSED_SIDE, check_rows, load_data, resuming
 from mmfused.training.files import check_fields, join_names, path_inside, read_json
 from mmfused.training.folder_lock import is_run_folder, wrong_kind_files
 from mmfused.training.initial import fixed_classes
@@ -73,6 +73,11 @@ def find_start(config: TrainConfig, out: Path) -> Checkpoint | Literal["finished
     path, state = found
     check_fields(state["settings"], {"rows": dict}, path / "state.json")
     config.check_same(state["settings"]["training"], path)
+    if "stream" not in state["settings"]["training"]:
+        raise ValueError(
+            f"resume: {path} was written by an earlier version, which drew batches in another "
+            "order; init starts a new run with its weights"
+        )
     return Checkpoint(path, state)
 
 
@@ -113,8 +118,13 @@ def finished_summary(config: TrainConfig, out: Path) -> dict[str, Any]:
     config.check_same(settings["training"], out)
     # `check_rows` compares digests of the picture files, so pictures may have any size here.
     num_classes = fixed_classes(config, settings["model"])
-    train_set, val_set = load_data(config, UNUSED_SIDE, num_classes)
-    check_rows(config, settings["rows"], train_set, val_set, load_catalogue(config, UNUSED_SIDE))
+    data = load_data(
+        resuming(config, settings),
+        UNUSED_SIDE,
+        num_classes,
+        class_names=settings.get("class_names"),
+    )
+    check_rows(config, settings, *data)
     summary = read_json(path_inside(out, "summary.json"))
     scores = dict.fromkeys(SCORES[MODELS[config.model].task], float)
     check_fields(summary, {**SUMMARY, **scores}, out / "summary.json")

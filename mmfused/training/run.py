@@ -9,6 +9,7 @@ uninterrupted run.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,9 @@ from mmfused.training.datasets import (
     SPLITS,
     UNUSED_SIDE,
     check_rows,
-    load_catalogue,
     load_data,
+    resuming,
+    rows_digest,
 )
 from mmfused.training.folder_lock import MARKER, Lock, is_regular_file
 from mmfused.training.initial import (
@@ -47,9 +49,15 @@ from mmfused.training.resume import (
     finished_summary,
     prepare_folder,
 )
-from mmfused.training.run_folder import build_saved, is_finished, load_own_tokenizer, load_run
+from mmfused.training.run_folder import (
+    build_saved,
+    is_finished,
+    load_own_tokenizer,
+    load_run,
+    read_settings,
+)
 from mmfused.training.setup import check_backend, pick_device, use_amp
-from mmfused.training.tasks import TASKS
+from mmfused.training.tasks import task_of
 
 __all__ = ["TrainConfig", "load_run", "train"]
 
@@ -155,8 +163,7 @@ def prepare(
     model = model.to(device)
     if config.grad_checkpointing:
         checkpoint_layers(model)
-    # The class `Classification` or `Retrieval` in tasks.py.
-    make_task = TASKS[MODELS[config.model].task]
+    make_task = task_of(config, data[0])
     size = model.picture_size
     task = make_task(config, tokenizer, size, model.config, *data, rank=rank, world=world)
     training = Training(
@@ -167,7 +174,7 @@ def prepare(
         amp=amp,
         rank=rank,
         settings=_saved_settings(config, model, data),
-        facts=_data_facts(data),
+        data=data,
     )
     if found:
         training.restore(found)
@@ -181,50 +188,50 @@ def _load_parts(config: TrainConfig, found: Checkpoint | None) -> tuple[Any, Any
     """Return the model, the tokenizer, and the training, validation and product sets."""
     if found:
         model = build_saved(found.state["settings"], found.path)
-        data = _load_sets(config, model.picture_size, model.config)
+        settings = found.state["settings"]
+        names = settings.get("class_names")
+        data = _load_sets(resuming(config, settings), model.picture_size, model.config, names)
         torch.manual_seed(config.seed)
-        check_rows(config, found.state["settings"]["rows"], *data)
+        check_rows(config, settings, *data)
         prepare_tokenizer = MODELS[config.model].config.prepare_tokenizer
         return model, prepare_tokenizer(load_own_tokenizer(found.path)), data
     start = load_start(config)
     tokenizer = load_tokenizer(config)
     described = check_start(config, start, tokenizer)
-    data = _load_sets(config, described.picture_size or UNUSED_SIDE, described)
+    names = None if start.run is None else read_settings(start.run).get("class_names")
+    data = _load_sets(config, described.picture_size or UNUSED_SIDE, described, names)
     torch.manual_seed(config.seed)
     train_set, _, products = data
     if tokenizer is None:
         tokenizer = train_tokenizer(config, train_set, products)
-    model = build_model(config, train_set.num_classes, tokenizer, start)
+    model = build_model(config, getattr(train_set, "num_classes", 1), tokenizer, start)
     if config.init and start.run is None:
         warn_of_random(model, start, config.init, ("image_encoder", "text_encoder"))
     return model, tokenizer, data
 
 
-def _load_sets(config: TrainConfig, image_size: int, model_config: ModelConfig) -> tuple:
+def _load_sets(
+    config: TrainConfig,
+    image_size: int,
+    model_config: ModelConfig,
+    class_names: Sequence[str] | None,
+) -> tuple:
     num_classes = fixed_classes(config, model_config.to_dict())
-    return (
-        *load_data(config, image_size, num_classes, model_config),
-        load_catalogue(config, image_size, model_config),
-    )
+    return load_data(config, image_size, num_classes, model_config, class_names)
 
 
 def _saved_settings(config: TrainConfig, model: Any, data: tuple) -> dict[str, Any]:
     """Return the settings of the model and of training, and the digests of the data sets."""
     splits = zip(SPLITS, data, strict=True)
+    names = None
+    if MODELS[config.model].task == "classification" and config.data != "generated":
+        names = data[0].class_names
     return {
         "mmfused": mmfused.__version__,
         "model": model.config.to_dict(),
         "training": config.to_dict(),
         "lora": lora_of(model),
         "image_size": model.picture_size,
-        "rows": {name: split.digest for name, split in splits if split is not None},
-    }
-
-
-def _data_facts(data: tuple) -> dict[str, Any]:
-    train_set, val_set, _ = data
-    return {
-        "train_rows": len(train_set),
-        "val_rows": len(val_set),
-        "skipped": [row for split in data if split is not None for row in split.skipped],
+        "class_names": names,
+        "rows": {name: rows_digest(split) for name, split in splits if split is not None},
     }

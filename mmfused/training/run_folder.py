@@ -284,8 +284,9 @@ def load_own_tokenizer(folder: Path) -> Any:
 def read_settings(folder: Path) -> dict[str, Any]:
     """Return the settings of the finished run or checkpoint in ``folder``.
 
-    The keys include "mmfused" (the version), "model", "training", "image_size" and, if the model
-    has adapters, "lora" (the options of `add_lora`). Raises like :func:`load_run`.
+    The keys include "mmfused" (the version), "model", "training", "image_size", "class_names" (the
+    names of a classifier's labels, or None) and, if the model has adapters, "lora" (the options of
+    `add_lora`). Raises like :func:`load_run`.
     """
     if (folder / "state.json").is_file():
         return read_checkpoint(folder)["settings"]
@@ -317,6 +318,11 @@ def _check_settings(settings: Mapping[str, Any], path: Path) -> None:
             check_lora(settings["lora"])
         except ValueError as error:
             raise ValueError(f"{path} is corrupt: {error}") from error
+    names = settings.get("class_names")
+    if names is not None and not (
+        isinstance(names, list) and all(isinstance(name, str) for name in names)
+    ):
+        raise ValueError(f"{path} is corrupt: class_names is not a list of strings")
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

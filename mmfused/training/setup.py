@@ -9,6 +9,7 @@ import torch
 
 import mmfused
 from mmfused import data as product_data
+from mmfused.models import UNITEProcessor
 from mmfused.training.config import Augment, TrainConfig
 
 # Items per batch in validation.
@@ -119,12 +120,14 @@ def make_batches(
         batch_size_of(config, len(train_set), world),
         shuffle=True,
         seed=config.seed,
-        drop_last=True,
+        drop_last=False,
+        spread=True,
         rank=rank,
         world=world,
+        workers=config.workers,
     )
     plain = make_collate(tokenizer, size, config.max_length, model_config)
-    return batches, make_val_batches(val_set, plain)
+    return batches, make_val_batches(val_set, plain, workers=config.workers)
 
 
 def make_collate(
@@ -155,12 +158,47 @@ def make_collate(
     )
 
 
+def make_reader(
+    model: str,
+    tokenizer: Any,
+    size: int,
+    max_length: int,
+    model_config: Any,
+    **options: Any,
+) -> product_data.Collate | UNITEProcessor:
+    """Return what turns the items of a `PairSet` into the inputs of a model.
+
+    UNITE gets complete sequences, whose pictures keep their aspect ratio. Their numbers of tokens
+    are from that of a square of ``size`` to five times as many, which are the limits of the public
+    code at its size. Of the ``options`` of `make_collate`, these sequences use none.
+    """
+    if model != "unite":
+        return make_collate(tokenizer, size, max_length, model_config, **options)
+    vision = model_config.host["vision_config"]
+    side = vision.get("patch_size", 14) * vision.get("spatial_merge_size", 2)
+    tokens = max(1, (size // side) ** 2)
+    return UNITEProcessor(
+        tokenizer,
+        model_config,
+        max_length=max_length,
+        count_pictures=False,
+        picture_tokens=(tokens, 5 * tokens),
+    )
+
+
 def make_val_batches(
     val_set: Any,
-    collate: product_data.Collate,
+    reader: product_data.Collate | UNITEProcessor,
     batch_size: int = VAL_BATCH_SIZE,
+    workers: int | None = None,
 ) -> product_data.Batches:
     """Return batches of all items of ``val_set``, in order."""
     return product_data.Batches(
-        val_set, collate, batch_size, shuffle=False, seed=0, drop_last=False
+        val_set,
+        reader,
+        batch_size,
+        shuffle=False,
+        seed=0,
+        drop_last=False,
+        workers=workers,
     )

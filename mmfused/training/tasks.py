@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from mmfused.data import Batches, PairBatches
+from mmfused.data import Batches, Collate, PairBatches, PairSet, PairSetBatches
 from mmfused.models import MODELS
 from mmfused.training.config import TrainConfig
 from mmfused.training.gradients import add_cached_gradients, add_gradients
@@ -20,6 +20,7 @@ from mmfused.training.setup import (
     batch_size_of,
     make_batches,
     make_collate,
+    make_reader,
     make_val_batches,
 )
 
@@ -87,7 +88,30 @@ class Classification:
         return evaluate_classifier(model, self.val_batches, amp, stopped)
 
 
-class Retrieval:
+class _PairTask:
+    """Gradients of a retrieval model, whose batches have parts."""
+
+    chunk: int | None  # number of items that are encoded at a time; None encodes all at once
+
+    def gradients(
+        self,
+        model: Any,
+        batches: Iterable[Items],
+        count: int,
+        amp: bool,
+    ) -> Loss:
+        """Add the gradient of the mean loss of ``count`` batches; return the loss and its terms."""
+        if self.chunk is None:
+            return add_gradients(model, batches, count, amp)
+        (batch,) = batches
+        return add_cached_gradients(model, batch, self.chunk, amp)
+
+    def map_items(self, batch: Items, function: Callable[[Items], Items]) -> Items:
+        """Return the batch after applying ``function`` to the items of each part."""
+        return {role: function(items) for role, items in batch.items()}
+
+
+class Retrieval(_PairTask):
     """Batches, gradients and scores of a retrieval model.
 
     In validation, each item of ``val_set`` is a query. The relevant items are the products with the
@@ -126,32 +150,17 @@ class Retrieval:
             batch_size_of(config, len(train_set), world),
             products=products,
             negatives=MODELS[config.model].model.takes_negatives,
+            num_negatives=config.num_negatives,
             seed=config.seed,
             rank=rank,
             world=world,
+            workers=config.workers,
         )
         plain = make_collate(tokenizer, size, config.max_length, model_config)
-        self.val_batches: Any = make_val_batches(val_set, plain)
+        self.val_batches: Any = make_val_batches(val_set, plain, workers=config.workers)
         self.product_batches: Any = None
         if products is not None:
-            self.product_batches = make_val_batches(products, plain)
-
-    def gradients(
-        self,
-        model: Any,
-        batches: Iterable[Items],
-        count: int,
-        amp: bool,
-    ) -> Loss:
-        """Add the gradient of the mean loss of ``count`` batches; return the loss and its terms."""
-        if self.chunk is None:
-            return add_gradients(model, batches, count, amp)
-        (batch,) = batches
-        return add_cached_gradients(model, batch, self.chunk, amp)
-
-    def map_items(self, batch: Items, function: Callable[[Items], Items]) -> Items:
-        """Return the batch after applying ``function`` to the items of each role."""
-        return {role: function(items) for role, items in batch.items()}
+            self.product_batches = make_val_batches(products, plain, workers=config.workers)
 
     def evaluate(
         self,
@@ -163,11 +172,80 @@ class Retrieval:
         return evaluate_retrieval(model, self.val_batches, self.product_batches, amp, stopped)
 
 
-Task: TypeAlias = "Classification | Retrieval"
-TASKS: dict[str, type[Classification] | type[Retrieval]] = {
-    "classification": Classification,
-    "retrieval": Retrieval,
-}
+class ExplicitPairs(_PairTask):
+    """Batches, gradients and scores of a retrieval model with a `PairSet`.
+
+    In validation, each query of ``val_set`` searches all candidates of ``val_set``. The arguments
+    are those of :class:`Classification`.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        tokenizer: Any,
+        size: int,
+        model_config: Any,
+        train_set: PairSet,
+        val_set: PairSet,
+        products: None,
+        rank: int,
+        world: int,
+    ) -> None:
+        self.chunk: int | None = config.grad_cache
+        self.val_set: PairSet = val_set
+        options = (config.model, tokenizer, size, config.max_length, model_config)
+        reader = make_reader(*options, augment=config.strength, seed=config.seed)
+        is_complete = not isinstance(reader, Collate)
+        for name in ("drop_image", "drop_text"):
+            if is_complete and getattr(config, name):
+                raise ValueError(
+                    f"{name}: got {getattr(config, name)} with pairs and model {config.model!r}, "
+                    "expected 0: the sequences are complete"
+                )
+        self.batches: PairSetBatches = PairSetBatches(
+            train_set,
+            reader,
+            batch_size_of(config, len(train_set), world),
+            negatives=_negatives(config),
+            num_negatives=config.num_negatives,
+            one_task=not config.mix_tasks,
+            seed=config.seed,
+            rank=rank,
+            world=world,
+            workers=config.workers,
+        )
+        self.val_batches: Any = make_val_batches(
+            val_set.items, make_reader(*options), workers=config.workers
+        )
+
+    def evaluate(
+        self,
+        model: Any,
+        amp: bool,
+        stopped: Callable[[], bool],
+    ) -> dict[str, Any] | None:
+        """Return the scores of the validation set, or None if ``stopped()`` becomes true."""
+        return evaluate_pairs(model, self.val_set, self.val_batches, amp, stopped)
+
+
+def _negatives(config: TrainConfig) -> Literal["given", "drawn", "none"]:
+    """Return which hard negatives the model trains with."""
+    if not MODELS[config.model].model.takes_negatives:
+        return "none"
+    return "drawn" if config.model == "moon2" else "given"  # MOON2.0 compares triplets
+
+
+Task: TypeAlias = "Classification | Retrieval | ExplicitPairs"
+
+
+def task_of(
+    config: TrainConfig,
+    train_set: Any,
+) -> type[Classification] | type[Retrieval] | type[ExplicitPairs]:
+    """Return the class of the task that the model and the training set have."""
+    if isinstance(train_set, PairSet):
+        return ExplicitPairs
+    return Classification if MODELS[config.model].task == "classification" else Retrieval
 
 
 def _check_findable(val_set: Any, products: Any) -> None:

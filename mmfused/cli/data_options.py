@@ -1,0 +1,62 @@
+"""Options of the commands that read a data set."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TypeAlias
+
+# argparse has no public name for the class.
+Group: TypeAlias = "argparse._ArgumentGroup | argparse.ArgumentParser"
+
+
+def add_format_arguments(group: Group) -> None:
+    """Add the options that say how a data set is written."""
+    group.add_argument(
+        "--format",
+        metavar="NAME",
+        help="format of --data: metadata, classes, arrow, parquet, webdataset or glami; for pairs "
+        "mmeb, unite, webqa, mbeer or mixture (default: detected)",
+    )
+    group.add_argument(
+        "--columns",
+        metavar="NAME=COLUMN,..",
+        help="columns of --data, as in image=filepath,text=title+description,label=class "
+        "(default: the names in docs/data.md)",
+    )
+    group.add_argument(
+        "--labels",
+        metavar="KIND",
+        help="what labels are: index, a number from 0, or name, of a class (default: index if the "
+        "first label is an integer)",
+    )
+
+
+def add_reading_arguments(group: Group) -> None:
+    """Add the options that say how pictures are read."""
+    group.add_argument(
+        "--stream",
+        action=argparse.BooleanOptionalAction,
+        help="decode pictures when a batch needs them, instead of all at the start (default: if "
+        "they would take more than 1 GiB)",
+    )
+    group.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="number of threads that decode pictures (default: that of the CPUs, at most 8)",
+    )
+
+
+def parse_columns(given: str | None) -> dict[str, str] | None:
+    """Return the columns in NAME=COLUMN,.. by name."""
+    if given is None:
+        return None
+    columns: dict[str, str] = {}
+    for part in given.split(","):
+        name, equals, column = part.partition("=")
+        if not name or not equals:
+            raise ValueError(f"columns: got {given!r}, expected NAME=COLUMN,..")
+        if name in columns:
+            raise ValueError(f"columns: got {name} twice in {given!r}, expected each name once")
+        columns[name] = column
+    return columns
