@@ -312,7 +312,7 @@ def test_folder_without_a_usable_row_raises(tmp_path):
     with pytest.raises(
         ValueError, match=r"has no usable row in metadata.csv; the first row: metadata.csv line 2"
     ):
-        ProductFolder(write_folder(tmp_path, [("0.png", "a", "x")]))
+        ProductFolder(write_folder(tmp_path, [("0.png", "a", "-1")]))
     with pytest.raises(ValueError, match=r"has no usable row in metadata.csv$"):
         ProductFolder(write_folder(tmp_path, []))
 

@@ -1,71 +1,91 @@
-"""Read a folder of product images with a metadata.csv."""
+"""Read a folder of product images, their texts and labels."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from ._common import Resample, Resize, check_choice, check_int
-from .metadata import BrokenRow, Row, parse_label, read_rows
-from .pictures import BrokenPicture, decode, picture_path, read_picture, short_side
+from .labels import LabelKind, read_coarse_labels, read_labels
+from .picture_files import FilePictures
+from .pictures import BrokenPicture, decode, short_side
 
 # Kept importable from this module for existing callers.
 from .pictures import load_rgb as load_rgb
 from .quiet import quiet
+from .reading import Lost, Read, SelectedImages, StreamedImages, checked, decoded
+from .splits import Splits, checked_rows
+from .strings import Strings
+from .tables import Pictures, Split, Table, open_table
 
-T = TypeVar("T")
+F = TypeVar("F", bound="ProductFolder")
 
-
-class Item(NamedTuple):
-    """A usable row of metadata.csv."""
-
-    file_name: str
-    text: str
-    label: int
-    coarse_label: int
-    image: torch.Tensor | None
-    digest: str | None  # SHA-256 of the picture's file
+# Pictures that take more memory are decoded on demand, unless `stream` says otherwise.
+IN_MEMORY = 2**30
 
 
-class ProductFolder(Dataset[dict[str, Any]]):
-    r"""A dataset of the images, texts and labels that ``root/metadata.csv`` (UTF-8) lists.
+class ProductFolder(Splits, Dataset[dict[str, Any]]):
+    r"""A dataset of images, texts and labels, such as those that ``root/metadata.csv`` lists.
 
-    metadata.csv has the columns ``file_name`` (path below ``root``), ``text`` and ``label``
-    (integer of at least 0). The optional column ``coarse_label`` is the index of the group that the
-    label belongs to. Other columns are ignored. If ``file_name`` is empty, the item has no image:
-    its image is zero and ``image_present`` is False. If ``text`` is empty, the item has no text.
+    A metadata.csv (UTF-8) has the columns ``file_name`` (path below ``root``), ``text`` and
+    ``label``. The optional column ``coarse_label`` is the index of the group that the label belongs
+    to. Other columns are ignored. If ``file_name`` is empty, the item has no image: its image is
+    zero and ``image_present`` is False. If ``text`` is empty, the item has no text.
 
     A row is skipped if it is not well-formed, has neither an image nor a text, has an invalid label
     or coarse label, or has an image that :func:`load_picture` cannot load.
     ``.skipped`` has one sentence about each skipped row.
 
     An item is ``{"image": uint8 (3, H, W), "image_present": bool, "text": str, "label": int}``.
-    Images are decoded once and kept in memory. With ``image_size``, ``.images`` is one tensor, (N,
-    3, image_size, image_size). ``.coarse_labels`` is None without the column ``coarse_label``.
-    ``.digest`` is the SHA-256 of texts, labels, coarse labels and picture files.
+    ``.coarse_labels`` is None without the column ``coarse_label``. ``.select`` and ``.split`` give
+    sets of some of the items.
+
+    Images are decoded once and kept in memory, or, if the set is streamed, each time an item is
+    read. A streamed set (``.streamed``) keeps tens of bytes per row besides its texts and names. At
+    the start it only checks that each file exists and begins like a picture. If a picture cannot be
+    decoded later, its item counts as one without an image, and ``.lost`` has a sentence about it.
+
+    ``.digest`` is the SHA-256 of texts, labels, coarse labels and picture files. ``.fingerprint`` is
+    a SHA-256 of the same, but of the size and the ends of each file; it is equal for a set in memory
+    and a streamed set, whose ``.digest`` is its ``.fingerprint``.
 
     Args:
         root: the folder.
         image_size: side of the square to which images are resized; None keeps the size of each
             image.
-        num_classes: number of classes; labels must be smaller. None takes the largest label + 1.
+        num_classes: number of classes; labels must be smaller. None takes the largest label + 1, or
+            the number of names.
         strict: raise ValueError for the first invalid row instead of skipping it.
         text_column: name of the column with the texts.
         resize: "crop", "stretch" or "shortest", how an image becomes a square, see `load_picture`.
         resample: the interpolation, "bicubic" or "bilinear".
+        format: name of the format, see :func:`mmfused.data.tables.open_table`; None detects it.
+        columns: names of the source's columns by "image", "text", "label" and "coarse_label".
+        split: the part to read of a format that publishes several in one folder.
+        labels: "index" if labels are integers of at least 0, "name" if each distinct label is the
+            name of a class. "auto" leaves it to the format; if that has no rule, labels are names
+            if most of them are no numbers. ``.class_names`` has the names in the order of the
+            classes: that of the source if it has one, else by number if all are integers, else
+            alphabetically. It is None if labels are indices.
+        class_names: the names of the classes of the training data, among which labels must be.
+        stream: whether to stream the images; None streams if ``image_size`` is given and all images
+            would take more than 1 GiB.
+        needs_label: whether a row without a label is skipped; if not, its label is -1.
 
     Raises:
         FileNotFoundError: ``root`` does not exist or has no metadata.csv.
         ValueError: an argument is invalid, metadata.csv is unreadable, a column is missing or
-            occurs twice, no row is usable, or the images do not fit into this machine's memory.
+            occurs twice, no row is usable, there are more names than ``num_classes``, or images
+            that are not streamed do not fit into this machine's memory.
             With ``strict``, also if a row is invalid.
 
     Examples:
@@ -83,8 +103,6 @@ class ProductFolder(Dataset[dict[str, Any]]):
         ['metadata.csv line 4 (lost.png): the image cannot be read: the file does not exist']
     """
 
-    class_names: list[str] | None = None
-
     def __init__(
         self,
         root: str | os.PathLike[str],
@@ -95,154 +113,309 @@ class ProductFolder(Dataset[dict[str, Any]]):
         text_column: str = "text",
         resize: Resize = "crop",
         resample: Resample = "bicubic",
+        format: str | None = None,
+        columns: Mapping[str, str] | None = None,
+        split: Split = "train",
+        labels: LabelKind = "auto",
+        class_names: Sequence[str] | None = None,
+        stream: bool | None = None,
+        needs_label: bool = True,
     ) -> None:
         if image_size is not None:
             check_int("image_size", image_size, 1)
         check_choice("resize", resize, Resize)
         check_choice("resample", resample, Resample)
-        label_limit = 2**31 if num_classes is None else check_int("num_classes", num_classes, 1)
+        check_choice("labels", labels, LabelKind)
+        if num_classes is not None:
+            check_int("num_classes", num_classes, 1)
         self.root: Path = Path(root)
         self.image_size = image_size
         self.resize: Resize = resize
         self.resample: Resample = resample
-        self.text_column = text_column
-        rows = list(read_rows(self.root, text_column, ("coarse_label",)))
-        self.file_names: list[str] = []
-        self.texts: list[str] = []
-        self.labels: list[int] = []
-        self.present: list[bool] = []
-        self.skipped: list[str] = []
-        self._images: Any = self._allocate(len(rows))
-        coarse_labels: list[int] = []
-        items = self._read(rows, label_limit, strict)
-        self.digest: str = self._fill(items, coarse_labels)
-        if not self.labels:
+        columns = source_columns(columns, text_column)
+        self.text_column: str = columns.get("text", "text")
+        table = open_table(self.root, format=format, columns=columns, split=split)
+        self.streamed: bool = self._is_streamed(table.columns.num_rows, stream)
+        rows = _Rows(table, labels, class_names, num_classes, needs_label)
+        rows.find_empty(self.text_column)
+        self._pictures: Pictures = table.pictures
+        self._where: Any = table.where
+        kept = self._read(rows, strict)
+        self.skipped: list[str] = [rows.sentence(row) for row in sorted(rows.faults)]
+        if strict and self.skipped:
+            raise ValueError(self.skipped[0])
+        if not len(kept):
             first = f"; the first row: {self.skipped[0]}" if self.skipped else ""
-            raise ValueError(f"{self.root} has no usable row in metadata.csv{first}")
-        has_coarse_labels = any("coarse_label" in row.fields for row in rows)
-        self.coarse_labels: list[int] | None = coarse_labels if has_coarse_labels else None
-        self.num_classes: int = max(self.labels) + 1 if num_classes is None else num_classes
-        if image_size is None:
-            self._fill_blanks()
-        else:
-            self._images = self._images[: len(self.labels)]
+            raise ValueError(f"{self.root} has no usable row in {table.source}{first}")
+        self._rows: np.ndarray = kept  # of the table, for each item
+        self._order: np.ndarray | None = None  # of the images in memory, for each item
+        self._lost = Lost()
+        self.file_names: Strings = rows.images.take(kept)
+        self.texts: Strings = rows.texts.take(kept)
+        self.labels: list[int] = rows.labels[kept].tolist()
+        self.present: list[bool] = rows.has_image[kept].tolist()
+        self.coarse_labels: list[int] | None = None
+        if rows.has_coarse_labels:
+            self.coarse_labels = rows.coarse_labels[kept].tolist()
+        self.class_names: list[str] | None = rows.class_names
+        self.num_classes: int = num_classes or len(rows.class_names or ()) or max(self.labels) + 1
 
-    def _allocate(self, rows: int) -> torch.Tensor | list[torch.Tensor | None]:
-        """Return an uninitialized tensor for all images, or a list if ``image_size`` is None.
-
-        Skipped rows leave the end of the tensor unwritten, so that it takes no physical memory.
-        """
-        if self.image_size is None:
-            return []
-        size = rows * 3 * self.image_size**2
+    def _is_streamed(self, rows: int, stream: bool | None) -> bool:
+        """Return whether pictures are streamed; raise if they should be in memory and do not fit."""
+        size = 0 if self.image_size is None else rows * 3 * self.image_size**2
+        is_streamed = size > IN_MEMORY if stream is None else stream
         memory = physical_memory()
-        if memory is not None and size > memory:
+        if not is_streamed and memory is not None and size > memory:
             raise ValueError(
                 f"{self.root}: got {rows} rows, which need {size / 2**30:.1f} GiB at image_size "
                 f"{self.image_size}, expected at most the {memory / 2**30:.1f} GiB of this machine"
             )
+        return is_streamed
+
+    def _read(self, rows: _Rows, strict: bool) -> np.ndarray:
+        """Read the pictures; return the usable rows, and add the other rows to ``rows.faults``.
+
+        With ``strict``, reading ends at the first fault.
+        """
+        usable = rows.usable(before_faults=strict)
+        images = self._allocate(len(usable))
+        digest, fingerprint = hashlib.sha256(), hashlib.sha256()
+        if rows.class_names is not None:
+            digest.update(json.dumps(rows.class_names).encode())
+            fingerprint = digest.copy()
+        kept: list[int] = []
+        reads = self._read_pictures(rows, usable)
+        for row, text in zip(usable.tolist(), rows.texts.take(usable), strict=True):
+            read = next(reads) if rows.has_image[row] else None
+            if isinstance(read, BrokenPicture):
+                rows.faults[row] = f"the image cannot be read: {read}"
+                if strict:
+                    break
+                continue
+            if not self.streamed:
+                _put(images, len(kept), None if read is None else read.image)
+            kept.append(row)
+            content = [text, int(rows.labels[row]), int(rows.coarse_labels[row])]
+            file = (None, None) if read is None else (read.digest, read.fingerprint.hex())
+            digest.update(json.dumps([*content, file[0]]).encode())
+            fingerprint.update(json.dumps([*content, file[1]]).encode())
+        self.fingerprint: str = fingerprint.hexdigest()
+        self.digest: str = self.fingerprint if self.streamed else digest.hexdigest()
+        # Skipped rows leave the end of a tensor unwritten, so that it takes no physical memory.
+        self._images: Any = (
+            _with_blanks(images) if isinstance(images, list) else images[: len(kept)]
+        )
+        return np.array(kept, dtype=np.int64)
+
+    def _allocate(self, rows: int) -> torch.Tensor | list[torch.Tensor | None]:
+        """Return an uninitialized tensor for all images, or a list if sizes differ."""
+        if self.image_size is None or self.streamed:
+            return []
         return torch.empty(rows, 3, self.image_size, self.image_size, dtype=torch.uint8)
 
-    def _read(
-        self,
-        rows: list[Row],
-        label_limit: int,
-        strict: bool,
-    ) -> Iterator[Item]:
-        """Yield the usable rows in order, and add a sentence to ``skipped`` for each other row."""
-        loaded = _in_threads(lambda row: self._load(row, label_limit), rows)
-        for row, result in zip(rows, loaded, strict=True):
-            if isinstance(result, Item):
-                yield result
-                continue
-            name = row.fields.get("file_name", "").encode("utf-8", "replace").decode()[:200]
-            sentence = f"metadata.csv line {row.line} ({name or 'no file_name'}): {result}"
-            if strict:
-                raise ValueError(sentence) from result
-            self.skipped.append(sentence)
-
-    def _load(self, row: Row, label_limit: int) -> Item | BrokenRow:
-        try:
-            if row.broken is not None:
-                raise BrokenRow(row.broken)
-            label = parse_label("label", row.fields["label"], label_limit)
-            coarse = parse_label("coarse_label", row.fields.get("coarse_label", "0"), 2**31)
-            name = row.fields["file_name"].strip()
-            text = row.fields[self.text_column].strip()
-            if not name and not text:
-                raise BrokenRow(
-                    f"file_name and {self.text_column} are both empty, expected at least one"
-                )
-            image, digest = self._load_image(name) if name else (None, None)
-            return Item(name, text, label, coarse, image, digest)
-        except BrokenRow as error:
-            return error
-
-    def _load_image(self, name: str) -> tuple[torch.Tensor, str]:
-        try:
-            data = read_picture(picture_path(self.root, name))
-            image = decode(data, self.image_size, self.resize, self.resample)
-            return image, hashlib.sha256(data).hexdigest()
-        except BrokenPicture as error:
-            raise BrokenRow(f"the image cannot be read: {error}") from error
-
-    def _fill(self, items: Iterable[Item], coarse_labels: list[int]) -> str:
-        """Store the items, append to ``coarse_labels``, and return the digest of the items."""
-        total = hashlib.sha256()
-        for row, item in enumerate(items):
-            self.file_names.append(item.file_name)
-            self.texts.append(item.text)
-            self.labels.append(item.label)
-            coarse_labels.append(item.coarse_label)
-            self.present.append(item.image is not None)
-            if self.image_size is None:
-                self._images.append(item.image)
-            elif item.image is None:
-                self._images[row] = 0
-            else:
-                self._images[row] = item.image
-            content = [item.text, item.label, item.coarse_label, item.digest]
-            total.update(json.dumps(content).encode())
-        return total.hexdigest()
-
-    def _fill_blanks(self) -> None:
-        """Give each row without an image a zero image of the first image's shape."""
-        smallest = torch.empty(3, 1, 1, dtype=torch.uint8)
-        first = next((image for image in self._images if image is not None), smallest)
-        blank = torch.zeros_like(first)
-        self._images = [blank if image is None else image for image in self._images]
+    def _read_pictures(self, rows: _Rows, usable: np.ndarray) -> Iterator[Read | BrokenPicture]:
+        """Yield what is read of each usable row with a picture, in order."""
+        found = usable[rows.has_image[usable]]
+        if not self.streamed:
+            size, resize, resample = self.image_size, self.resize, self.resample
+            return decoded(self._pictures, found.tolist(), size, resize, resample)
+        # Only the names of files tell whether two rows have one picture.
+        names = rows.images.take(found) if isinstance(self._pictures, FilePictures) else None
+        return checked(self._pictures, found, names)
 
     @property
-    def images(self) -> torch.Tensor | list[torch.Tensor]:
-        """All images, as one tensor if ``image_size`` is set; missing images are zero."""
-        return self._images
+    def images(self) -> Any:
+        """All images; missing images are zero.
+
+        With ``image_size`` and without streaming, it is one tensor, (N, 3, S, S) uint8; else a
+        sequence of (3, H, W) tensors, which a streamed set decodes at each access.
+        """
+        if self.streamed:
+            return StreamedImages(self._image, len(self))
+        return self._images if self._order is None else SelectedImages(self._images, self._order)
+
+    @property
+    def lost(self) -> list[str]:
+        """A sentence about each picture of a streamed set that could not be decoded later."""
+        return self._lost.sentences()
+
+    def load_image(
+        self,
+        row: int,
+        size: int | None,
+        resize: Resize = "crop",
+        resample: Resample = "bicubic",
+    ) -> torch.Tensor:
+        """Decode the picture of an item; several threads may call it at once.
+
+        Args:
+            row: index of the item.
+            size: side of the square, as for :func:`load_picture`.
+            resize: how the picture becomes a square.
+            resample: the interpolation.
+
+        Returns:
+            (3, size, size) uint8; (3, H, W) if ``size`` is None.
+
+        Raises:
+            BrokenPicture: the item has no picture, or it can no longer be decoded; ``.lost`` then
+                has a sentence about it.
+        """
+        if not self.present[row]:
+            raise BrokenPicture("the row has no picture")
+        source = int(self._rows[row])
+        try:
+            with quiet():
+                return decode(self._pictures.read(source), size, resize, resample)
+        except BrokenPicture as error:
+            name = f"{self._where(source)} ({self.file_names[row]:.200})"
+            self._lost.add(source, f"{name}: the image cannot be read: {error}")
+            raise
+
+    def select(self: F, rows: Sequence[int] | np.ndarray) -> F:
+        """Return the data set of only some items, which shares the pictures with this one.
+
+        Args:
+            rows: indices of the items, at least one.
+
+        Raises:
+            ValueError: ``rows`` is empty or has an index that is out of range.
+        """
+        found = checked_rows(rows, len(self))
+        part = copy.copy(self)
+        part.file_names, part.texts = self.file_names.take(found), self.texts.take(found)
+        for name in ("labels", "coarse_labels", "present"):
+            values = getattr(self, name)
+            if values is not None:
+                setattr(part, name, [values[row] for row in found.tolist()])
+        part.skipped = []
+        part._rows = self._rows[found]
+        part._order = found if self._order is None else self._order[found]
+        for name in ("digest", "fingerprint"):
+            content = getattr(self, name).encode() + found.astype("<i8").tobytes()
+            setattr(part, name, hashlib.sha256(content).hexdigest())
+        return part
+
+    def _image(self, row: int) -> torch.Tensor:
+        """Return the image of an item of a streamed set, zeros if it has none."""
+        return self._find_image(row)[0]
+
+    def _find_image(self, row: int) -> tuple[torch.Tensor, bool]:
+        if not self.streamed:
+            return self._images[row if self._order is None else self._order[row]], self.present[row]
+        try:
+            return self.load_image(row, self.image_size, self.resize, self.resample), True
+        except BrokenPicture:
+            side = self.image_size or 1
+            return torch.zeros(3, side, side, dtype=torch.uint8), False
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        image, is_present = self._find_image(index)
         return {
-            "image": self._images[index],
-            "image_present": self.present[index],
+            "image": image,
+            "image_present": is_present,
             "text": self.texts[index],
             "label": self.labels[index],
         }
 
 
-def _in_threads(load: Callable[[Row], T], rows: list[Row]) -> Iterator[T]:
-    """Yield ``load(row)`` for each row in order, computed in several threads.
+class _Rows:
+    """The columns of a table, and the faults of its rows."""
 
-    Pillow releases the GIL while it decodes. At most four results per thread wait in memory.
+    def __init__(
+        self,
+        table: Table,
+        kind: LabelKind,
+        class_names: Sequence[str] | None,
+        num_classes: int | None,
+        needs_label: bool,
+    ) -> None:
+        self.table = table
+        columns = {name: Strings(table.columns[name]) for name in table.columns.column_names}
+        blank = Strings([""] * table.columns.num_rows)
+        self.images: Strings = columns.get("image", blank)
+        self.texts: Strings = columns.get("text", blank)
+        self.has_image: np.ndarray = ~self.images.empty()
+        broken = np.zeros(len(blank), dtype=bool)
+        broken[list(table.broken)] = True
+        found = read_labels(
+            columns.get("label", blank),
+            broken,
+            kind,
+            named=table.named_labels,
+            known=table.class_names,
+            training=class_names,
+            num_classes=num_classes,
+            needed=needs_label,
+        )
+        self.labels: np.ndarray = found.values
+        self.class_names: list[str] | None = found.class_names
+        self.has_coarse_labels: bool = "coarse_label" in columns
+        self.coarse_labels: np.ndarray = np.zeros(len(blank), dtype=np.int64)
+        coarse_faults: dict[int, str] = {}
+        if self.has_coarse_labels:
+            coarse = read_coarse_labels(columns["coarse_label"], broken)
+            self.coarse_labels, coarse_faults = coarse.values, coarse.faults
+        # Of several faults of a row, the last of these dicts has the one that is reported.
+        self.faults: dict[int, str] = {**coarse_faults, **found.faults, **table.broken}
+
+    def find_empty(self, text_column: str) -> None:
+        """Add the rows with neither a picture nor a text to the faults."""
+        reason = f"{self._image_column()} and {text_column} are both empty, expected at least one"
+        for row in np.flatnonzero(~self.has_image & self.texts.empty()).tolist():
+            self.faults.setdefault(row, reason)
+
+    def usable(self, before_faults: bool) -> np.ndarray:
+        """Return the rows without a fault; with ``before_faults``, only those before the first."""
+        is_usable = np.ones(len(self.texts), dtype=bool)
+        is_usable[list(self.faults)] = False
+        if before_faults and self.faults:
+            is_usable[min(self.faults) :] = False
+        return np.flatnonzero(is_usable)
+
+    def sentence(self, row: int) -> str:
+        """Return a sentence about the fault of a row."""
+        name = self.images[row][:200] or f"no {self._image_column()}"
+        return f"{self.table.where(row)} ({name}): {self.faults[row]}"
+
+    def _image_column(self) -> str:
+        return "file_name" if self.table.source == "metadata.csv" else "image"
+
+
+def source_columns(columns: Mapping[str, str] | None, text_column: str) -> dict[str, str]:
+    """Return ``columns`` with ``text_column`` as the column of texts.
+
+    Raises:
+        ValueError: both name a column of texts.
     """
-    threads = min(8, os.cpu_count() or 1)
-    with ThreadPoolExecutor(threads) as pool, quiet():
-        waiting = []
-        for row in rows:
-            waiting.append(pool.submit(load, row))
-            if len(waiting) >= 4 * threads:
-                yield waiting.pop(0).result()
-        for future in waiting:
-            yield future.result()
+    found = dict(columns or {})
+    if text_column != "text":
+        if "text" in found:
+            raise ValueError(
+                f"text_column: got {text_column!r} and columns with text={found['text']}, "
+                "expected one of the two"
+            )
+        found["text"] = text_column
+    return found
+
+
+def _put(images: torch.Tensor | list[torch.Tensor | None], row: int, image: Any) -> None:
+    if isinstance(images, list):
+        images.append(image)
+    elif image is None:
+        images[row] = 0
+    else:
+        images[row] = image
+
+
+def _with_blanks(images: list[torch.Tensor | None]) -> list[torch.Tensor]:
+    """Replace missing images by zero images of the first image's shape."""
+    smallest = torch.empty(3, 1, 1, dtype=torch.uint8)
+    blank = torch.zeros_like(next((image for image in images if image is not None), smallest))
+    return [blank if image is None else image for image in images]
 
 
 def physical_memory() -> int | None:
@@ -253,7 +426,14 @@ def physical_memory() -> int | None:
         return None
 
 
-def first_side(root: str | os.PathLike[str], text_column: str = "text") -> int | None:
+def first_side(
+    root: str | os.PathLike[str],
+    text_column: str = "text",
+    *,
+    format: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    split: Split = "train",
+) -> int | None:
     r"""Return the short side of a folder's first picture with a readable header, or None.
 
     Args:
@@ -278,11 +458,13 @@ def first_side(root: str | os.PathLike[str], text_column: str = "text") -> int |
         ...     first_side(root)
         30
     """
-    for row in read_rows(Path(root), text_column):
-        name = row.fields.get("file_name", "").strip()
-        if row.broken is None and name:
+    table = open_table(
+        root, format=format, columns=source_columns(columns, text_column), split=split
+    )
+    for row, name in enumerate(Strings(table.columns["image"])):
+        if name and row not in table.broken:
             try:
-                return short_side(picture_path(Path(root), name))
+                return short_side(table.pictures.read(row))
             except BrokenPicture:
                 continue
     return None

@@ -418,10 +418,10 @@ def _sentence(error: BaseException, most: int = 200) -> str:
     return f"Pillow cannot read it ({type(error).__name__}{': ' if text else ''}{text})"
 
 
-def short_side(path: str | os.PathLike[str]) -> int:
+def short_side(source: str | os.PathLike[str] | bytes) -> int:
     """Return the short side of a picture from its header; raise like :func:`load_picture`."""
     with quiet():
-        return min(read_header(_read_file(path, MAX_BYTES))[1:])
+        return min(read_header(read_picture(source))[1:])
 
 
 def read_header(data: bytes) -> tuple[str, int, int]:

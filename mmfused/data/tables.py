@@ -47,6 +47,7 @@ class Table:
     broken: Mapping[int, str] = field(default_factory=dict)  # rows that cannot be used, and why
     # True if labels are names of classes, False if they are indices, None if that is not known.
     named_labels: bool | None = None
+    class_names: list[str] | None = None  # in the source's order, if it defines one
 
 
 def open_table(
@@ -64,4 +65,35 @@ def open_table(
         columns: names of the source's columns by "image", "text", "label" and "coarse_label".
         split: the part to read of a format that publishes several in one folder.
     """
-    raise NotImplementedError
+    from pathlib import Path
+
+    import pyarrow
+
+    from .metadata import read_rows
+    from .picture_files import FilePictures
+
+    text = (columns or {}).get("text", "text")
+    rows = list(read_rows(Path(path), text, ("coarse_label",)))
+    kinds = ["file_name", text, "label"]
+    if any("coarse_label" in row.fields for row in rows):
+        kinds.append("coarse_label")
+    found = {
+        name: [row.fields.get(kind, "").strip().encode("utf-8", "replace").decode() for row in rows]
+        for name, kind in zip(("image", "text", "label", "coarse_label"), kinds)
+    }
+    arrow = pyarrow.table({k: pyarrow.array(v, pyarrow.string()) for k, v in found.items()})
+    return Table(
+        "metadata.csv",
+        arrow,
+        FilePictures(Path(path), arrow["image"]),
+        Numbered("metadata.csv line", [row.line for row in rows]),
+        {i: row.broken for i, row in enumerate(rows) if row.broken is not None},
+    )
+
+
+class Numbered:
+    def __init__(self, prefix, numbers):
+        self.prefix, self.numbers = prefix, numbers
+
+    def __call__(self, row):
+        return f"{self.prefix} {self.numbers[row]}"
