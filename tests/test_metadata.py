@@ -116,7 +116,7 @@ def test_a_file_that_is_too_large_is_refused_before_it_is_read(tmp_path):
     with open(tmp_path / "metadata.csv", "wb") as file:
         file.truncate(2**40)
     with pytest.raises(
-        ValueError, match="metadata.csv: got 1099511627776 bytes, expected at most 1073741824"
+        ValueError, match="metadata.csv: got 1099511627776 bytes, expected at most 68719476736"
     ):
         ProductFolder(tmp_path)
 

@@ -1,21 +1,22 @@
-"""Read the rows of a metadata.csv, and find out why rows are broken."""
+"""Read the rows of a CSV or TSV file, and find out why rows are broken."""
 
 from __future__ import annotations
 
 import csv
-import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from .lines import Lines, too_long
+from .picture_files import FilePictures
+from .rows import BrokenRow as BrokenRow  # kept importable from this module for existing callers
+from .rows import Builder, Names, Numbered, Table, fault_of, joined, listed, shown
+
 UNCLOSED = "it has an opening quote without a closing quote"
-MAX_BYTES = 2**30
 # Largest number of lines of a row; it limits the search for a closing quote.
 MAX_LINES = 1000
-
-
-class BrokenRow(ValueError):
-    """A row of metadata.csv cannot be used; the message gives the reason."""
+# A shorter line without a quote has no field that is too long for the csv module.
+MAX_PLAIN = 2**16
 
 
 class Row(NamedTuple):
@@ -26,16 +27,22 @@ class Row(NamedTuple):
     broken: str | None = None  # the reason why the row is broken
 
 
+class Layout(NamedTuple):
+    """What a row of a file looks like."""
+
+    delimiter: str
+    width: int  # number of columns
+    image: int | None  # index of the column with the names of the pictures
+    label: int | None
+    exists: Callable[[str], bool]  # whether such a name is that of an existing picture
+
+
 def read_rows(
     root: Path,
     text_column: str = "text",
     optional: tuple[str, ...] = (),
 ) -> Iterator[Row]:
-    """Yield the rows of ``root/metadata.csv`` (UTF-8) in order.
-
-    A quoted text may span several lines. If a quote is not closed within ``MAX_LINES`` lines, the
-    line with the quote is a broken row, and reading continues with the next line. A quote also
-    counts as unclosed if the quoted text contains complete rows.
+    """Yield the rows of ``root/metadata.csv`` (UTF-8) in order; see :func:`read_table`.
 
     Args:
         root: the folder.
@@ -46,121 +53,199 @@ def read_rows(
         FileNotFoundError: the folder or its metadata.csv does not exist.
         ValueError: metadata.csv cannot be read, or a column is missing or occurs twice.
     """
-    path = root / "metadata.csv"
+    path = find_metadata(root, ("metadata.csv",))
+    needed = ("file_name", text_column, "label")
+    names = Names("file_name", (text_column,), "label", "".join(optional[:1]), needed)
+    with Lines(path) as lines:
+        header = _read_header(path, lines, names, ",")
+        layout = _layout_of(header, names, ",", picture_exists(root))
+        for line, values, broken in _records(lines, layout):
+            yield Row(line, dict(zip(header, values, strict=False)), broken)
+
+
+def find_metadata(root: Path, files: Sequence[str]) -> Path:
+    """Return the one of ``files`` that is in the folder.
+
+    Raises:
+        FileNotFoundError: the folder or the file does not exist.
+        ValueError: there are several, or the file leads outside the folder.
+    """
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is not a folder with a metadata.csv")
-    if not path.is_file():
+    found = [name for name in files if (root / name).is_file()]
+    if not found:
         raise FileNotFoundError(f"{root} has no metadata.csv")
+    if len(found) > 1:
+        raise ValueError(f"{root}: got {listed(found)}, expected one of them")
+    path = root / found[0]
     if not path.resolve().is_relative_to(root.resolve()):
         raise ValueError(f"{path} leads outside the folder")
-    lines = _split_lines(_read_text(path))
-    columns, start = _read_header(path, lines, ("file_name", text_column, "label"), optional)
-    return _parse(root, lines, start, columns)
+    return path
 
 
-def _read_text(path: Path) -> str:
-    """Return the text of a file; bytes that are not UTF-8 become lone surrogates."""
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise ValueError(
-                f"{path}: got {path.stat().st_size} bytes, expected at most {MAX_BYTES}"
-            )
-        data = path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise ValueError(f"{path}: got UTF-16, expected UTF-8: save it as UTF-8")
-    # Spreadsheet programs write a byte order mark, which is not part of the first column's name.
-    return data.decode("utf-8-sig", errors="surrogateescape")
+def picture_exists(root: Path, template: str = "{}") -> Callable[[str], bool]:
+    """Return a function that tells whether a name in a row is that of a file below ``root``."""
+
+    def exists(name: str) -> bool:
+        try:
+            return bool(name) and (root / template.format(name)).is_file()
+        except (OSError, ValueError):
+            return False
+
+    return exists
 
 
-def _split_lines(text: str) -> list[str]:
-    """Split at LF, CRLF and CR only, unlike `str.splitlines`; lines keep their line ends."""
-    return re.findall(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+", text)
-
-
-def _read_header(
+def read_table(
     path: Path,
-    lines: list[str],
-    needed: tuple[str, ...],
-    optional: tuple[str, ...],
-) -> tuple[list[str], int]:
-    """Return the names of the columns, and the index of the line after the header."""
+    names: Names,
+    delimiter: str = ",",
+    template: str = "{}",
+) -> Table:
+    """Return the rows of a CSV or TSV file (UTF-8) with a header line.
+
+    A quoted text may span several lines. If a quote is not closed within ``MAX_LINES`` lines, the
+    line with the quote is a broken row, and reading continues with the next line. A quote also
+    counts as unclosed if the quoted text contains complete rows: lines with the right number of
+    fields and, if the row's label is an integer, an integer as label, else an existing picture.
+
+    Args:
+        path: the file; pictures are files below its folder.
+        names: the columns to read.
+        delimiter: the character between two fields.
+        template: the picture file of a name, such as "images/{}.jpg".
+
+    Raises:
+        ValueError: the file cannot be read, or a column is missing or occurs twice.
+    """
+    builder = Builder()
+    with Lines(path) as lines:
+        header = _read_header(path, lines, names, delimiter)
+        layout = _layout_of(header, names, delimiter, picture_exists(path.parent, template))
+        has_coarse_labels = names.coarse_label in header
+        # Columns that are not read are the empty string after the last value.
+        image, label, coarse, *text = (
+            header.index(name) if name in header else len(header)
+            for name in (names.image, names.label, names.coarse_label, *names.text)
+        )
+        for line, values, broken in _records(lines, layout):
+            builder.numbers.append(line)
+            values.append("")
+            if broken is None:
+                name = values[image].strip()
+                name = template.format(name) if name else ""
+                written = values[text[0]].strip() if len(text) == 1 else _join(values, text)
+                builder.add(name, written, values[label], values[coarse])
+            else:
+                builder.add_broken(values[image] if image < len(values) else "", broken)
+    columns = builder.columns(has_coarse_labels)
+    return Table(
+        path.name,
+        columns,
+        FilePictures(path.parent, columns["image"]),
+        Numbered(f"{path.name} line", builder.numbers),
+        builder.broken,
+    )
+
+
+def _join(values: list[str], columns: list[int]) -> str:
+    return joined([values[column] for column in columns])
+
+
+def _read_header(path: Path, lines: Lines, names: Names, delimiter: str) -> list[str]:
+    """Return the names of the columns; the lines continue after the header."""
+    expected = f"expected a header line with {listed(names.needed)}"
     try:
-        first = next((i for i, line in enumerate(lines) if line.strip()), 0)
-        header, start = _parse_record(lines, first) if lines else ([], 0)
+        line = lines.take()
+        while line and not line.strip():
+            line = lines.take()
+        header: list[str] = []
+        if line:
+            lines.put_back(line)
+            header, count = _look_at_record(lines, delimiter)
+            lines.drop(count)
         header = [name.strip() for name in header]
     except csv.Error as error:
         raise ValueError(
-            f"{path}: got a header line that cannot be read ({error}), "
-            f"expected a header line with {', '.join(needed)}"
+            f"{path}: got a header line that cannot be read ({error}), {expected}"
         ) from error
-    expected = f"{', '.join(needed[:-1])} and {needed[-1]}"
-    missing = [column for column in needed if column not in header]
+    missing = [column for column in names.needed if column not in header]
     if missing:
-        found = ", ".join(header)[:200].encode("utf-8", "replace").decode() or "nothing"
         raise ValueError(
-            f"{path}: got a header line without {', '.join(missing)}: {found}, "
-            f"expected a header line with {expected}"
+            f"{path}: got a header line without {', '.join(missing)}: {shown(header)}, {expected}"
         )
-    doubled = [column for column in (*needed, *optional) if header.count(column) > 1]
+    doubled = [column for column in names.all() if header.count(column) > 1]
     if doubled:
         raise ValueError(f"{path}: got column {doubled[0]} twice, expected each column once")
-    return header, start
+    return header
 
 
-def _parse(
-    root: Path,
-    lines: list[str],
-    start: int,
-    columns: list[str],
-) -> Iterator[Row]:
-    while start < len(lines):
-        line, broken = start + 1, None
+def _layout_of(
+    header: list[str], names: Names, delimiter: str, exists: Callable[[str], bool]
+) -> Layout:
+    image, label = (
+        header.index(name) if name in header else None for name in (names.image, names.label)
+    )
+    return Layout(delimiter, len(header), image, label, exists)
+
+
+def _records(lines: Lines, layout: Layout) -> Iterator[tuple[int, list[str], str | None]]:
+    """Yield the number of the first line, the values, and the reason why a row is broken."""
+    delimiter, width = layout.delimiter, layout.width
+    while line := lines.take():
+        number = lines.taken
+        if '"' not in line and len(line) < MAX_PLAIN:
+            # The csv module would split it alike, but is slower.
+            text = line.rstrip("\r\n")
+            if not text:
+                continue
+            values, broken = text.split(delimiter), fault_of(text)
+        else:
+            values, broken = _read_record(lines, line, layout)
+            if not values:
+                continue
+            broken = fault_of("".join(values)) or broken
+        if broken is None and len(values) != width:
+            broken = (
+                f"it has {len(values)} fields, but the header has {width}; "
+                f"it may have an unquoted {'tab' if delimiter == chr(9) else 'comma'}"
+            )
+        yield number, values, broken
+
+
+def _read_record(lines: Lines, line: str, layout: Layout) -> tuple[list[str], str | None]:
+    """Return the values of the record that starts with ``line``, and why it is broken."""
+    delimiter, broken = layout.delimiter, too_long(line)
+    if broken is None:
+        lines.put_back(line)
         try:
-            values, end = _parse_record(lines, start)
-            if end - start > 1 and _has_stray_quote(root, lines[start:end], columns):
-                broken = UNCLOSED
+            values, count = _look_at_record(lines, delimiter)
+            if count == 1 or not _has_stray_quote(list(lines.look(count)), layout):
+                long = (too_long(line) for line in lines.drop(count))
+                return values, next(filter(None, long), None)
+            broken = UNCLOSED
         except csv.Error:
-            broken, end = _why_broken(lines[start]), start + 1
-            values = _parse_leniently(lines[start])
-        if broken is not None:
-            values, end = _parse_leniently(lines[start]), start + 1
-        start = end
-        if not values:
-            continue
-        broken = _find_fault(values, len(columns), broken)
-        yield Row(line, dict(zip(columns, values, strict=False)), broken)
+            broken = _why_broken(line, delimiter)
+        lines.take()
+    return _parse_leniently(line, delimiter), broken
 
 
-def _find_fault(values: list[str], columns: int, broken: str | None) -> str | None:
-    """Return the reason why a row is broken, or None.
+def _look_at_record(lines: Lines, delimiter: str) -> tuple[list[str], int]:
+    """Return the next record without taking its lines, and their number.
 
-    Args:
-        values: the values of the row.
-        columns: number of columns.
-        broken: a reason that is already known, or None.
+    Raises:
+        csv.Error: the record is not well-formed.
     """
-    text = "".join(values)
-    if not text.isascii() and any("\udc80" <= letter <= "\udcff" for letter in text):
-        return "it holds bytes that are not UTF-8"
-    if "\0" in text:
-        return "it holds a zero byte"
-    if broken is None and len(values) != columns:
-        return (
-            f"it has {len(values)} fields, but the header has {columns}; "
-            "it may have an unquoted comma"
-        )
-    return broken
+    reader = csv.reader(lines.look(MAX_LINES), delimiter=delimiter, strict=True)
+    return next(reader), reader.line_num
 
 
-def _why_broken(line: str) -> str | None:
+def _why_broken(line: str, delimiter: str) -> str | None:
     """Return the reason why a line is not the start of a well-formed record.
 
     Return None if the only fault is text after a closing quote, as in "a" b.
     """
     try:
-        next(csv.reader([line], strict=True), None)
+        next(csv.reader([line], delimiter=delimiter, strict=True), None)
     except csv.Error as error:
         if "expected after" in str(error):
             return None
@@ -168,56 +253,45 @@ def _why_broken(line: str) -> str | None:
     return UNCLOSED
 
 
-def _parse_record(lines: list[str], start: int) -> tuple[list[str], int]:
-    """Return the record that starts at ``lines[start]``, and the index of the line after it.
-
-    Raises:
-        csv.Error: the record is not well-formed.
-    """
-    stop = min(start + MAX_LINES, len(lines))
-    reader = csv.reader((lines[index] for index in range(start, stop)), strict=True)
-    values = next(reader)
-    return values, start + reader.line_num
-
-
-def _parse_leniently(line: str) -> list[str]:
+def _parse_leniently(line: str, delimiter: str) -> list[str]:
     try:
-        return next(csv.reader([line]), [])
+        return next(csv.reader([line], delimiter=delimiter), [])
     except csv.Error:
         # A field is too long for csv; the start of the line is enough to identify the row.
-        return line[:1000].split(",")
+        return line[:1000].split(delimiter)
 
 
-def _has_stray_quote(root: Path, record: list[str], columns: list[str]) -> bool:
+def _has_stray_quote(record: list[str], layout: Layout) -> bool:
     """Return whether a record of several lines consists of separate rows and a stray quote.
 
     The first line, without its quotes, must be a complete row. In addition, all other lines must be
     complete rows, or a line between the first and the last must be a complete row that names an
     existing file.
     """
-    first, *others = record
-    if not _is_complete_row(first.replace('"', ""), columns):
+    rows = [_parse_leniently(record[0].replace('"', ""), layout.delimiter)]
+    rows += [_parse_leniently(line, layout.delimiter) for line in record[1:]]
+    # Any text may be the name of a class, so that only a picture tells a row from other text.
+    has_integers = len(rows[0]) == layout.width and _has_integer(rows[0], layout)
+
+    def is_complete(row: list[str]) -> bool:
+        if len(row) != layout.width:
+            return False
+        return _has_integer(row, layout) if has_integers else _names_a_file(row, layout)
+
+    if not is_complete(rows[0]):
         return False
-    inner = [text for text in others[:-1] if _is_complete_row(text, columns)]
-    if any(_names_a_file(root, text, columns) for text in inner):
+    if any(is_complete(row) and _names_a_file(row, layout) for row in rows[1:-1]):
         return True
-    return all(_is_complete_row(text, columns) for text in others)
+    return all(is_complete(row) for row in rows[1:])
 
 
-def _is_complete_row(text: str, columns: list[str]) -> bool:
-    values = _parse_leniently(text)
-    if len(values) != len(columns):
-        return False
-    label = dict(zip(columns, values, strict=True))["label"].strip()
+def _has_integer(row: list[str], layout: Layout) -> bool:
+    label = "" if layout.label is None else row[layout.label].strip()
     return label.isascii() and label.isdigit()
 
 
-def _names_a_file(root: Path, text: str, columns: list[str]) -> bool:
-    name = dict(zip(columns, _parse_leniently(text), strict=True))["file_name"].strip()
-    try:
-        return bool(name) and (root / name).is_file()
-    except (OSError, ValueError):
-        return False
+def _names_a_file(row: list[str], layout: Layout) -> bool:
+    return layout.image is not None and layout.exists(row[layout.image].strip())
 
 
 def parse_label(column: str, value: str, limit: int) -> int:

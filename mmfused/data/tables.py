@@ -3,51 +3,29 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeAlias
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from . import arrow_folders, class_folders, jsonl, metadata, tars
+from .rows import Pictures as Pictures
+from .rows import Table as Table
+from .rows import choose_names, listed
 
 Split: TypeAlias = Literal["train", "test"]
 
-
-class Pictures(Protocol):
-    """The picture files of a table; row i has at most one."""
-
-    def read(self, row: int) -> bytes:
-        """Return the bytes of the picture file of a row that has one; thread-safe.
-
-        Raises:
-            BrokenPicture: the file is missing, unreadable or too large.
-        """
-        ...
-
-    def fingerprint(self, row: int) -> bytes:
-        """Return bytes that change with the contents of the file, without reading all of it.
-
-        Raises:
-            BrokenPicture: the file is missing, not a regular file, empty, too large, or its first
-                bytes are not those of a picture.
-        """
-        ...
-
-
-@dataclass
-class Table:
-    """The rows of a product set.
-
-    ``columns`` is a pyarrow Table of strings with the columns "image" (name of the picture file,
-    "" if there is none), "text", "label" (as written) and, if the source has it, "coarse_label".
-    Broken rows are in it too, so that rows keep their numbers.
-    """
-
-    source: str  # name for messages, such as "metadata.csv"
-    columns: Any  # pyarrow.Table
-    pictures: Pictures
-    where: Callable[[int], str]  # of a row, for messages, such as "metadata.csv line 6"
-    broken: Mapping[int, str] = field(default_factory=dict)  # rows that cannot be used, and why
-    # True if labels are names of classes, False if they are indices, None if that is not known.
-    named_labels: bool | None = None
-    class_names: list[str] | None = None  # in the source's order, if it defines one
+FORMATS = ("metadata", "arrow", "parquet", "webdataset", "classes", "glami")
+METADATA = ("metadata.csv", "metadata.tsv", "metadata.jsonl")
+ARROW = ("dataset_dict.json", "state.json", "dataset_info.json")
+ROWS = (".csv", ".tsv", ".jsonl")
+TARS = (".tar", ".tar.gz", ".tgz")
+COLUMNS = {"image": "image", "text": "text", "label": "label", "coarse_label": "coarse_label"}
+GLAMI_COLUMNS = {"image": "image_id", "text": "name+description", "label": "category"}
+EXPECTED = (
+    "expected a folder with images and metadata.csv, metadata.tsv or metadata.jsonl, a folder of "
+    "save_to_disk, of Parquet files, of WebDataset tars or with a sub-folder for each class, "
+    "GLAMI-1M, or one such file"
+)
 
 
 def open_table(
@@ -55,45 +33,182 @@ def open_table(
     *,
     format: str | None = None,
     columns: Mapping[str, str] | None = None,
-    split: Split = "train",
+    split: str = "train",
+    needs_label: bool = True,
 ) -> Table:
-    """Return the rows of a product set.
+    r"""Return the rows of a product set; pictures are only read when they are asked for.
+
+    The formats are:
+
+    * "metadata": a folder with metadata.csv, metadata.tsv or metadata.jsonl (UTF-8), or such a file
+      of any name. Columns "file_name", a path below the file's folder, "text", "label" and
+      optionally "coarse_label". Each line that cannot be used is a broken row.
+    * "arrow": a folder that ``save_to_disk`` of a datasets.Dataset or DatasetDict wrote. Columns
+      "image" (or "file_name"), "text", "label" and optionally "coarse_label". Pictures are bytes,
+      ``datasets.Image`` or paths below the folder. The folder is mapped into memory.
+    * "parquet": a file, or a folder of \*.parquet, or with a folder "data" of them; columns like
+      "arrow". The library datasets copies it to its cache. Files called "train-..." and "test-..."
+      are splits.
+    * "webdataset": an uncompressed .tar, or a folder of them, read in the order of their names. A
+      row is a run of members with the same name up to the first dot: .jpg, .png or another picture,
+      .txt (text), .cls (label), and .json (an object with any columns). A tar that is cut is read
+      up to there; one broken row stands for the rest.
+    * "classes": a folder with a sub-folder of pictures for each class. Texts are empty.
+    * "glami": GLAMI-1M as published. Columns "image_id", "name+description" and "category", in
+      GLAMI-1M-train.csv or GLAMI-1M-test.csv by ``split``; pictures in images/.
 
     Args:
         path: a folder or a file.
         format: name of the format; None detects it.
-        columns: names of the source's columns by "image", "text", "label" and "coarse_label".
+        columns: names of the source's columns by "image", "text", "label" and "coarse_label", where
+            they differ from those of the format. "title+description" as text joins the columns
+            that are not empty by a space. "" reads no column: rows have no image, or no text.
         split: the part to read of a format that publishes several in one folder.
+        needs_label: whether a source without labels is refused; False gives the label "".
+
+    Returns:
+        All rows, those that cannot be used included.
+
+    Raises:
+        FileNotFoundError: ``path`` does not exist, or lacks a file of the format.
+        ModuleNotFoundError: "arrow" and "parquet" are read by datasets, which is not installed.
+        ValueError: an argument is invalid, the format is unknown, or the source cannot be read.
+
+    Examples:
+        >>> import pathlib, tempfile
+        >>> from mmfused.data.tables import open_table
+        >>> rows = "sku\ttitle\tclass\n1.jpg\tRed mug\tmugs\n2.jpg\tBlue plate\tplates\n"
+        >>> with tempfile.TemporaryDirectory() as root:
+        ...     size = pathlib.Path(root, "products.tsv").write_text(rows)
+        ...     columns = {"image": "sku", "text": "title", "label": "class"}
+        ...     table = open_table(pathlib.Path(root, "products.tsv"), columns=columns)
+        >>> table.columns["label"].to_pylist(), table.where(1)
+        (['mugs', 'plates'], 'products.tsv line 3')
     """
-    from pathlib import Path
+    root = Path(path)
+    if format is None:
+        format = detect_format(root)
+    elif format not in FORMATS:
+        raise ValueError(f"format: got {format!r:.80}, expected {', '.join(FORMATS)}")
+    if format == "metadata":
+        return _open_metadata(root, columns, needs_label)
+    if format == "glami":
+        return _open_glami(root, columns, split, needs_label)
+    if not root.exists():
+        raise FileNotFoundError(f"{root} does not exist")
+    if format == "classes":
+        if columns:
+            raise ValueError("columns: got names, expected none for a folder of classes")
+        _check_folder(root)
+        return class_folders.read_classes(root)
+    names = choose_names(columns, COLUMNS, needs_label)
+    if format == "webdataset":
+        return tars.read_tars(root, _files(root, TARS), names)
+    if format == "arrow":
+        _check_folder(root)
+        return arrow_folders.read_saved(root, names, split)
+    files = _files(root, (".parquet",))
+    return arrow_folders.read_parquet(files[0].parent, files, names, split)
 
-    import pyarrow
 
-    from .metadata import read_rows
-    from .picture_files import FilePictures
+def detect_format(path: str | os.PathLike[str]) -> str:
+    """Return the name of the format of a folder or file, one of ``FORMATS``.
 
-    text = (columns or {}).get("text", "text")
-    rows = list(read_rows(Path(path), text, ("coarse_label",)))
-    kinds = ["file_name", text, "label"]
-    if any("coarse_label" in row.fields for row in rows):
-        kinds.append("coarse_label")
-    found = {
-        name: [row.fields.get(kind, "").strip().encode("utf-8", "replace").decode() for row in rows]
-        for name, kind in zip(("image", "text", "label", "coarse_label"), kinds)
+    A folder with a file called metadata is "metadata", whatever else it holds.
+
+    Raises:
+        FileNotFoundError: ``path`` does not exist.
+        ValueError: it has none of the formats, or several.
+    """
+    root = Path(path)
+    if not root.exists():
+        raise FileNotFoundError(f"{root} does not exist, {EXPECTED}")
+    if not root.is_dir():
+        return _format_of_file(root)
+    if any((root / name).is_file() for name in METADATA):
+        return "metadata"
+    signs = {
+        "glami": any((root / _glami_name(split)).is_file() for split in ("train", "test")),
+        "arrow": any((root / name).is_file() for name in ARROW),
+        "parquet": bool(_find(root, (".parquet",))),
+        "webdataset": bool(_find(root, TARS)),
     }
-    arrow = pyarrow.table({k: pyarrow.array(v, pyarrow.string()) for k, v in found.items()})
-    return Table(
-        "metadata.csv",
-        arrow,
-        FilePictures(Path(path), arrow["image"]),
-        Numbered("metadata.csv line", [row.line for row in rows]),
-        {i: row.broken for i, row in enumerate(rows) if row.broken is not None},
-    )
+    found = [format for format, is_there in signs.items() if is_there]
+    if len(found) > 1:
+        raise ValueError(f"{root}: got files of {listed(found)}, expected the format by name")
+    if not found and any("/" in name for name in class_folders.picture_names(root)):
+        return "classes"
+    if not found:
+        raise ValueError(f"{root}: got none of the known files, {EXPECTED}")
+    return found[0]
 
 
-class Numbered:
-    def __init__(self, prefix, numbers):
-        self.prefix, self.numbers = prefix, numbers
+def _format_of_file(path: Path) -> str:
+    name = path.name.lower()
+    if path.name in (_glami_name("train"), _glami_name("test")):
+        return "glami"
+    for suffixes, format in ((ROWS, "metadata"), ((".parquet",), "parquet"), (TARS, "webdataset")):
+        if name.endswith(suffixes):
+            return format
+    raise ValueError(f"{path}: got a file of an unknown format, {EXPECTED}")
 
-    def __call__(self, row):
-        return f"{self.prefix} {self.numbers[row]}"
+
+def _open_metadata(root: Path, columns: Mapping[str, str] | None, needs_label: bool) -> Table:
+    names = choose_names(columns, {**COLUMNS, "image": "file_name"}, needs_label)
+    path = root
+    if not root.is_file():
+        path = metadata.find_metadata(root, METADATA)
+    elif not root.name.lower().endswith(ROWS):
+        raise ValueError(f"{root}: got a file of an unknown format, expected {' or '.join(ROWS)}")
+    suffix = path.suffix.lower()
+    if suffix == ".jsonl":
+        return jsonl.read_jsonl(path, names)
+    return metadata.read_table(path, names, "\t" if suffix == ".tsv" else ",")
+
+
+def _glami_name(split: str) -> str:
+    return f"GLAMI-1M-{split}.csv"
+
+
+def _open_glami(
+    root: Path, columns: Mapping[str, str] | None, split: str, needs_label: bool
+) -> Table:
+    names = choose_names(columns, GLAMI_COLUMNS, needs_label)
+    path = root
+    if not root.is_file():
+        if split not in ("train", "test"):
+            raise ValueError(f"split: got {split!r:.80}, expected 'train' or 'test'")
+        path = root / _glami_name(split)
+    if not path.is_file():
+        raise FileNotFoundError(f"{root} has no {path.name}")
+    table = metadata.read_table(path, names, ",", "images/{}.jpg")
+    # Categories are ids, not indices: 7, 1532, 20117.
+    table.named_labels = True
+    return table
+
+
+def _check_folder(root: Path) -> None:
+    if not root.is_dir():
+        raise ValueError(f"{root}: got a file, expected a folder")
+
+
+def _find(root: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """Return the files of a folder by name; if it has none, those of its folder "data"."""
+    for folder in (root, root / "data"):
+        try:
+            found = [path for path in folder.iterdir() if path.name.lower().endswith(suffixes)]
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            raise ValueError(f"{folder} cannot be read: {error.strerror}") from error
+        files = [path for path in found if path.is_file() and not path.name.startswith(".")]
+        if files:
+            return sorted(files)
+    return []
+
+
+def _files(root: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    files = _find(root, suffixes) if root.is_dir() else [root]
+    if not files:
+        raise FileNotFoundError(f"{root} has no file {' or '.join(suffixes)}")
+    return files
