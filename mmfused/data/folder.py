@@ -134,7 +134,9 @@ class ProductFolder(Splits, Dataset[dict[str, Any]]):
         self.resample: Resample = resample
         columns = source_columns(columns, text_column)
         self.text_column: str = columns.get("text", "text")
-        table = open_table(self.root, format=format, columns=columns, split=split)
+        table = open_table(
+            self.root, format=format, columns=columns, split=split, needs_label=needs_label
+        )
         self.streamed: bool = self._is_streamed(table.columns.num_rows, stream)
         rows = _Rows(table, labels, class_names, num_classes, needs_label)
         rows.find_empty(self.text_column)
@@ -271,6 +273,14 @@ class ProductFolder(Splits, Dataset[dict[str, Any]]):
             name = f"{self._where(source)} ({self.file_names[row]:.200})"
             self._lost.add(source, f"{name}: the image cannot be read: {error}")
             raise
+
+    def read_picture(self, row: int) -> bytes:
+        """Return the bytes of the picture file of an item that has one; thread-safe.
+
+        Raises:
+            BrokenPicture: the file can no longer be read.
+        """
+        return self._pictures.read(int(self._rows[row]))
 
     def select(self: F, rows: Sequence[int] | np.ndarray) -> F:
         """Return the data set of only some items, which shares the pictures with this one.

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from .pictures import BrokenPicture, decode, read_header
-from .quiet import quiet
+from .folder import IN_MEMORY, ProductFolder
+from .pictures import BrokenPicture, decode, picture_path, read_header, read_picture
+from .reading import in_threads
 
-# Largest number of pictures whose headers are read.
+if TYPE_CHECKING:
+    from .pair_sets import PairSet
+
+# Largest number of pictures of which only the header is read.
 HEADERS = 10_000
 # Number of classes that are named.
 NAMED = 10
+# Names of the modalities of an item by their code.
+MODALITIES = ("nothing", "text", "image", "image and text")
 # The parts of a reason that differ between rows with the same fault: what is quoted, names of
 # files, and numbers.
 _OWN_PARTS = re.compile(r"'(?:[^'\\]|\\.)*'|\"[^\"]*\"|\S+\.\w{2,5}(?=: )|\d+")
@@ -37,54 +40,86 @@ class Look(NamedTuple):
     sha256: bytes
 
 
-def look_at(data: bytes, decoded: bool = False) -> Look:
-    """Return what is known of the bytes of a picture file; call within ``quiet()``.
-
-    Args:
-        data: the bytes.
-        decoded: decode the picture too, to find out whether that is possible.
-
-    Raises:
-        BrokenPicture: the header is not readable or, if ``decoded``, the picture.
-    """
-    if decoded:
-        decode(data, None)
-    kind, width, height = read_header(data)
-    return Look(kind, width, height, len(data), hashlib.sha256(data).digest())
+# A picture's name for messages, and what is known of it or why it is broken.
+Looked = tuple[str, Look | BrokenPicture]
 
 
-def look_at_all(
-    read: Callable[[int], bytes],
-    rows: Iterable[int],
+def describe_products(
+    products: ProductFolder,
+    image_size: int,
     decoded: bool = False,
-) -> Iterator[Look | BrokenPicture]:
-    """Yield, for the picture of each row in order, what is known of it, or why it is broken.
+    watched: Callable[[Iterable[Looked], int], Iterable[Looked]] = lambda looks, count: looks,
+) -> dict[str, Any]:
+    """Return what a product set holds, for JSON.
 
     Args:
-        read: returns the bytes of a row's picture file; several threads call it.
-        rows: rows with a picture.
-        decoded: decode the pictures.
+        products: the set, with pictures that are read on demand.
+        image_size: side of the model's input, for the memory.
+        decoded: decode all pictures. Otherwise, only headers are read, of `HEADERS` pictures at
+            most.
+        watched: wraps the pictures, whose number is its second argument, in a progress bar.
     """
+    rows, names = np.flatnonzero(products.present), products.file_names
+    files = _describe_files(rows, products.read_picture, names, decoded, watched)
+    pictures = {"present": len(rows), "missing": len(products) - len(rows)}
+    size = len(products) * 3 * image_size**2
+    return {
+        "kind": "products",
+        "rows": len(products) + len(products.skipped),
+        "usable_rows": len(products),
+        "lost": describe_lost(products.skipped),
+        "classes": describe_classes(products.labels, products.class_names),
+        "texts": describe_texts(products.texts),
+        "pictures": pictures | files,
+        "memory": {"image_size": image_size, "bytes": size, "streamed": size > IN_MEMORY},
+    }
 
-    def look(row: int) -> Look | BrokenPicture:
-        try:
-            return look_at(read(row), decoded)
-        except BrokenPicture as error:
-            return error
 
-    threads = min(8, os.cpu_count() or 1)
-    remaining = iter(rows)
-    with ThreadPoolExecutor(threads) as pool, quiet():
-        waiting = [pool.submit(look, row) for row in islice(remaining, 4 * threads)]
-        while waiting:
-            done = waiting.pop(0)
-            waiting.extend(pool.submit(look, row) for row in islice(remaining, 1))
-            yield done.result()
+def describe_pairs(
+    pairs: PairSet,
+    decoded: bool = False,
+    watched: Callable[[Iterable[Looked], int], Iterable[Looked]] = lambda looks, count: looks,
+) -> dict[str, Any]:
+    """Return what a set of pairs holds, for JSON; the arguments are as in `describe_products`."""
+    items = pairs.items
+    present = np.asarray(items.present)
+
+    def read(file: int) -> bytes:
+        root = items.roots[items.file_roots[file]]
+        return read_picture(picture_path(root, items.file_names[file]))
+
+    files = np.arange(len(items.file_names))
+    pictures = {"present": int(present.sum()), "missing": int((~present).sum())}
+    return {
+        "kind": "pairs",
+        "queries": len(pairs),
+        "candidates": len(pairs.candidates),
+        "items": len(items),
+        "lost": describe_lost(pairs.skipped),
+        "positives": _three(pairs.positives.sizes),
+        "negatives": _three(pairs.negatives.sizes),
+        "tasks": _named_counts(pairs.tasks, pairs.task_names),
+        "corpora": _named_counts(pairs.corpora, pairs.corpus_names),
+        "modalities": _describe_modalities(pairs),
+        "texts": describe_texts(items.texts),
+        "pictures": pictures | _describe_files(files, read, items.file_names, decoded, watched),
+    }
 
 
-def spread(count: int, most: int) -> np.ndarray:
-    """Return at most ``most`` of ``count`` rows, evenly spaced, the first and the last included."""
-    return np.unique(np.linspace(0, max(count - 1, 0), min(count, most)).round().astype(np.int64))
+def _describe_modalities(pairs: PairSet) -> list[dict[str, Any]]:
+    """Return how many pairs of a query and a positive have which modalities."""
+    codes = np.asarray(pairs.items.codes)
+    queries = codes[pairs.queries[pairs.positives.owners]]
+    counts = Counter(zip(queries.tolist(), codes[pairs.positives.values].tolist(), strict=True))
+    return [
+        {"query": MODALITIES[query], "candidate": MODALITIES[candidate], "pairs": count}
+        for (query, candidate), count in counts.most_common()
+    ]
+
+
+def _named_counts(numbers: np.ndarray, names: Sequence[str]) -> list[dict[str, Any]]:
+    counts = np.bincount(numbers, minlength=len(names)).tolist()
+    return [{"name": name, "rows": count} for name, count in zip(names, counts, strict=True)]
 
 
 def describe_lost(sentences: Sequence[str]) -> list[dict[str, Any]]:
@@ -94,22 +129,20 @@ def describe_lost(sentences: Sequence[str]) -> list[dict[str, Any]]:
 
     Examples:
         >>> from mmfused.data.report import describe_lost
-        >>> lost = ["a.csv line 3: label: got 'x', expected 0", "a.csv line 9: label: got 'y', ..."]
-        >>> describe_lost(lost[:1])
-        [{'reason': 'label: got …, expected …', 'rows': 1, 'example': "a.csv line 3: label: ...
+        >>> lost = [f"a.csv line {row} (m.jpg): label: got '{row}'" for row in (3, 9)]
+        >>> describe_lost(lost)
+        [{'reason': 'label: got …', 'rows': 2, 'example': "a.csv line 3 (m.jpg): label: got '3'"}]
     """
     found: dict[str, list[str]] = {}
     for sentence in sentences:
-        reason = _OWN_PARTS.sub("…", _PLACE.sub("", sentence))
+        reason = _OWN_PARTS.sub("…", _PLACE.sub("", sentence, count=1))
         found.setdefault(reason, []).append(sentence)
     groups = sorted(found.items(), key=lambda group: -len(group[1]))
-    return [
-        {"reason": reason, "rows": len(rows), "example": rows[0]} for reason, rows in groups
-    ]
+    return [{"reason": reason, "rows": len(rows), "example": rows[0]} for reason, rows in groups]
 
 
 def describe_classes(labels: Sequence[int], names: Sequence[str] | None) -> dict[str, Any]:
-    """Return the number of classes with rows, and the rows of the largest and smallest of them.
+    """Return the number of classes that have rows, and the rows of the largest and the smallest.
 
     Args:
         labels: the label of each row; -1 if it has none.
@@ -117,10 +150,10 @@ def describe_classes(labels: Sequence[int], names: Sequence[str] | None) -> dict
     """
     values = np.asarray(labels, dtype=np.int64)
     found, counts = np.unique(values[values >= 0], return_counts=True)
-    order = np.argsort(-counts, kind="stable")
+    order = np.argsort(-counts, kind="stable").tolist()
     classes = [
-        {"name": names[found[i]] if names is not None else str(found[i]), "rows": int(counts[i])}
-        for i in (*order[:NAMED], *order[-1:])
+        {"name": str(found[i]) if names is None else names[found[i]], "rows": int(counts[i])}
+        for i in order[:NAMED] + order[-1:]
     ]
     return {
         "count": len(found),
@@ -133,46 +166,74 @@ def describe_classes(labels: Sequence[int], names: Sequence[str] | None) -> dict
 def describe_texts(texts: Iterable[str]) -> dict[str, int]:
     """Return the number of empty texts, and the median and the largest length of the others."""
     lengths = np.fromiter(map(len, texts), dtype=np.int64)
-    used = lengths[lengths > 0]
-    return {
-        "empty": int((lengths == 0).sum()),
-        "median_length": int(np.median(used)) if len(used) else 0,
-        "longest": int(used.max()) if len(used) else 0,
-    }
+    _, median, longest = _three(lengths[lengths > 0])
+    return {"empty": int((lengths == 0).sum()), "median_length": median, "longest": longest}
 
 
-def describe_pictures(looks: Iterable[Look | BrokenPicture]) -> dict[str, Any]:
-    """Return what is known of pictures, all of which were looked at.
+def _describe_files(
+    rows: np.ndarray,
+    read: Callable[[int], bytes],
+    names: Sequence[str],
+    decoded: bool,
+    watched: Callable[[Iterable[Looked], int], Iterable[Looked]],
+) -> dict[str, Any]:
+    """Return what is known of picture files; sizes are ``[smallest, median, largest]``.
 
-    The sizes are ``[smallest, median, largest]``, in pixels and bytes.
+    Args:
+        rows: rows with a picture.
+        read: returns the bytes of a row's picture file; several threads call it.
+        names: names of the pictures by row, for messages.
+        decoded: decode all pictures, instead of reading the headers of some.
+        watched: as for `describe_products`.
     """
-    good, broken = [], 0
-    for look in looks:
+    seen = rows if decoded else rows[spread(len(rows), HEADERS)]
+    good: list[Look] = []
+    broken: list[str] = []
+    for name, look in watched(_look_at_all(read, seen.tolist(), names, decoded), len(seen)):
         if isinstance(look, BrokenPicture):
-            broken += 1
+            broken.append(f"{name[:200]}: {look}")
         else:
             good.append(look)
-    formats = Counter(look.format for look in good)
     sizes = {
-        name: _three(np.array([getattr(look, name) for look in good], dtype=np.int64))
-        for name in ("width", "height", "bytes")
+        key: _three(np.array([getattr(look, key) for look in good], dtype=np.int64))
+        for key in ("width", "height", "bytes")
     }
     return {
-        "read": len(good) + broken,
-        "broken": broken,
+        "read": len(seen),
+        "decoded": decoded,
         "distinct": len({look.sha256 for look in good}),
-        "formats": dict(formats.most_common()),
+        "formats": dict(Counter(look.format for look in good).most_common()),
         **sizes,
+        "broken": describe_lost(broken),
     }
+
+
+def _look_at_all(
+    read: Callable[[int], bytes],
+    rows: Iterable[int],
+    names: Sequence[str],
+    decoded: bool,
+) -> Iterator[Looked]:
+    """Yield the name of each row's picture, and what is known of it or why it is broken."""
+
+    def look(row: int) -> Looked:
+        try:
+            data = read(row)
+            if decoded:
+                decode(data, None)
+            found = Look(*read_header(data), len(data), hashlib.sha256(data).digest())
+            return names[row], found
+        except BrokenPicture as error:
+            return names[row], error
+
+    return in_threads(look, rows)
+
+
+def spread(count: int, most: int) -> np.ndarray:
+    """Return at most ``most`` of ``count`` rows, evenly spaced, the first and the last included."""
+    return np.linspace(0, max(count - 1, 0), min(count, most)).round().astype(np.int64)
 
 
 def _three(values: np.ndarray) -> list[int]:
+    """Return the smallest, the median and the largest value; zeros if there is none."""
     return [int(of(values)) for of in (np.min, np.median, np.max)] if len(values) else [0, 0, 0]
-
-
-def memory(rows: int, side: int) -> int:
-    """Return the bytes that ``rows`` pictures of ``side`` pixels take in memory."""
-    return rows * 3 * side**2
-
-
-Description = Mapping[str, Any]
