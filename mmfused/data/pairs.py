@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from itertools import count
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ._common import LabelledRows, check_int, check_ranks, torch_generator
-from .batches import Batch, Collate, Items
+from .batches import Batch, Collate, Items, read_ahead
+from .ragged import draw_below, draw_distinct, share_of
 
 ROLES = ("query", "candidate", "negative")
 
@@ -20,25 +22,28 @@ class PairBatches:
     A batch is ``{"query": items, "candidate": items, "negative": items}``, in which the items of
     each role are a batch of :class:`Collate`. The query in row i is an item of ``dataset``. Its
     candidate has the same label, and is an item of ``products``, or another item of ``dataset`` if
-    ``products`` is None. Its hard negative is drawn from the same set as the candidate, and has
-    another label but the same coarse label. If there is no such item, the negative is any item with
-    another label.
+    ``products`` is None. Its hard negatives are rows ``i * num_negatives`` and following of
+    "negative". They are drawn from the same set as the candidate, and have another label but the
+    candidate's coarse label. If there is no such item, any items with another label are drawn. The
+    negatives of a query differ if there are enough of them.
 
-    Labels with more items are more likely to be drawn. If the batch size is not larger than the
-    number of labels, all labels in a batch differ, so the candidates of other rows are true
-    negatives. In a larger batch, each label occurs almost equally often. Items without a
-    candidate are never queries.
+    In an epoch, each item that has a candidate is the query of one row. The sizes of batches differ
+    by at most one. If no label has more queries than there are batches, all labels in a batch
+    differ, so the candidates of other rows are true negatives. Otherwise, each label occurs almost
+    equally often in all batches.
 
-    The rows of batch i depend only on ``seed``, the epoch and i.
+    The rows of batch i depend only on ``seed``, the epoch and i. Each rank gets its own share of
+    every batch; it may be empty.
 
     Args:
         dataset: the queries.
         collate: makes the batches.
-        batch_size: number of rows per batch, before the batch is split over ranks.
+        batch_size: largest number of queries per batch, before the batch is split over ranks.
         products: the candidates; None takes candidates from ``dataset``.
         negatives: whether batches have hard negatives.
+        num_negatives: number of hard negatives of a query.
         seed: seed of the random draws.
-        rank: rank of this process; each rank gets its own share of every batch.
+        rank: rank of this process.
         world: number of ranks.
 
     Raises:
@@ -65,39 +70,33 @@ class PairBatches:
         *,
         products: LabelledRows | None = None,
         negatives: bool = True,
+        num_negatives: int = 1,
         seed: int = 0,
         rank: int = 0,
         world: int = 1,
     ) -> None:
         self.batch_size: int = check_int("batch_size", batch_size, 1)
+        self.num_negatives: int = check_int("num_negatives", num_negatives, 1)
         self.seed: int = check_int("seed", seed, 0)
         self.rank = rank
         self.world = world
         check_ranks(batch_size, world)
         self.collate = collate
+        self.negatives: bool = negatives
+        labels = np.asarray(dataset.labels, dtype=np.int64)
+        self.pool: Pool = Pool(dataset if products is None else products)
+        self.partners: Partners = Partners(labels, self.pool, products is None)
+        if negatives and not self.pool.has_two_labels:
+            raise ValueError(
+                "dataset: got rows of one label, "
+                "expected at least two labels: a negative has another label"
+            )
+        self.plan: EpochPlan = EpochPlan(labels, self.partners.rows, batch_size, self.seed)
         self.queries: Items = Items(dataset, collate)
         self.candidates: Items = self.queries if products is None else Items(products, collate)
-        self.candidates_are_queries: bool = products is None
-        pool = dataset if products is None else products
-        self.rows: dict[int, np.ndarray] = rows_by_label(dataset.labels)
-        self.partners: dict[int, np.ndarray] = rows_by_label(pool.labels)
-        least = 2 if self.candidates_are_queries else 1
-        self.labels: list[int] = [
-            label for label in self.rows if len(self.partners.get(label, ())) >= least
-        ]
-        if not self.labels:
-            raise ValueError(
-                "dataset: got no row with another row, or a product, of the same label, "
-                "expected at least one"
-            )
-        self.negatives: dict[int, np.ndarray] | None = None
-        if negatives:
-            self.negatives = hard_negatives(self.labels, pool, self.partners)
-        sizes = [len(self.rows[label]) for label in self.labels]
-        self.odds: Tensor = torch.tensor(sizes, dtype=torch.float64)
 
     def __len__(self) -> int:
-        return max(1, int(self.odds.sum()) // self.batch_size)
+        return self.plan.batches
 
     def stream(self, position: int = 0) -> Iterator[dict[str, Batch]]:
         """Yield batches of one epoch after another, without end.
@@ -105,80 +104,209 @@ class PairBatches:
         Args:
             position: index of the first batch to yield, counted from the start of epoch 0.
         """
-        position = check_int("position", position, 0)
-        while True:
-            epoch, batch = divmod(position, len(self))
-            yield self.batch(epoch, batch)
-            position += 1
+        first = check_int("position", position, 0)
+        places = (divmod(position, len(self)) for position in count(first))
+        ahead = max(self.queries.ahead, self.candidates.ahead)
+        return read_ahead(places, self._start, self._finish, ahead)
 
     def batch(self, epoch: int, batch: int) -> dict[str, Batch]:
         """Return this rank's share of one batch of an epoch."""
-        drawn = self.draw(torch_generator(self.seed, epoch, batch + 1))
-        share = self.batch_size // self.world
-        part = slice(self.rank * share, (self.rank + 1) * share)
+        return self._finish((epoch, batch), self._start((epoch, batch)))
+
+    def draw(self, epoch: int, batch: int) -> dict[str, Tensor]:
+        """Return the rows of one batch by role, before the batch is split over ranks."""
+        generator = torch_generator(self.seed, epoch, batch + 1)
+        queries = self.plan.rows(epoch, batch)
+        candidates = self.partners.draw(queries, generator)
+        rows = {"query": queries, "candidate": candidates}
+        if self.negatives:
+            drawn = self.pool.draw_negatives(candidates, self.num_negatives, generator)
+            rows["negative"] = drawn.reshape(-1)
+        return {role: torch.from_numpy(found) for role, found in rows.items()}
+
+    def _start(self, place: tuple[int, int]) -> dict[str, Tensor]:
+        drawn = self.draw(*place)
+        share = share_of(len(drawn["query"]), self.rank, self.world)
+        started = {}
+        for role, rows in drawn.items():
+            each = self.num_negatives if role == "negative" else 1
+            mine = rows[share.start * each : share.stop * each]
+            started[role] = self._items(role).start(mine)
+        return started
+
+    def _finish(
+        self,
+        place: tuple[int, int],
+        started: dict[str, Tensor],
+    ) -> dict[str, Batch]:
+        epoch, batch = place
         generator = torch_generator(self.collate.seed, epoch, batch + 1, self.rank + 1)
-        sources = {"query": self.queries, "candidate": self.candidates, "negative": self.candidates}
-        return {role: sources[role].batch(rows[part], generator) for role, rows in drawn.items()}
+        return {role: self._items(role).finish(rows, generator) for role, rows in started.items()}
 
-    def draw(self, generator: torch.Generator) -> dict[str, Tensor]:
-        """Return the random rows of one batch by role, before the batch is split over ranks."""
-        whole, rest = divmod(self.batch_size, len(self.labels))
-        picks = [torch.randperm(len(self.labels), generator=generator) for _ in range(whole)]
-        if rest:
-            picks.append(torch.multinomial(self.odds, rest, generator=generator))
-        roles = ("query", "candidate") if self.negatives is None else tuple(ROLES)
-        rows: dict[str, list[int]] = {role: [] for role in roles}
-        for label in (self.labels[pick] for pick in torch.cat(picks).tolist()):
-            query = _one_of(self.rows[label], generator)
-            partners = self.partners[label]
-            if self.candidates_are_queries:
-                partners = partners[partners != query]
-            rows["query"].append(query)
-            rows["candidate"].append(_one_of(partners, generator))
-            if self.negatives is not None:
-                rows["negative"].append(_one_of(self.negatives[label], generator))
-        return {role: torch.tensor(found) for role, found in rows.items()}
+    def _items(self, role: str) -> Items:
+        return self.queries if role == "query" else self.candidates
 
 
-def rows_by_label(labels: Sequence[int]) -> dict[int, np.ndarray]:
-    """Return, for each label, its rows in ascending order."""
-    values = np.asarray(labels, dtype=np.int64)
-    order = np.argsort(values, kind="stable")
-    found, starts = np.unique(values[order], return_index=True)
-    return dict(zip(found.tolist(), np.split(order, starts[1:]), strict=True))
+class EpochPlan:
+    """Which queries are in each batch of an epoch.
 
-
-def hard_negatives(
-    labels: Sequence[int],
-    pool: LabelledRows,
-    partners: dict[int, np.ndarray],
-) -> dict[int, np.ndarray]:
-    """Return, for each label, the rows of its hard negatives.
-
-    A hard negative of a label has another label but the same coarse label. If there is no such row,
-    all rows with another label are returned.
+    The queries are sorted by label, with labels and the rows of a label in random order. They are
+    dealt one by one to the batches, so that equal labels come to different batches. Then the
+    batches are shuffled.
 
     Args:
-        labels: labels of queries.
-        pool: the dataset from which negatives are drawn.
-        partners: rows of ``pool`` by label.
+        labels: (N,) int64, the label of each row.
+        rows: (P,) int64, the rows that are queries, P >= 1.
+        batch_size: largest number of queries per batch.
+        seed: seed of the orders.
     """
-    if len(partners) < 2:
-        raise ValueError(
-            "dataset: got rows of one label, "
-            "expected at least two labels: a negative has another label"
-        )
-    pool_labels = np.asarray(pool.labels, dtype=np.int64)
-    coarse = getattr(pool, "coarse_labels", None)
-    coarse = None if coarse is None else np.asarray(coarse, dtype=np.int64)
-    found = {}
-    for label in labels:
-        hard = np.empty(0, np.int64)
+
+    def __init__(
+        self,
+        labels: np.ndarray,
+        rows: np.ndarray,
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        found, group = np.unique(labels[rows], return_inverse=True)
+        self.queries = rows
+        self.group: np.ndarray = group.reshape(-1)  # numpy 2.0 returns the shape of the input
+        self.groups: int = len(found)
+        self.batches: int = -(-len(rows) // batch_size)
+        self.seed = seed
+        self._planned: tuple[int, np.ndarray, np.ndarray] | None = None
+
+    def rows(self, epoch: int, batch: int) -> np.ndarray:
+        """Return the rows of a batch."""
+        if self._planned is None or self._planned[0] != epoch:
+            self._planned = (epoch, *self._dealt(torch_generator(self.seed, epoch)))
+        _, dealt, columns = self._planned
+        return dealt[columns[batch] :: self.batches]
+
+    def _dealt(self, generator: torch.Generator) -> tuple[np.ndarray, np.ndarray]:
+        def shuffled(size: int) -> np.ndarray:
+            return torch.randperm(size, generator=generator).numpy()
+
+        order = shuffled(len(self.queries))
+        place = shuffled(self.groups)[self.group[order]]
+        order = order[np.argsort(place, kind="stable")]
+        return self.queries[order], shuffled(self.batches)
+
+
+class Runs:
+    """The runs of equal keys in a sorted list."""
+
+    def __init__(self, *keys: np.ndarray) -> None:
+        size = len(keys[0])
+        is_start = np.zeros(size, dtype=bool)
+        is_start[:1] = True
+        for key in keys:
+            is_start[1:] |= key[1:] != key[:-1]
+        self.bounds: np.ndarray = np.append(np.flatnonzero(is_start), size)
+
+    def around(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the start and the end of the run at each place."""
+        run = np.searchsorted(self.bounds, places, side="right") - 1
+        return self.bounds[run], self.bounds[run + 1]
+
+
+class Pool:
+    """The items from which candidates and negatives are drawn, in order of their labels.
+
+    The memory is linear in the number of items.
+    """
+
+    def __init__(self, dataset: LabelledRows) -> None:
+        labels = np.asarray(dataset.labels, dtype=np.int64)
+        self.order: np.ndarray = np.argsort(labels, kind="stable")
+        self.place: np.ndarray = _inverse(self.order)  # of a row in `order`
+        self.sorted_labels: np.ndarray = labels[self.order]
+        self.runs = Runs(self.sorted_labels)
+        self.has_two_labels: bool = len(self.runs.bounds) > 2
+        # Without coarse labels, all items have the same one.
+        self.hard_order, self.hard_place = self.order, self.place
+        self.outer, self.inner = Runs(np.zeros_like(labels)), self.runs
+        coarse = getattr(dataset, "coarse_labels", None)
         if coarse is not None:
-            hard = np.flatnonzero((coarse == coarse[partners[label][0]]) & (pool_labels != label))
-        found[label] = hard if len(hard) else np.flatnonzero(pool_labels != label)
-    return found
+            coarse = np.asarray(coarse, dtype=np.int64)
+            self.hard_order = np.lexsort((labels, coarse))
+            self.hard_place = _inverse(self.hard_order)
+            coarse, labels = coarse[self.hard_order], labels[self.hard_order]
+            self.outer, self.inner = Runs(coarse), Runs(coarse, labels)
+
+    def draw_negatives(
+        self,
+        candidates: np.ndarray,
+        number: int,
+        generator: torch.Generator,
+    ) -> np.ndarray:
+        """Return ``number`` hard negatives for each candidate, (B, number)."""
+        place, all_place = self.hard_place[candidates], self.place[candidates]
+        start, end = self.outer.around(place)
+        skip, resume = self.inner.around(place)
+        room = (end - start) - (resume - skip)
+        all_skip, all_resume = self.runs.around(all_place)
+        all_room = len(self.order) - (all_resume - all_skip)
+        drawn = draw_distinct(np.where(room > 0, room, all_room), number, generator)
+        hard = _stepped_over(start[:, None] + drawn, skip, resume)
+        other = _stepped_over(drawn, all_skip, all_resume)
+        # Of the two places, the unused one may be beyond the end.
+        hard = self.hard_order[np.minimum(hard, len(self.order) - 1)]
+        other = self.order[np.minimum(other, len(self.order) - 1)]
+        return np.where(room[:, None] > 0, hard, other)
 
 
-def _one_of(rows: np.ndarray, generator: torch.Generator) -> int:
-    return int(rows[int(torch.randint(len(rows), (), generator=generator))])
+class Partners:
+    """Draws a candidate of the same label for each query.
+
+    Args:
+        labels: (N,) int64, the labels of the dataset of queries.
+        pool: the candidates.
+        is_own: whether the pool is the dataset of queries; then no item is its own candidate.
+    """
+
+    def __init__(
+        self,
+        labels: np.ndarray,
+        pool: Pool,
+        is_own: bool,
+    ) -> None:
+        self.labels = labels
+        self.pool = pool
+        self.is_own = is_own
+        start, end = self._run(np.arange(len(labels)))
+        self.rows: np.ndarray = np.flatnonzero(end - start > is_own)  # the rows with a candidate
+        if not len(self.rows):
+            raise ValueError(
+                "dataset: got no row with another row, or a product, of the same label, "
+                "expected at least one"
+            )
+
+    def draw(self, queries: np.ndarray, generator: torch.Generator) -> np.ndarray:
+        """Return the row of a random candidate for each query."""
+        start, end = self._run(queries)
+        drawn = start + draw_below(end - start - self.is_own, generator)
+        if self.is_own:
+            drawn += drawn >= self.pool.place[queries]
+        return self.pool.order[drawn]
+
+    def _run(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        labels, found = self.labels[queries], self.pool.sorted_labels
+        return np.searchsorted(found, labels), np.searchsorted(found, labels, side="right")
+
+
+def _stepped_over(
+    places: np.ndarray,
+    skip: np.ndarray,
+    resume: np.ndarray,
+) -> np.ndarray:
+    """Return the places (B, n), those from ``skip`` (B,) on moved to ``resume`` and beyond."""
+    skip, resume = skip[:, None], resume[:, None]
+    return np.where(places >= skip, places + (resume - skip), places)
+
+
+def _inverse(order: np.ndarray) -> np.ndarray:
+    """Return the place of each index in a permutation."""
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    return place
