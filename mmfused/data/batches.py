@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal, TypeAlias, TypeVar
+from itertools import chain, count
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +22,10 @@ from ._common import (
 )
 from .augment import Strength
 from .augment import augment as augment_batch
+from .items import Batch as Batch
+from .items import Items as Items
+from .items import make_items
 
-Batch: TypeAlias = dict[str, Tensor]
 P = TypeVar("P")
 S = TypeVar("S")
 B = TypeVar("B")
@@ -214,66 +217,6 @@ class Collate:
         return images[:, :, top : top + side, left : left + side]
 
 
-class Items:
-    """The images and token ids of a dataset in memory, to make batches of any rows.
-
-    Args:
-        dataset: the dataset.
-        collate: makes the batches.
-    """
-
-    def __init__(self, dataset: Rows, collate: Collate) -> None:
-        self.collate = collate
-        items = [dataset[row] for row in range(len(dataset))]
-        side = collate.image_size
-        images = getattr(dataset, "images", None)
-        # A single tensor with images of the right size is used without a copy.
-        if not isinstance(images, Tensor) or images.shape != (len(items), 3, side, side):
-            images = torch.stack(collate.same_size([item["image"] for item in items]))
-        self.images: Tensor = collate.squares(images) if collate.augment == "none" else images
-        self.present: Tensor = torch.tensor([bool(item["image_present"]) for item in items])
-        ids, mask = collate.tokenize([item["text"] for item in items])
-        self.ids: Tensor = ids
-        self.mask: Tensor = mask
-        labels = [item["label"] for item in items]
-        self.labels: Tensor = torch.tensor(labels, dtype=torch.int64)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    ahead = 0  # number of batches whose reading starts in advance
-
-    def start(self, rows: Tensor) -> Tensor:
-        """Start reading the items of a batch; `finish` takes the result."""
-        return rows
-
-    def finish(self, started: Tensor, generator: torch.Generator | None = None) -> Batch:
-        """Return the batch whose reading was started."""
-        return self.batch(started, generator)
-
-    def batch(self, rows: Tensor, generator: torch.Generator | None = None) -> Batch:
-        """Return the batch of ``rows``, as :class:`Collate` makes it.
-
-        Only augmentation may differ: of a dataset with several image sizes, it augments the images
-        that are already resized.
-
-        Args:
-            rows: indices of the items.
-            generator: random generator of the augmentation, as for `Collate.pixel_values`.
-        """
-        present = self.present[rows]
-        mask = self.mask[rows]
-        # The padding may be on the left or on the right.
-        used = mask.any(dim=0)
-        return {
-            "pixel_values": self.collate.pixel_values(self.images[rows], present, generator),
-            "image_present": present,
-            "input_ids": self.ids[rows][:, used],
-            "attention_mask": mask[:, used],
-            "labels": self.labels[rows],
-        }
-
-
 def read_ahead(
     plans: Iterable[P],
     start: Callable[[P], S],
@@ -291,14 +234,15 @@ def read_ahead(
 
 
 class Batches:
-    """Iterate over ``dataset`` in batches, with images and token ids cached in memory.
+    """Iterate over ``dataset`` in batches, with images in memory or decoded in advance.
 
     Every iteration over an epoch gives the same batches: the order depends only on ``seed`` and the
     epoch. The augmentation of batch i depends only on ``collate.seed``, the epoch, i and the rank.
     ``len`` is the number of batches per epoch.
 
     Args:
-        dataset: the dataset.
+        dataset: the dataset. If it is streamed, the pictures of the next batches are decoded while
+            a batch is used.
         collate: makes the batches.
         batch_size: number of items per batch, before the batch is split over ranks.
         shuffle: whether each epoch has another random order.
@@ -306,10 +250,16 @@ class Batches:
         drop_last: leave out the last batch of an epoch if it is smaller than ``batch_size``.
         rank: rank of this process; each rank gets its own share of every batch.
         world: number of ranks.
+        spread: instead of a smaller last batch, make all batches about equally large: their sizes
+            differ by at most ``world``, and each rank gets equally many items. With several ranks,
+            up to ``world - 1`` items are left out, in each epoch other ones. Needs ``shuffle``.
+        workers: number of threads that decode the pictures of a streamed dataset; None takes one
+            per CPU core, at most 8.
 
     Raises:
-        ValueError: the dataset is empty or, with ``drop_last``, smaller than a batch; or
-            ``batch_size`` is not a multiple of ``world``.
+        ValueError: the dataset is empty, smaller than ``world`` or, with ``drop_last``, smaller
+            than a batch; ``batch_size`` is not a multiple of ``world``; or ``spread`` is given with
+            ``drop_last`` or without ``shuffle``.
 
     Examples:
         >>> import torch
@@ -320,6 +270,9 @@ class Batches:
         >>> [len(batch["labels"]) for batch in batches]
         [24, 24, 16]
         >>> batches.set_epoch(1)  # another order, the same one in every run
+        >>> even = Batches(products, collate, 24, shuffle=True, drop_last=False, spread=True)
+        >>> [len(batch["labels"]) for batch in even]
+        [21, 21, 22]
     """
 
     def __init__(
@@ -333,14 +286,21 @@ class Batches:
         drop_last: bool,
         rank: int = 0,
         world: int = 1,
+        spread: bool = False,
+        workers: int | None = None,
     ) -> None:
         self.rank = rank
         self.world = world
         check_ranks(batch_size, world)
         self.batch_size: int = check_int("batch_size", batch_size, 1)
         self.seed: int = check_int("seed", seed, 0)
+        if spread and (drop_last or not shuffle):
+            raise ValueError(
+                f"spread: got True with drop_last={drop_last} and shuffle={shuffle}, "
+                "expected drop_last=False and shuffle=True"
+            )
         rows = len(dataset)
-        least = batch_size if drop_last else 1
+        least = batch_size if drop_last else world if spread else 1
         if rows < least:
             raise ValueError(
                 f"dataset: got {rows} rows for a batch_size of {batch_size}, "
@@ -349,11 +309,14 @@ class Batches:
         self.collate = collate
         self.shuffle = shuffle
         self.drop_last = drop_last
+        self.spread = spread
         self.epoch: int = 0
-        self.items: Items = Items(dataset, collate)
+        self.items: Items = make_items(dataset, collate, workers, batch_size // world)
 
     def __len__(self) -> int:
         rows = len(self.items)
+        if self.spread:
+            rows -= rows % self.world
         return rows // self.batch_size if self.drop_last else -(-rows // self.batch_size)
 
     def set_epoch(self, epoch: int) -> None:
@@ -361,7 +324,7 @@ class Batches:
         self.epoch = check_int("epoch", epoch, 0)
 
     def __iter__(self) -> Iterator[Batch]:
-        return self._from(self.epoch, 0)
+        return self._read(self._plans(self.epoch, 0))
 
     def stream(self, position: int = 0) -> Iterator[Batch]:
         """Yield batches of one epoch after another, without end.
@@ -370,11 +333,20 @@ class Batches:
             position: index of the first batch to yield, counted from the start of epoch 0.
         """
         epoch, start = divmod(check_int("position", position, 0), len(self))
-        while True:
-            yield from self._from(epoch, start)
-            epoch, start = epoch + 1, 0
+        later = (plan for number in count(epoch + 1) for plan in self._plans(number, 0))
+        return self._read(chain(self._plans(epoch, start), later))
 
-    def _from(self, epoch: int, start: int) -> Iterator[Batch]:
+    def _read(self, plans: Iterable[Plan]) -> Iterator[Batch]:
+        """Yield the batch of each plan."""
+        return read_ahead(
+            plans,
+            lambda plan: self.items.start(plan.rows),
+            lambda plan, started: self.items.finish(started, plan.generator),
+            self.items.ahead,
+        )
+
+    def _plans(self, epoch: int, start: int) -> Iterator[Plan]:
+        """Yield the plans of an epoch's batches from batch ``start`` on."""
         order = torch.arange(len(self.items))
         if self.shuffle:
             order = torch.randperm(len(order), generator=torch_generator(self.seed, epoch))
@@ -382,7 +354,23 @@ class Batches:
             # `batch + 1`, because a generator ignores trailing zeros, and batch 0 must not get the
             # generator of (seed, epoch), which draws the order.
             entropy = (epoch, batch + 1) if self.rank == 0 else (epoch, batch + 1, self.rank)
-            rows = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            first, last = self._bounds(batch)
+            rows = order[first:last]
             share = -(-len(rows) // self.world)
             rows = rows[self.rank * share : (self.rank + 1) * share]
-            yield self.items.batch(rows, torch_generator(self.collate.seed, *entropy))
+            yield Plan(rows, torch_generator(self.collate.seed, *entropy))
+
+    def _bounds(self, batch: int) -> tuple[int, int]:
+        """Return where a batch begins and ends in the order of its epoch."""
+        if not self.spread:
+            return batch * self.batch_size, (batch + 1) * self.batch_size
+        each = len(self.items) // self.world  # rows of each rank
+        first, last = (each * index // len(self) for index in (batch, batch + 1))
+        return self.world * first, self.world * last
+
+
+class Plan(NamedTuple):
+    """What a batch of `Batches` is made of."""
+
+    rows: Tensor
+    generator: torch.Generator  # of the augmentation

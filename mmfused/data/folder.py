@@ -15,7 +15,8 @@ import torch
 from torch.utils.data import Dataset
 
 from ._common import Resample, Resize, check_choice, check_int
-from .labels import LabelKind, read_coarse_labels, read_labels
+from .folder_rows import FolderRows, source_columns
+from .labels import LabelKind
 from .picture_files import FilePictures
 from .pictures import BrokenPicture, decode, short_side
 
@@ -25,7 +26,7 @@ from .quiet import quiet
 from .reading import Lost, Read, SelectedImages, StreamedImages, checked, decoded
 from .splits import Splits, checked_rows
 from .strings import Strings
-from .tables import Pictures, Split, Table, open_table
+from .tables import Pictures, Split, open_table
 
 F = TypeVar("F", bound="ProductFolder")
 
@@ -54,9 +55,9 @@ class ProductFolder(Splits, Dataset[dict[str, Any]]):
     the start it only checks that each file exists and begins like a picture. If a picture cannot be
     decoded later, its item counts as one without an image, and ``.lost`` has a sentence about it.
 
-    ``.digest`` is the SHA-256 of texts, labels, coarse labels and picture files. ``.fingerprint`` is
-    a SHA-256 of the same, but of the size and the ends of each file; it is equal for a set in memory
-    and a streamed set, whose ``.digest`` is its ``.fingerprint``.
+    ``.digest`` is the SHA-256 of texts, labels, coarse labels and picture files. ``.fingerprint``
+    is a SHA-256 of the same, but only of the size and the ends of each file. It is equal for a set
+    in memory and a streamed set, whose ``.digest`` is its ``.fingerprint``.
 
     Args:
         root: the folder.
@@ -138,7 +139,7 @@ class ProductFolder(Splits, Dataset[dict[str, Any]]):
             self.root, format=format, columns=columns, split=split, needs_label=needs_label
         )
         self.streamed: bool = self._is_streamed(table.columns.num_rows, stream)
-        rows = _Rows(table, labels, class_names, num_classes, needs_label)
+        rows = FolderRows(table, labels, class_names, num_classes, needs_label)
         rows.find_empty(self.text_column)
         self._pictures: Pictures = table.pictures
         self._where: Any = table.where
@@ -163,7 +164,7 @@ class ProductFolder(Splits, Dataset[dict[str, Any]]):
         self.num_classes: int = num_classes or len(rows.class_names or ()) or max(self.labels) + 1
 
     def _is_streamed(self, rows: int, stream: bool | None) -> bool:
-        """Return whether pictures are streamed; raise if they should be in memory and do not fit."""
+        """Return whether pictures are streamed; raise if they do not fit into memory."""
         size = 0 if self.image_size is None else rows * 3 * self.image_size**2
         is_streamed = size > IN_MEMORY if stream is None else stream
         memory = physical_memory()
@@ -174,7 +175,7 @@ class ProductFolder(Splits, Dataset[dict[str, Any]]):
             )
         return is_streamed
 
-    def _read(self, rows: _Rows, strict: bool) -> np.ndarray:
+    def _read(self, rows: FolderRows, strict: bool) -> np.ndarray:
         """Read the pictures; return the usable rows, and add the other rows to ``rows.faults``.
 
         With ``strict``, reading ends at the first fault.
@@ -215,7 +216,9 @@ class ProductFolder(Splits, Dataset[dict[str, Any]]):
             return []
         return torch.empty(rows, 3, self.image_size, self.image_size, dtype=torch.uint8)
 
-    def _read_pictures(self, rows: _Rows, usable: np.ndarray) -> Iterator[Read | BrokenPicture]:
+    def _read_pictures(
+        self, rows: FolderRows, usable: np.ndarray
+    ) -> Iterator[Read | BrokenPicture]:
         """Yield what is read of each usable row with a picture, in order."""
         found = usable[rows.has_image[usable]]
         if not self.streamed:
@@ -330,86 +333,6 @@ class ProductFolder(Splits, Dataset[dict[str, Any]]):
             "text": self.texts[index],
             "label": self.labels[index],
         }
-
-
-class _Rows:
-    """The columns of a table, and the faults of its rows."""
-
-    def __init__(
-        self,
-        table: Table,
-        kind: LabelKind,
-        class_names: Sequence[str] | None,
-        num_classes: int | None,
-        needs_label: bool,
-    ) -> None:
-        self.table = table
-        columns = {name: Strings(table.columns[name]) for name in table.columns.column_names}
-        blank = Strings([""] * table.columns.num_rows)
-        self.images: Strings = columns.get("image", blank)
-        self.texts: Strings = columns.get("text", blank)
-        self.has_image: np.ndarray = ~self.images.empty()
-        broken = np.zeros(len(blank), dtype=bool)
-        broken[list(table.broken)] = True
-        found = read_labels(
-            columns.get("label", blank),
-            broken,
-            kind,
-            named=table.named_labels,
-            known=table.class_names,
-            training=class_names,
-            num_classes=num_classes,
-            needed=needs_label,
-        )
-        self.labels: np.ndarray = found.values
-        self.class_names: list[str] | None = found.class_names
-        self.has_coarse_labels: bool = "coarse_label" in columns
-        self.coarse_labels: np.ndarray = np.zeros(len(blank), dtype=np.int64)
-        coarse_faults: dict[int, str] = {}
-        if self.has_coarse_labels:
-            coarse = read_coarse_labels(columns["coarse_label"], broken)
-            self.coarse_labels, coarse_faults = coarse.values, coarse.faults
-        # Of several faults of a row, the last of these dicts has the one that is reported.
-        self.faults: dict[int, str] = {**coarse_faults, **found.faults, **table.broken}
-
-    def find_empty(self, text_column: str) -> None:
-        """Add the rows with neither a picture nor a text to the faults."""
-        reason = f"{self._image_column()} and {text_column} are both empty, expected at least one"
-        for row in np.flatnonzero(~self.has_image & self.texts.empty()).tolist():
-            self.faults.setdefault(row, reason)
-
-    def usable(self, before_faults: bool) -> np.ndarray:
-        """Return the rows without a fault; with ``before_faults``, only those before the first."""
-        is_usable = np.ones(len(self.texts), dtype=bool)
-        is_usable[list(self.faults)] = False
-        if before_faults and self.faults:
-            is_usable[min(self.faults) :] = False
-        return np.flatnonzero(is_usable)
-
-    def sentence(self, row: int) -> str:
-        """Return a sentence about the fault of a row."""
-        name = self.images[row][:200] or f"no {self._image_column()}"
-        return f"{self.table.where(row)} ({name}): {self.faults[row]}"
-
-    def _image_column(self) -> str:
-        return "file_name" if self.table.source == "metadata.csv" else "image"
-
-
-def source_columns(columns: Mapping[str, str] | None, text_column: str) -> dict[str, str]:
-    """Return ``columns`` with ``text_column`` as the column of texts.
-
-    Raises:
-        ValueError: both name a column of texts.
-    """
-    found = dict(columns or {})
-    if text_column != "text":
-        if "text" in found:
-            raise ValueError(
-                f"text_column: got {text_column!r} and columns with text={found['text']}, "
-                "expected one of the two"
-            )
-        found["text"] = text_column
-    return found
 
 
 def _put(images: torch.Tensor | list[torch.Tensor | None], row: int, image: Any) -> None:

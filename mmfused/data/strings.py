@@ -53,8 +53,7 @@ class Strings(Sequence[str]):
         """Return for each string whether it is empty, (N,) bool."""
         import pyarrow.compute
 
-        lengths = pyarrow.compute.binary_length(self._array)
-        return np.asarray(lengths.to_numpy(zero_copy_only=False)) == 0
+        return pyarrow.compute.equal(self._array, "").to_numpy(zero_copy_only=False)
 
     def groups(self) -> tuple[list[str], np.ndarray]:
         """Return the distinct strings, and for each string its position there, (N,) int64."""
@@ -87,7 +86,7 @@ class Strings(Sequence[str]):
             return False
         return all(mine == theirs for mine, theirs in zip(self, other, strict=True))
 
-    __hash__ = None
+    __hash__ = None  # pyright: ignore[reportAssignmentType]
 
     def __repr__(self) -> str:
         if len(self) <= SHOWN:

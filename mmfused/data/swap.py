@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Sequence
@@ -11,10 +12,22 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from ._common import Products, check_fraction, check_int
+from .splits import Splits, checked_rows
+
+# Attributes of product folders that do not depend on texts.
+SHARED = (
+    "file_names",
+    "image_size",
+    "load_image",
+    "lost",
+    "present",
+    "resample",
+    "resize",
+)
 
 
-class SwappedTexts(Dataset[dict[str, Any]]):
-    """A dataset with some of its texts replaced.
+class SwappedTexts(Splits, Dataset[dict[str, Any]]):
+    """A dataset with some of its texts replaced; everything else is that of the dataset.
 
     Args:
         dataset: the original dataset.
@@ -37,7 +50,7 @@ class SwappedTexts(Dataset[dict[str, Any]]):
         swapped: list[int],
         donors: list[int],
     ) -> None:
-        self.dataset = dataset
+        self.dataset: Any = dataset
         self.swapped = swapped
         self.donors = donors
         self.texts: list[str] = list(dataset.texts)
@@ -48,12 +61,50 @@ class SwappedTexts(Dataset[dict[str, Any]]):
         self.class_names: Sequence[str] | None = dataset.class_names
         self.coarse_labels: Sequence[int] | None = getattr(dataset, "coarse_labels", None)
         self.skipped: list[str] = dataset.skipped
-        self.images: Any = dataset.images
+        self.streamed: bool = getattr(dataset, "streamed", False)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return an attribute of the dataset, such as ``load_image`` of a product folder."""
+        if name in SHARED:
+            return getattr(self.dataset, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    @property
+    def images(self) -> Any:
+        """All images, those of the dataset."""
+        return self.dataset.images
 
     @property
     def digest(self) -> str:
         """SHA-256 of the original dataset's digest and of the new texts."""
         return hashlib.sha256(json.dumps([self.dataset.digest, self.texts]).encode()).hexdigest()
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the original dataset's fingerprint and of the new texts."""
+        content = [getattr(self.dataset, "fingerprint", self.dataset.digest), self.texts]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def select(self, rows: Sequence[int] | np.ndarray) -> SwappedTexts:
+        """Return a data set of only some items, with the texts that they have here.
+
+        Args:
+            rows: indices of the items, at least one. The result's ``donors`` are still indices of
+                this data set, because a donor need not be selected.
+
+        Raises:
+            ValueError: ``rows`` is empty or has an index that is out of range.
+        """
+        found = checked_rows(rows, len(self))
+        donors = dict(zip(self.swapped, self.donors, strict=True))
+        part = copy.copy(self)
+        part.dataset = self.dataset.select(found)
+        part.texts = [self.texts[row] for row in found.tolist()]
+        part.labels, part.skipped = part.dataset.labels, part.dataset.skipped
+        part.coarse_labels = part.dataset.coarse_labels
+        part.swapped = [place for place, row in enumerate(found.tolist()) if row in donors]
+        part.donors = [donors[row] for row in found.tolist() if row in donors]
+        return part
 
     def __len__(self) -> int:
         return len(self.dataset)
