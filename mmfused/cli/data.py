@@ -54,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Read the data set, print the tables, write the files and return the exit code."""
     from mmfused.data import contact_sheet, report
+    from mmfused.data.pair_sets import PairSet
     from mmfused.models.fields import check_field
     from mmfused.training.files import write_atomically, write_json
 
@@ -61,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     sheet = _checked("sheet", args.sheet, ".png", args.overwrite)
     out = _checked("out", args.out, ".json", args.overwrite)
     name, dataset = _open(args)
-    if hasattr(dataset, "queries"):
+    if isinstance(dataset, PairSet):
         found = report.describe_pairs(dataset, args.decode, _bar)
         cells = contact_sheet.pair_cells
     else:
@@ -95,29 +96,29 @@ def _checked(name: str, value: str | None, suffix: str, overwrite: bool) -> Path
 def _open(args: argparse.Namespace) -> tuple[str, Any]:
     """Return the name of the format and the set, whose pictures are not decoded yet."""
     from mmfused.data import ProductFolder
-    from mmfused.training.datasets import Source
+    from mmfused.data.pair_formats import PAIR_FORMATS, detect_pair_format, open_pairs
+    from mmfused.data.tables import detect_format
 
     columns = parse_columns(args.columns)
-    source = Source("path", args.path, format=args.format)
-    if source.holds_pairs:
-        from mmfused.data import open_pairs
-
-        for option in ("columns", "labels"):
-            if getattr(args, option) is not None:
-                raise ValueError(
-                    f"{option}: got {getattr(args, option)!r} with {args.path!r}, which holds "
-                    "pairs, expected products with labels"
-                )
-        return source.format_name, open_pairs(args.path, format=args.format, split=args.split)
-    return source.format_name, ProductFolder(
-        args.path,
-        format=args.format,
-        columns=columns,
-        split=args.split,
-        labels=args.labels or "auto",
-        stream=True,
-        needs_label=False,
-    )
+    name = args.format or detect_pair_format(args.path) or detect_format(args.path)
+    if name not in PAIR_FORMATS:
+        return name, ProductFolder(
+            args.path,
+            format=name,
+            columns=columns,
+            split=args.split,
+            labels=args.labels or "auto",
+            stream=True,
+            needs_label=False,
+        )
+    for option in ("columns", "labels"):
+        value = getattr(args, option)
+        if value is not None:
+            raise ValueError(
+                f"{option}: got {value!r} with {args.path!r}, which holds pairs, expected "
+                "products with labels"
+            )
+    return name, open_pairs(args.path, format=name, split=args.split)
 
 
 def _bar(looks: Iterable[Any], count: int) -> Iterable[Any]:
@@ -168,14 +169,18 @@ def _pair_rows(found: Mapping[str, Any]) -> dict[str, str]:
 
 def _shared_rows(found: Mapping[str, Any]) -> dict[str, str]:
     texts, pictures = found["texts"], found["pictures"]
-    seen = "all decoded" if pictures["decoded"] else f"headers of {pictures['read']} read"
+    of = "rows" if found["kind"] == "products" else "items"
+    some = pictures["read"] < pictures["files"]
+    seen = "all" if not some else f"{pictures['read']} of {pictures['files']}, evenly spread"
     lost = sum(group["rows"] for group in found["lost"])
+    broken = sum(group["rows"] for group in pictures["broken"])
     rows = {
         "lost": f"{lost}" + (", see below" if lost else ""),
         "texts": f"{texts['empty']} empty; {texts['median_length']} characters in the median, "
         f"{texts['longest']} at most",
-        "pictures": f"{pictures['present']}, {pictures['missing']} missing; {seen}, "
-        f"{pictures['distinct']} distinct, {sum(x['rows'] for x in pictures['broken'])} broken",
+        "pictures": f"{pictures['present']} {of} with a picture, {pictures['without']} without",
+        "decoded" if pictures["decoded"] else "headers read": f"{seen}; "
+        f"{pictures['distinct']} distinct, {broken} broken" + (", see below" if broken else ""),
     }
     if pictures["formats"]:
         kinds = [{"name": name, "rows": count} for name, count in pictures["formats"].items()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -37,7 +38,7 @@ class Look(NamedTuple):
     width: int  # of the upright picture, in pixels
     height: int
     bytes: int
-    sha256: bytes
+    digest: bytes
 
 
 # A picture's name for messages, and what is known of it or why it is broken.
@@ -61,7 +62,7 @@ def describe_products(
     """
     rows, names = np.flatnonzero(products.present), products.file_names
     files = _describe_files(rows, products.read_picture, names, decoded, watched)
-    pictures = {"present": len(rows), "missing": len(products) - len(rows)}
+    pictures = {"present": len(rows), "without": len(products) - len(rows)}
     size = len(products) * 3 * image_size**2
     return {
         "kind": "products",
@@ -81,15 +82,14 @@ def describe_pairs(
     watched: Callable[[Iterable[Looked], int], Iterable[Looked]] = lambda looks, count: looks,
 ) -> dict[str, Any]:
     """Return what a set of pairs holds, for JSON; the arguments are as in `describe_products`."""
-    items = pairs.items
-    present = np.asarray(items.present)
+    items, names = pairs.items, pairs.items.files.names
 
     def read(file: int) -> bytes:
-        root = items.roots[items.file_roots[file]]
-        return read_picture(picture_path(root, items.file_names[file]))
+        root = items.files.roots[items.files.root_of[file]]
+        return read_picture(picture_path(root, names[file]))
 
-    files = np.arange(len(items.file_names))
-    pictures = {"present": int(present.sum()), "missing": int((~present).sum())}
+    files = _describe_files(np.arange(len(names)), read, names, decoded, watched)
+    pictures = {"present": int(items.present.sum()), "without": int((~items.present).sum())}
     return {
         "kind": "pairs",
         "queries": len(pairs),
@@ -102,13 +102,15 @@ def describe_pairs(
         "corpora": _named_counts(pairs.corpora, pairs.corpus_names),
         "modalities": _describe_modalities(pairs),
         "texts": describe_texts(items.texts),
-        "pictures": pictures | _describe_files(files, read, items.file_names, decoded, watched),
+        "pictures": pictures | files,
     }
 
 
 def _describe_modalities(pairs: PairSet) -> list[dict[str, Any]]:
     """Return how many pairs of a query and a positive have which modalities."""
-    codes = np.asarray(pairs.items.codes)
+    items = pairs.items
+    has_text = np.fromiter(map(bool, items.texts), dtype=bool, count=len(items))
+    codes = has_text + 2 * items.present
     queries = codes[pairs.queries[pairs.positives.owners]]
     counts = Counter(zip(queries.tolist(), codes[pairs.positives.values].tolist(), strict=True))
     return [
@@ -187,23 +189,25 @@ def _describe_files(
         watched: as for `describe_products`.
     """
     seen = rows if decoded else rows[spread(len(rows), HEADERS)]
-    good: list[Look] = []
+    contents: set[bytes] = set()
+    formats: Counter[str] = Counter()
+    sizes = {"width": array("q"), "height": array("q"), "bytes": array("q")}
     broken: list[str] = []
     for name, look in watched(_look_at_all(read, seen.tolist(), names, decoded), len(seen)):
         if isinstance(look, BrokenPicture):
             broken.append(f"{name[:200]}: {look}")
-        else:
-            good.append(look)
-    sizes = {
-        key: _three(np.array([getattr(look, key) for look in good], dtype=np.int64))
-        for key in ("width", "height", "bytes")
-    }
+            continue
+        contents.add(look.digest)
+        formats[look.format] += 1
+        for key, values in sizes.items():
+            values.append(getattr(look, key))
     return {
+        "files": len(rows),
         "read": len(seen),
         "decoded": decoded,
-        "distinct": len({look.sha256 for look in good}),
-        "formats": dict(Counter(look.format for look in good).most_common()),
-        **sizes,
+        "distinct": len(contents),
+        "formats": dict(formats.most_common()),
+        **{key: _three(np.array(values)) for key, values in sizes.items()},
         "broken": describe_lost(broken),
     }
 
@@ -221,8 +225,8 @@ def _look_at_all(
             data = read(row)
             if decoded:
                 decode(data, None)
-            found = Look(*read_header(data), len(data), hashlib.sha256(data).digest())
-            return names[row], found
+            digest = hashlib.blake2b(data, digest_size=16).digest()
+            return names[row], Look(*read_header(data), len(data), digest)
         except BrokenPicture as error:
             return names[row], error
 
