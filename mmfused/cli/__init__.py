@@ -19,6 +19,7 @@ from mmfused.extras import from_extra
 COMMANDS = (
     "demo",
     "train",
+    "data",
     "eval",
     "embed",
     "export",

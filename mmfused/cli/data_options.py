@@ -9,18 +9,18 @@ from typing import TypeAlias
 Group: TypeAlias = "argparse._ArgumentGroup | argparse.ArgumentParser"
 
 
-def add_format_arguments(group: Group) -> None:
-    """Add the options that say how a data set is written."""
+def add_format_arguments(group: Group, option: str = "--data") -> None:
+    """Add the options that say how the data set in ``option`` is written."""
     group.add_argument(
         "--format",
         metavar="NAME",
-        help="format of --data: metadata, classes, arrow, parquet, webdataset or glami; for pairs "
-        "mmeb, unite, webqa, mbeer or mixture (default: detected)",
+        help=f"format of {option}: metadata, classes, arrow, parquet, webdataset or glami; for "
+        "pairs mmeb, unite, webqa, mbeer or mixture (default: detected)",
     )
     group.add_argument(
         "--columns",
         metavar="NAME=COLUMN,..",
-        help="columns of --data, as in image=filepath,text=title+description,label=class "
+        help=f"columns of {option}, as in image=filepath,text=title+description,label=class "
         "(default: the names in docs/data.md)",
     )
     group.add_argument(

@@ -1,35 +1,34 @@
-"""Image augmentation of a whole batch with few tensor operations."""
+"""Random changes of training images, by torchvision's transforms."""
 
 from __future__ import annotations
 
 import math
-from typing import Literal, TypeAlias, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeAlias
 
 import torch
-import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+from torchvision.transforms import v2
 
 from ._common import check_choice
 
 Strength: TypeAlias = Literal["light", "strong"]
-T = TypeVar("T", float, torch.Tensor)
 
 CROP_AREA = (0.5, 1.0)
 CROP_RATIO = (3 / 4, 4 / 3)
-# Of the light crop; its boxes have the areas that are drawn, for which it tries several times.
+# Of the light crop.
 LIGHT_AREA = (0.9, 1.0)
-LIGHT_TRIES = 10
 BRIGHTNESS = 0.3
 CONTRAST = 0.3
 SATURATION = 0.2
-# Largest rotation of the hue, small because colour often determines the class.
-HUE = 0.015 * 2 * math.pi
+# Largest turn of the hue, of one; small because colour often determines the class.
+HUE = 0.015
 ERASE_PROBABILITY = 0.1
 ERASE_AREA = (0.02, 0.2)
+ERASE_RATIO = (0.4, 2.5)
 
-# Conversion from RGB to YIQ (NTSC). Rotating the IQ plane changes the hue, and scaling it changes
-# the saturation.
-RGB_TO_YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
-YIQ_TO_RGB: torch.Tensor = torch.linalg.inv(RGB_TO_YIQ)
+# The functions with which torchvision draws random numbers.
+DRAWS = (torch.rand, torch.randint, torch.randperm, torch.Tensor.uniform_)
 
 
 def augment(
@@ -45,9 +44,14 @@ def augment(
     hue. With probability 0.1, a random rectangle is erased to grey (Zhong et al. 2020).
 
     "light": each image gets a random resized crop (area 0.9 to 1, aspect ratio 3/4 to 4/3, bicubic)
-    and nothing else, as in VISTA's training (EVA-CLIP's image_transform in FlagEmbedding). The
-    boxes are drawn like those of torchvision's RandomResizedCrop. VISTA draws them in the whole
-    picture; ``mmfused train`` has squares, so that the ends of a long picture are never seen.
+    and nothing else, as in VISTA's training (EVA-CLIP's image_transform in FlagEmbedding). VISTA
+    draws the boxes in the whole picture; ``mmfused train`` has squares, so that the ends of a long
+    picture are never seen.
+
+    The transforms are those of ``torchvision.transforms.v2``, except the turn of the hue. All
+    random numbers come from ``generator``, those of one image before those of the next, so that a
+    batch gives the same images as its parts in turn. With another number of threads, torch may
+    round the last bits of the colours differently.
 
     Args:
         images: (B, 3, H, W) uint8.
@@ -59,103 +63,96 @@ def augment(
         ValueError: ``strength`` is neither.
     """
     check_choice("strength", strength, Strength)
-    if strength == "light":
-        return _light_crop(images, size, generator).float().div_(255)
-    draw = torch.rand(len(images), 14, generator=generator)
-    pixels = _crop(images.float().div_(255), size, draw[:, 0:5])
-    pixels = _colour(pixels, draw[:, 5:9])
-    return pixels.masked_fill_(_erased(size, draw[:, 9:14]), 0.5)
+    transforms = _light(size) if strength == "light" else _strong(size)
+    out = torch.empty(len(images), 3, size, size)
+    draws = _DrawsFrom(generator)
+    for image, result in zip(images, out, strict=True):
+        result.copy_(_transformed(image, transforms, draws))
+    return out
 
 
-def _between(u: T, low: float, high: float) -> T:
-    return low + u * (high - low)
+def _light(size: int) -> list[v2.Transform]:
+    bicubic = v2.InterpolationMode.BICUBIC
+    return [v2.RandomResizedCrop(size, LIGHT_AREA, CROP_RATIO, bicubic), _to_floats()]
 
 
-def _box(area: torch.Tensor, log_ratio: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the widths and heights of boxes, as fractions of the picture's sides, at most 1."""
-    ratio = log_ratio.exp()
-    return (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
-
-
-def _light_crop(images: torch.Tensor, size: int, generator: torch.Generator) -> torch.Tensor:
-    """Return random crops, (B, 3, size, size) uint8, as in torchvision's RandomResizedCrop."""
-    rows, columns = images.shape[-2:]
-    draws = torch.rand(len(images), 2 * LIGHT_TRIES + 2, generator=generator)
-    boxes = [_light_box(rows, columns, draw) for draw in draws.tolist()]
-    crops = [
-        F.interpolate(
-            image[None, :, top : top + height, left : left + width],
-            (size, size),
-            mode="bicubic",
-            antialias=True,
-        )
-        for image, (top, left, height, width) in zip(images, boxes, strict=True)
+def _strong(size: int) -> list[v2.Transform]:
+    return [
+        v2.RandomResizedCrop(size, CROP_AREA, CROP_RATIO),
+        v2.RandomHorizontalFlip(),
+        _to_floats(),
+        Colours(BRIGHTNESS, CONTRAST, SATURATION, HUE),
+        v2.RandomErasing(ERASE_PROBABILITY, ERASE_AREA, ERASE_RATIO, value=0.5),
     ]
-    return torch.cat(crops)
 
 
-def _light_box(rows: int, columns: int, draw: list[float]) -> tuple[int, int, int, int]:
-    """Return top, left, height and width of a box in pixels.
+def _to_floats() -> v2.Transform:
+    return v2.ToDtype(torch.float32, scale=True)
 
-    The first of the drawn boxes that lies in the image is taken. If there is none, it is the
-    largest central box with an allowed aspect ratio.
+
+def _transformed(
+    image: torch.Tensor,
+    transforms: Sequence[v2.Transform],
+    draws: _DrawsFrom,
+) -> torch.Tensor:
+    for transform in transforms:
+        with draws:
+            # As `forward` does it, which would also compute within `draws`, and that is slow.
+            probability = getattr(transform, "p", None)
+            if probability is not None and torch.rand(1) >= probability:
+                continue
+            params = transform.make_params([image])
+        image = transform.transform(image, params)
+    return image
+
+
+class Colours(v2.ColorJitter):
+    """ColorJitter with a faster turn of the hue.
+
+    That of torchvision, which converts to HSV and back, takes three times as long as all other
+    transforms together. Here, it comes after the other changes.
     """
-    narrow, wide = CROP_RATIO
-    for area, ratio in zip(draw[:LIGHT_TRIES], draw[LIGHT_TRIES:-2], strict=True):
-        pixels = rows * columns * _between(area, *LIGHT_AREA)
-        shape = math.exp(_between(ratio, math.log(narrow), math.log(wide)))
-        width, height = round(math.sqrt(pixels * shape)), round(math.sqrt(pixels / shape))
-        if 0 < width <= columns and 0 < height <= rows:
-            x, y = draw[-2:]
-            return int(y * (rows - height + 1)), int(x * (columns - width + 1)), height, width
-    width = min(columns, round(rows * wide))
-    height = min(rows, round(columns / narrow))
-    return (rows - height) // 2, (columns - width) // 2, height, width
+
+    def transform(self, inpt: torch.Tensor, params: dict[str, Any]) -> torch.Tensor:
+        """Return the image, (3, H, W) float32, with changed colours."""
+        image = super().transform(inpt, {**params, "hue_factor": None})
+        return image if params["hue_factor"] is None else turn_hue(image, params["hue_factor"])
 
 
-def _crop(pixels: torch.Tensor, size: int, draw: torch.Tensor) -> torch.Tensor:
-    area, ratio, x, y, flip = draw.unbind(1)
-    rows, columns = pixels.shape[-2:]
-    log_ratio = _between(ratio, *map(math.log, CROP_RATIO)) + math.log(rows / columns)
-    width, height = _box(_between(area, *CROP_AREA), log_ratio)
-    theta = torch.zeros(len(draw), 2, 3)
-    theta[:, 0, 0] = torch.where(flip < 0.5, width, -width)
-    theta[:, 1, 1] = height
-    theta[:, 0, 2] = (1 - width) * (2 * x - 1)
-    theta[:, 1, 2] = (1 - height) * (2 * y - 1)
-    grid = F.affine_grid(theta, [len(draw), 3, size, size], align_corners=False)
-    return F.grid_sample(pixels, grid, mode="bilinear", padding_mode="border", align_corners=False)
+def turn_hue(image: torch.Tensor, turn: float) -> torch.Tensor:
+    """Return the image, (3, H, W) float, with all colours turned about the grey axis.
 
-
-def _colour(pixels: torch.Tensor, draw: torch.Tensor) -> torch.Tensor:
-    """Change brightness, contrast, saturation and hue.
-
-    All four changes together are one affine map of the pixels: a 3 x 3 matrix and an offset.
+    Args:
+        image: the image, with values from 0 to 1.
+        turn: the angle, in turns; 1/3 makes red green, and green blue.
     """
-    brightness = _between(draw[:, 0], 1 - BRIGHTNESS, 1 + BRIGHTNESS)[:, None, None]
-    contrast = _between(draw[:, 1], 1 - CONTRAST, 1 + CONTRAST)[:, None, None]
-    saturation = _between(draw[:, 2], 1 - SATURATION, 1 + SATURATION)
-    angle = _between(draw[:, 3], -HUE, HUE)
-    yiq_matrix = torch.zeros(len(draw), 3, 3)
-    yiq_matrix[:, 0, 0] = 1
-    yiq_matrix[:, 1, 1] = yiq_matrix[:, 2, 2] = saturation * angle.cos()
-    yiq_matrix[:, 2, 1] = saturation * angle.sin()
-    yiq_matrix[:, 1, 2] = -yiq_matrix[:, 2, 1]
-    matrix = brightness * contrast * (YIQ_TO_RGB @ yiq_matrix @ RGB_TO_YIQ)
-    flat = pixels.flatten(2)
-    # Contrast scales the differences from the mean grey of the brightened picture.
-    grey = torch.einsum("c,bc->b", RGB_TO_YIQ[0], flat.mean(dim=2))[:, None, None]
-    offset = (1 - contrast) * brightness * grey
-    return torch.baddbmm(offset, matrix, flat).clamp_(0, 1).view_as(pixels)
+    # Rodrigues' formula for the axis (1, 1, 1).
+    cosine, sine = math.cos(2 * math.pi * turn), math.sin(2 * math.pi * turn)
+    mean, across = (1 - cosine) / 3, sine / math.sqrt(3)
+    turned = image * (mean + cosine)
+    turned.add_(image.roll(1, -3), alpha=mean + across)
+    turned.add_(image.roll(-1, -3), alpha=mean - across)
+    return turned.clamp_(0, 1)
 
 
-def _erased(size: int, draw: torch.Tensor) -> torch.Tensor:
-    """Return a (B, 1, size, size) bool mask with one random rectangle in some of the images."""
-    uniform, area, ratio, x, y = draw.unbind(1)
-    width, height = _box(_between(area, *ERASE_AREA), _between(ratio, math.log(0.4), math.log(2.5)))
-    width = torch.where(uniform < ERASE_PROBABILITY, width, 0.0)
-    line = (torch.arange(size) + 0.5) / size
-    left, top = (x * (1 - width))[:, None], (y * (1 - height))[:, None]
-    across = (line >= left) & (line < left + width[:, None])
-    down = (line >= top) & (line < top + height[:, None])
-    return (down[:, :, None] & across[:, None, :])[:, None]
+class _DrawsFrom(TorchFunctionMode):
+    """A context in which torch's functions draw from ``generator``, not from the global one.
+
+    It holds for this thread alone.
+    """
+
+    def __init__(self, generator: torch.Generator) -> None:
+        super().__init__()
+        self.generator = generator
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in DRAWS:
+            kwargs = {**kwargs, "generator": self.generator}
+        return func(*args, **kwargs)

@@ -277,6 +277,14 @@ class ProductFolder(Splits, Dataset[dict[str, Any]]):
             self._lost.add(source, f"{name}: the image cannot be read: {error}")
             raise
 
+    def read_picture(self, row: int) -> bytes:
+        """Return the bytes of the picture file of an item that has one; thread-safe.
+
+        Raises:
+            BrokenPicture: the file can no longer be read.
+        """
+        return self._pictures.read(int(self._rows[row]))
+
     def select(self: F, rows: Sequence[int] | np.ndarray) -> F:
         """Return the data set of only some items, which shares the pictures with this one.
 

@@ -420,9 +420,20 @@ def _sentence(error: BaseException, most: int = 200) -> str:
 
 def short_side(source: str | os.PathLike[str] | bytes) -> int:
     """Return the short side of a picture from its header; raise like :func:`load_picture`."""
+    with quiet():
+        return min(read_header(read_picture(source))[1:])
+
+
+def read_header(data: bytes) -> tuple[str, int, int]:
+    """Return the format, width and height of a picture, upright; call within ``quiet()``.
+
+    Only the header is read; raise like :func:`load_picture`.
+    """
     try:
-        with quiet(), _opened(read_picture(source)) as image:
-            return min(image.size)
+        with _opened(data) as image:
+            width, height = image.size
+            is_turned = _orientation_of(image) in (5, 6, 7, 8)
+            return str(image.format), *((height, width) if is_turned else (width, height))
     except BrokenPicture:
         raise
     except Exception as error:

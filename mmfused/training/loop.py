@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
+from mmfused.distributed import in_group
 from mmfused.extras import from_extra
 from mmfused.models import MODELS
 from mmfused.models.lora import lora_of
@@ -70,6 +72,7 @@ class Training:
         self.batches: Any = task.batches
         self.amp = amp
         self.main: bool = rank == 0
+        self.world: int = dist.get_world_size() if in_group() else 1
         self.settings = settings
         self.data: list[Any] = [split for split in data if split is not None]
         self.out: Path = Path(config.out)
@@ -83,6 +86,7 @@ class Training:
         }
         self.records: Records = Records(self.out / "metrics.jsonl", self.main)
         self.step = 0
+        self.pictures = 0  # of this rank since the last record
         # Step and folder of the newest checkpoint.
         self.saved: tuple[int, Path] | None = None
         # The lock on the folder, held by rank 0.
@@ -217,13 +221,19 @@ class Training:
         if isinstance(self.model, RetrievalModel):
             self.model.set_progress(self.step / self.steps)
         count = config.accumulate
-        batches = map(self.drop, islice(stream, count))
+        batches = map(self.drop, self.counted(islice(stream, count)))
         loss, terms = update(
             self.model, self.optimizer, self.task, batches, count, config.clip, self.amp
         )
         self.step += 1
         self.steps_since_record += 1
         return loss, terms, rates
+
+    def counted(self, batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Yield the batches, and count their pictures for the progress bar."""
+        for batch in batches:
+            self.pictures += count_pictures(batch)
+            yield batch
 
     def drop(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Hide some images and texts of a batch, with the probabilities in the settings."""
@@ -258,12 +268,15 @@ class Training:
                     f"the loss is {value} at step {self.step}: "
                     f"lower lr ({config.lr}) or clip ({config.clip})"
                 )
-            seconds = (time.perf_counter() - self.since) / self.steps_since_record
+            elapsed = time.perf_counter() - self.since
+            seconds = elapsed / self.steps_since_record
             numbers = {name: float(term) for name, term in terms.items()}
             record = {"step": self.step, "loss": value, **numbers, **rates, "seconds": seconds}
             self.records.add("train", record)
+            # All ranks have equal shares of a batch.
+            speed = self.world * self.pictures / elapsed
             text = f"loss {value:.3f}{self._shown_score()}, {seconds:.3f} s/step"
-            self.bar.set_postfix_str(text, refresh=False)
+            self.bar.set_postfix_str(f"{text}, {speed:.4g} pictures/s", refresh=False)
             self.restart_clock()
         self.bar.update()
 
@@ -324,6 +337,7 @@ class Training:
         """Restart the measurement of the time per step."""
         self.since: float = time.perf_counter()
         self.steps_since_record: int = 0
+        self.pictures: int = 0
 
     def seconds(self) -> float:
         """Return the training time in seconds, including the time of earlier processes."""
@@ -395,3 +409,12 @@ def update(
     torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
     optimizer.step()
     return result
+
+
+def count_pictures(batch: dict[str, Any]) -> int:
+    """Return the number of pictures in a batch, of all roles of a batch of pairs."""
+    if "image_present" in batch:
+        return int(batch["image_present"].sum())
+    if "image_grid_thw" in batch:  # of UNITE: one row per picture
+        return len(batch["image_grid_thw"])
+    return sum(count_pictures(items) for items in batch.values() if isinstance(items, dict))
