@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mmfused import data as product_data
-from mmfused.data.pair_sets import PairSet
+from mmfused.data import PairSet
 from mmfused.data.tables import Split
 from mmfused.models import MODELS
 from mmfused.training.config import Labels, TrainConfig
@@ -53,7 +53,9 @@ class Source(NamedTuple):
                 "or another data set"
             )
         try:
-            return self.format or product_data.detect_format(self.path)
+            if self.format is not None:
+                product_data.check_format(self.format)
+            return self.format or product_data.find_format(self.path)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from error
 
@@ -314,7 +316,7 @@ def stored_side(config: TrainConfig) -> int:
         return product_data.GeneratedProducts("train", size=1)[0]["image"].shape[-1]
     source = sources(config)["data"]
     if source.holds_pairs:
-        return load_pairs(source).first_side() or 32
+        return load_pairs(source).items.first_side() or 32
     try:
         side = product_data.first_side(source.path, format=source.format, columns=source.columns)
     except ValueError as error:
