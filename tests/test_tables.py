@@ -360,10 +360,18 @@ def test_damaged_folders_of_datasets_are_one_sentence(tmp_path):
     refused("a5", lambda root: (root / "dataset_dict.json").write_text("["), "is truncated or corr")
     refused("a6", lambda root: (root / "dataset_dict.json").write_text("{}"), "split: got 'train'")
     part = "train-00001-of-00002.parquet"
-    refused("p1", lambda root: (root / part).write_bytes(b"no parquet"), "p1: datasets cannot read")
-    refused("p2", lambda root: os.truncate(root / part, 0), "p2: datasets cannot read it")
+    refused(
+        "p1",
+        lambda root: (root / part).write_bytes(b"no parquet"),
+        "p1.train-00001-of-00002.parquet: dat",
+    )
+    refused("p2", lambda root: os.truncate(root / part, 0), "p2.train-00001-of-00002.parquet: dat")
     other = folders.dataset_of(products).rename_column("text", "title")
-    refused("p3", lambda root: other.to_parquet(str(root / part)), "p3: datasets cannot read it")
+    refused(
+        "p3",
+        lambda root: other.to_parquet(str(root / part)),
+        "got the columns image, title, label, expected those of train-00000-of",
+    )
 
 
 def test_columns_of_other_types_are_refused(tmp_path):

@@ -12,7 +12,7 @@ from mmfused.json_files import one_line, read_object
 
 from .jsonl import label_in
 from .picture_files import ArrowPictures, FilePictures
-from .rows import CHUNK_ROWS, BrokenRow, Names, Numbered, Table, arrow, check_found
+from .rows import CHUNK_ROWS, BrokenRow, Names, Numbered, Table, arrow, check_found, shown
 
 # Names that begin like this are of one split: "train-00000-of-00004.parquet".
 SPLIT = re.compile(r"(train|test|validation|valid|val|dev)(?=[-_.])")
@@ -61,6 +61,7 @@ def read_parquet(root: Path, files: Sequence[Path], names: Names, split: str) ->
         files = [path for path, match in splits.items() if match and match[1] == split]
         if not files:
             raise ValueError(f"split: got {split!r}, expected one of {root}: {', '.join(found)}")
+    _check_schemas(files)
     with _errors_named(root if len(files) > 1 else files[0], "Parquet files"):
         import datasets
 
@@ -70,9 +71,25 @@ def read_parquet(root: Path, files: Sequence[Path], names: Names, split: str) ->
     return _table_of(dataset, root, source, names)
 
 
+def _check_schemas(files: Sequence[Path]) -> None:
+    """Raise ValueError that names the first file that is not Parquet, or has other columns."""
+    first: Sequence[str] = ()
+    for path in files:
+        with _errors_named(path, "a Parquet file"):
+            from pyarrow import parquet
+
+            columns = parquet.read_schema(path).names
+        first = first or columns
+        if sorted(columns) != sorted(first):
+            raise ValueError(
+                f"{path}: got the columns {shown(columns)}, "
+                f"expected those of {files[0].name}: {shown(first)}"
+            )
+
+
 @contextlib.contextmanager
 def _errors_named(path: Path, expected: str) -> Iterator[None]:
-    """Turn errors of datasets and pyarrow, of many types, into one sentence; no progress bars."""
+    """Turn errors of datasets and pyarrow, of many types, into one sentence; no bars, no log."""
     try:
         import datasets
     except ModuleNotFoundError as error:
@@ -80,17 +97,21 @@ def _errors_named(path: Path, expected: str) -> Iterator[None]:
             raise
         message = f"{path} is read by datasets, which is not installed: pip install datasets"
         raise ModuleNotFoundError(message, name=error.name) from error
-    bars = datasets.utils
-    had_bars = not bars.are_progress_bars_disabled()
+    bars, log = datasets.utils, datasets.logging
+    had_bars, verbosity = not bars.are_progress_bars_disabled(), log.get_verbosity()
     bars.disable_progress_bars()
+    log.set_verbosity(log.CRITICAL)
     try:
         yield
     except Exception as error:
-        cause = error.__cause__ or error
+        cause = "".join(
+            letter if letter.isprintable() else "?" for letter in one_line(error.__cause__ or error)
+        )
         raise ValueError(
-            f"{path}: datasets cannot read it ({one_line(cause)}), expected {expected}"
+            f"{path}: datasets cannot read it ({cause}), expected {expected}"
         ) from error
     finally:
+        log.set_verbosity(verbosity)
         if had_bars:
             bars.enable_progress_bars()
 
