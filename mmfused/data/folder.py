@@ -85,9 +85,9 @@ class ProductFolder(Splits, Dataset[dict[str, Any]]):
     Raises:
         FileNotFoundError: ``root`` does not exist, or lacks a file of ``format``.
         ValueError: an argument is invalid, the format is unknown, the rows are unreadable, a column
-            is missing or occurs twice, no row is usable, there are more names than ``num_classes``, or images
-            that are not streamed do not fit into this machine's memory.
-            With ``strict``, also if a row is invalid.
+            is missing or occurs twice, no row is usable, there are more names than ``num_classes``,
+            or images that are not streamed do not fit into this machine's memory. With ``strict``,
+            also if a row is invalid.
 
     Examples:
         >>> import pathlib, tempfile
