@@ -220,9 +220,10 @@ def _best_of_pairs(score: Tensor, rows: Tensor, values: Tensor) -> tuple[Tensor,
 
 def _best_of_mask(score: Tensor, relevant: Tensor) -> tuple[Tensor, Tensor]:
     """Return the same for a mask ``relevant``, (B, C) bool."""
-    _check_found(relevant.any(1))
-    best = score.masked_fill(~relevant, float("-inf")).amax(1)
-    return best, ((score == best[:, None]) & relevant).sum(1)
+    found = score.masked_fill(~relevant, float("-inf"))
+    best = found.amax(1)
+    _check_found(best > float("-inf"))
+    return best, _count_from(found, best)
 
 
 def _check_found(found: Tensor) -> None:
