@@ -9,8 +9,10 @@ from contextlib import contextmanager
 PACKAGES: dict[str, dict[str, str]] = {
     "models": {
         "PIL": "pillow",
+        "datasets": "datasets",
         "matplotlib": "matplotlib",
         "numpy": "numpy",
+        "pyarrow": "datasets",
         "safetensors": "safetensors",
         "timm": "timm",
         "tokenizers": "tokenizers",

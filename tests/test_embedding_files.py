@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import sys
 import weakref
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from mmfused.cli import embedding_files, main, model_source
-from mmfused.cli.embedding_files import read_embeddings, write_npz, write_parquet
+from mmfused.cli.embedding_files import VIEWS, read_embeddings, write_npz, write_parquet
 from mmfused.training.pair_metrics import Pairs, pair_scores
 from mmfused.training.retrieval_metrics import mean_scores, retrieval_scores
 
@@ -245,9 +246,11 @@ THINGS = SimpleNamespace(
 class Model(torch.nn.Linear):
     """A model whose embeddings are unit vectors on a circle, turned further for each view."""
 
-    def embed(self, views, pixel_values, image_present, input_ids):
-        angles = pixel_values + ("image", "text", "both").index(views[0])
-        return {views[0]: torch.stack([angles.sin(), angles.cos()], 1)}
+    config = SimpleNamespace()
+
+    def embed(self, views, pixel_values, image_present, input_ids, attention_mask):
+        angles = {view: pixel_values + VIEWS.index(view) for view in views}
+        return {view: torch.stack([x.sin(), x.cos()], 1) for view, x in angles.items()}
 
 
 class Items:
@@ -270,6 +273,8 @@ class Items:
             "pixel_values": rows.float() ** 2,
             "image_present": torch.tensor(Things.present)[rows],
             "input_ids": rows,
+            "attention_mask": torch.ones(len(rows), 3),
+            "labels": rows // 2,
         }
 
 
@@ -288,7 +293,8 @@ class Batches:
 
 @pytest.fixture
 def trained(monkeypatch):
-    """A model whose data set is THINGS, for the commands."""
+    """A model for the commands; the data set is THINGS or, with the name "products", its items."""
+    products = SimpleNamespace(file_names=list("abcde"), skipped=SKIPPED, digest="products")
     made = SimpleNamespace(
         model=Model(1, 1).eval(),
         amp=False,
@@ -297,7 +303,7 @@ def trained(monkeypatch):
         device="cpu",
         identity={"checkpoint": "0"},
         settings={"training": {}},
-        batches=lambda *_, **__: (THINGS, Batches()),
+        batches=lambda data, *_: (products if data == "products" else THINGS, Batches()),
         check_is_retrieval_model=lambda _: None,
     )
     monkeypatch.setattr(model_source, "load_model", lambda _: made)
@@ -345,6 +351,27 @@ def test_options_that_pairs_do_not_have_are_refused(trained, tmp_path, capsys):
     given = ["--checkpoint", "run", "--data", "webqa", "--products", "other"]
     assert measure(tmp_path, *given) == 2
     assert "products: got 'other' with 'webqa', which holds pairs" in capsys.readouterr().err
+
+
+def test_products_are_embedded_alike_in_both_formats(trained, tmp_path, capsys, monkeypatch):
+    found = {}
+    for suffix in ("npz", "parquet"):
+        out = tmp_path / f"a.{suffix}"
+        command = ["embed", "--checkpoint", "run", "--data", "products", "--batch-size", "2"]
+        command += ["--views", "both,image", "--out", str(out)]
+        assert main(command) == 0 and main(command) == 2
+        assert "already exists" in capsys.readouterr().err
+        found[suffix] = read_embeddings(out, "embeddings")
+    npz, parquet = found["npz"].items, found["parquet"].items
+    assert npz.keys() == parquet.keys() >= {"both", "image"} and "text" not in npz
+    assert all(npz[name].equal(parquet[name]) for name in npz)
+    assert npz["labels"].tolist() == [0, 0, 1, 1, 2]
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    assert main([*command, "--overwrite"]) == 1
+    assert "datasets is not installed: pip install 'mmfused[models]'" in capsys.readouterr().err
+    assert main(["eval", "--embeddings", str(out)]) == 1
+    assert "datasets is not installed" in capsys.readouterr().err
 
 
 def test_missing_parts_are_read_ahead(tmp_path):
