@@ -30,11 +30,8 @@ def test_ranks_and_nearest_equal_explicit_sorting(size, candidates, monkeypatch)
     relevance[torch.arange(19), (excluded + 1) % candidates] = True
     relevance[torch.arange(19), excluded] &= excluded < 0
 
-    def relevant(first, last):
-        return relevance[first:last].nonzero(as_tuple=True)
-
-    ranks, nearest = rank_of_first(query, candidate, relevant, excluded)
-    first, found = found_in_first(query, candidate, relevant)
+    ranks, nearest = rank_of_first(query, candidate, lambda i, j: relevance[i:j], excluded)
+    first, found = found_in_first(query, candidate, lambda i, j: relevance[i:j])
     scores = (query.double() @ candidate.double().T).tolist()
     for i, row in enumerate(relevance.tolist()):
         order = sorted_candidates(scores[i], row, int(excluded[i]))
@@ -56,7 +53,8 @@ def test_many_candidates_and_many_relevant_ones():
 
     ranks, nearest = rank_of_first(query, candidate, relevant)
     first, found = found_in_first(query, candidate, relevant)
-    assert first.equal(ranks)
+    by_mask = rank_of_first(query, candidate, lambda first, last: relevance[first:last])
+    assert first.equal(ranks) and first.equal(by_mask[0])
     for i, (scores, row) in enumerate(zip((query @ candidate.T).tolist(), relevance, strict=True)):
         order = sorted_candidates(scores, row.tolist())
         hits = [bool(row[j]) for j in order]
@@ -65,19 +63,28 @@ def test_many_candidates_and_many_relevant_ones():
         assert found[i].tolist() == [sum(hits[:k]) for k in CUTOFFS]
 
 
-def test_the_same_label_is_relevant_except_for_the_query_itself():
+@pytest.mark.parametrize("dense", [0, 1])
+def test_the_same_label_is_relevant_except_for_the_query_itself(dense, monkeypatch):
+    monkeypatch.setattr(search, "DENSE", dense)
     labels, candidate_labels = torch.tensor([7, 3, 9, 3]), torch.tensor([3, 7, 3, 3, 5, 7])
     own = torch.tensor([1, -1, -1, 0])
-    dense = labels[:, None] == candidate_labels
-    dense[0, 1] = dense[3, 0] = False
+    mask = labels[:, None] == candidate_labels
+    mask[0, 1] = mask[3, 0] = False
     relevant = SameLabel(labels, candidate_labels, own)
-    assert relevant.counts.tolist() == dense.sum(1).tolist()
+    assert relevant.counts.tolist() == mask.sum(1).tolist()
     for first, last in ((0, 4), (1, 3)):
-        rows, columns = relevant(first, last)
-        pairs = sorted(zip(rows.tolist(), columns.tolist(), strict=True))
-        assert pairs == [tuple(pair) for pair in dense[first:last].nonzero().tolist()]
+        assert as_mask(relevant(first, last), last - first).equal(mask[first:last])
     kept = relevant.select(torch.tensor([False, True, False, True]))
-    assert kept(1, 2)[1].tolist() == [2, 3] and kept.labels.tolist() == [3, 3]
+    assert as_mask(kept(1, 2), 1).equal(mask[3:]) and kept.labels.tolist() == [3, 3]
+
+
+def as_mask(relevant, rows):
+    assert isinstance(relevant, torch.Tensor) == (search.DENSE == 0)
+    if isinstance(relevant, torch.Tensor):
+        return relevant
+    mask = torch.zeros(rows, 6, dtype=torch.bool)
+    mask[relevant] = True
+    return mask
 
 
 def items(count, labels):

@@ -18,8 +18,10 @@ BYTES = 255
 CUTOFFS = (1, 5, 10, 20, 50, 100)
 
 # ``relevant(first, last)`` returns the relevant candidates of the queries from ``first`` to
-# ``last - 1``: two int64 tensors of equal length, query - first and the index of a candidate.
-Relevant: TypeAlias = Callable[[int, int], tuple[Tensor, Tensor]]
+# ``last - 1``: a (last - first, C) bool mask, or its ``nonzero(as_tuple=True)`` in any order.
+Relevant: TypeAlias = Callable[[int, int], "Tensor | tuple[Tensor, Tensor]"]
+# Above this fraction of relevant candidates, a mask is faster.
+DENSE = 1 / 16
 
 
 def rank_of_first(
@@ -39,8 +41,8 @@ def rank_of_first(
         query: (Q, D) embeddings.
         candidate: (C, D) embeddings.
         relevant: ``relevant(first, last)`` returns the relevant candidates of the queries from
-            ``first`` to ``last - 1``, as two int64 tensors of equal length: query - first, and the
-            index of a candidate. Each pair occurs once, and none is excluded.
+            ``first`` to ``last - 1``: a (last - first, C) bool mask, or its
+            ``nonzero(as_tuple=True)`` in any order. None of them is excluded.
         excluded: (Q,) int64, a candidate that each query ignores, -1 for none; None for all -1.
         device: where to search; None is the device of ``query``.
 
@@ -56,15 +58,19 @@ def rank_of_first(
         >>> from mmfused.training.search import rank_of_first
         >>> query, candidate = torch.eye(2), torch.tensor([[0.9, 0.1], [0.2, 0.3], [0.4, 0.8]])
         >>> relevance = torch.tensor([[True, False, False], [False, True, False]])
-        >>> relevant = lambda first, last: relevance[first:last].nonzero(as_tuple=True)
-        >>> rank_of_first(query, candidate, relevant)
+        >>> rank_of_first(query, candidate, lambda first, last: relevance[first:last])
         (tensor([1, 2]), tensor([0, 2]))
     """
     ranks: list[Tensor] = []
     nearest: list[Tensor] = []
     for first, score in _blocks(query, candidate, excluded, device):
-        rows, values = _relevant_scores(score, relevant, first)[:2]
-        ranks.append(_first_ranks(score, rows, values).cpu())
+        found = relevant(first, first + len(score))
+        if isinstance(found, Tensor):
+            best, equal = _best_of_mask(score, found.to(score.device))
+        else:
+            rows, columns = (x.to(score.device) for x in found)
+            best, equal = _best_of_pairs(score, rows, score[rows, columns])
+        ranks.append((1 + _count_from(score, best) - equal).cpu())
         nearest.append(_first_maximum(score).cpu())
     return torch.cat(ranks), torch.cat(nearest)
 
@@ -94,8 +100,12 @@ def found_in_first(
     ranks: list[Tensor] = []
     found: list[Tensor] = []
     for first, score in _blocks(query, candidate, None, device):
-        rows, values, columns = _relevant_scores(score, relevant, first)
-        ranks.append(_first_ranks(score, rows, values).cpu())
+        pairs = relevant(first, first + len(score))
+        pairs = pairs.nonzero(as_tuple=True) if isinstance(pairs, Tensor) else pairs
+        rows, columns = (x.to(score.device) for x in pairs)
+        values = score[rows, columns]
+        best, equal = _best_of_pairs(score, rows, values)
+        ranks.append((1 + _count_from(score, best) - equal).cpu())
         score[rows, columns] = float("-inf")
         found.append(_found(score, rows, values).cpu())
     return torch.cat(ranks), torch.cat(found)
@@ -114,6 +124,7 @@ class SameLabel:
 
     def __init__(self, labels: Tensor, candidate_labels: Tensor, own: Tensor) -> None:
         self.labels = labels
+        self.candidate_labels = candidate_labels
         self.own = own
         sorted_labels, self.order = candidate_labels.sort(stable=True)
         self.start: Tensor = torch.searchsorted(sorted_labels, labels)
@@ -135,8 +146,14 @@ class SameLabel:
             setattr(kept, name, getattr(self, name)[queries])
         return kept
 
-    def __call__(self, first: int, last: int) -> tuple[Tensor, Tensor]:
+    def __call__(self, first: int, last: int) -> Tensor | tuple[Tensor, Tensor]:
         """Return the relevant candidates of some queries; see :func:`rank_of_first`."""
+        size = (last - first) * len(self.order)
+        if self.counts[first:last].sum() > DENSE * size:
+            mask = self.labels[first:last, None] == self.candidate_labels
+            rows = (self.own[first:last] >= 0).nonzero()[:, 0]
+            mask[rows, self.own[first:last][rows]] = False
+            return mask
         rows, places = ranges(self.start[first:last], self.end[first:last])
         columns = self.order[places]
         kept = columns != self.own[first:last][rows]
@@ -188,32 +205,32 @@ def _blocks(
         yield first, score
 
 
-def _relevant_scores(
-    score: Tensor,
-    relevant: Relevant,
-    first: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return rows, dot products and columns of the relevant candidates of a block."""
-    rows, columns = (x.to(score.device) for x in relevant(first, first + len(score)))
-    if not torch.bincount(rows, minlength=len(score)).all():
-        raise ValueError(
-            "query: got a row without a relevant candidate, expected at least one for each row"
-        )
-    return rows, score[rows, columns], columns
-
-
-def _first_ranks(score: Tensor, rows: Tensor, values: Tensor) -> Tensor:
-    """Return the rank of the first relevant candidate of each row, (B,).
+def _best_of_pairs(score: Tensor, rows: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the largest dot product of a relevant candidate, and how many have it, both (B,).
 
     Args:
         score: (B, C) dot products.
         rows: rows of the relevant candidates.
         values: dot products of the relevant candidates.
     """
+    _check_found(torch.bincount(rows, minlength=len(score)) > 0)
     best = score.new_full((len(score),), float("-inf")).scatter_reduce_(0, rows, values, "amax")
-    # No relevant candidate is above the best one, and those that equal it are not counted.
-    equal = torch.bincount(rows[values == best[rows]], minlength=len(score))
-    return 1 + _count_from(score, best) - equal
+    return best, torch.bincount(rows[values == best[rows]], minlength=len(score))
+
+
+def _best_of_mask(score: Tensor, relevant: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the same for a mask ``relevant``, (B, C) bool."""
+    found = score.masked_fill(~relevant, float("-inf"))
+    best = found.amax(1)
+    _check_found(best > float("-inf"))
+    return best, _count_from(found, best)
+
+
+def _check_found(found: Tensor) -> None:
+    if not found.all():
+        raise ValueError(
+            "query: got a row without a relevant candidate, expected at least one for each row"
+        )
 
 
 def _count_from(score: Tensor, least: Tensor) -> Tensor:
