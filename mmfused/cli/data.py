@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,16 +65,16 @@ def run(args: argparse.Namespace) -> int:
     name, dataset = _open(args)
     if isinstance(dataset, PairSet):
         found = report.describe_pairs(dataset, args.decode, _bar)
-        cells = contact_sheet.pair_cells
+        cells = partial(contact_sheet.pair_cells, dataset)
     else:
         found = report.describe_products(dataset, args.image_size, args.decode, _bar)
-        cells = contact_sheet.product_cells
+        cells = partial(contact_sheet.product_cells, dataset)
     found = {"path": args.path, "format": name, **found}
     print_rows(_pair_rows(found) if found["kind"] == "pairs" else _product_rows(found))
     _print_groups("lost", found["lost"])
     _print_groups("broken", found["pictures"]["broken"])
     if sheet:
-        write_atomically(sheet, lambda path: contact_sheet.write_sheet(path, cells(dataset)))
+        write_atomically(sheet, lambda path: contact_sheet.write_sheet(path, cells()))
         print(f"contact sheet written to {sheet}")
     if out:
         write_atomically(out, lambda path: write_json(path, found))

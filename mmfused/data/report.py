@@ -152,10 +152,11 @@ def describe_classes(labels: Sequence[int], names: Sequence[str] | None) -> dict
     """
     values = np.asarray(labels, dtype=np.int64)
     found, counts = np.unique(values[values >= 0], return_counts=True)
-    order = np.argsort(-counts, kind="stable").tolist()
+    order = np.argsort(-counts, kind="stable")
+    order = np.concatenate([order[:NAMED], order[-1:]])
     classes = [
-        {"name": str(found[i]) if names is None else names[found[i]], "rows": int(counts[i])}
-        for i in order[:NAMED] + order[-1:]
+        {"name": str(label) if names is None else names[label], "rows": count}
+        for label, count in zip(found[order].tolist(), counts[order].tolist(), strict=True)
     ]
     return {
         "count": len(found),
