@@ -309,6 +309,17 @@ class ProductFolder(Splits, Dataset[dict[str, Any]]):
             setattr(part, name, hashlib.sha256(content).hexdigest())
         return part
 
+    def relabel(self, numbers: np.ndarray, class_names: list[str]) -> None:
+        """Replace the labels, and the names of their classes.
+
+        Args:
+            numbers: (C,) int64, the new label of each old one.
+            class_names: the names in the order of the new labels.
+        """
+        self.labels = numbers[self.labels].tolist()
+        self.class_names = class_names
+        self.num_classes = len(class_names)
+
     def _image(self, row: int) -> torch.Tensor:
         """Return the image of an item of a streamed set, zeros if it has none."""
         return self._find_image(row)[0]

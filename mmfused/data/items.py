@@ -6,21 +6,20 @@ import os
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ._common import Rows, check_int
+from ._common import Batch, Rows, check_int
 from .folder import ProductFolder
 from .pictures import BrokenPicture
 from .reading import SelectedImages
+from .sequence_items import Processor, SequenceItems
 from .swap import SwappedTexts
 
 if TYPE_CHECKING:
     from .batches import Collate
-
-Batch: TypeAlias = dict[str, Tensor]
 
 # Most texts whose tokens are made at the start. Those of more texts are made for each batch: this
 # costs some CPU time, but neither a minute at the start nor gigabytes.
@@ -242,18 +241,20 @@ class Tokens:
 
 def make_items(
     dataset: Any,
-    collate: Collate,
+    collate: Collate | Processor,
     workers: int | None = None,
     batch_size: int = 64,
-) -> Items:
+) -> Items | SequenceItems:
     """Return the `Items` of a dataset: `StreamedItems` if it is streamed.
 
     Args:
         dataset: the dataset.
-        collate: makes the batches.
+        collate: makes the batches; a processor makes those of `SequenceItems`.
         workers: number of threads that decode the pictures of a streamed dataset.
         batch_size: usual number of rows of a batch.
     """
+    if not hasattr(collate, "pixel_values"):
+        return SequenceItems(dataset, collate, workers)
     if getattr(dataset, "streamed", False):
         return StreamedItems(dataset, collate, workers, batch_size)
     return Items(dataset, collate)

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._common import check_choice, check_int, check_ranks, torch_generator
-from .batches import Batch, Collate, read_ahead
+from ._common import Batch, check_choice, check_int, check_ranks, torch_generator
+from .batches import Collate, read_ahead
 from .items import Items, make_items
 from .pair_labels import batch_labels
 from .pair_negatives import NegativeDraws
@@ -106,11 +106,9 @@ class PairSetBatches:
         if self.has_negatives:
             self.draws.check(num_negatives)
         self.plan: PairPlan = PairPlan(pair_set, batch_size, one_task, self.seed)
-        self.items: Items | SequenceItems
-        if isinstance(reader, Collate):
-            self.items = make_items(pair_set.items, reader, workers, -(-batch_size // world))
-        else:
-            self.items = SequenceItems(pair_set.items, reader, workers)
+        self.items: Items | SequenceItems = make_items(
+            pair_set.items, reader, workers, -(-batch_size // world)
+        )
 
     def __len__(self) -> int:
         return len(self.plan)

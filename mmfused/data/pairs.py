@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._common import LabelledRows, check_int, check_ranks, torch_generator
-from .batches import Batch, Collate, read_ahead
+from ._common import Batch, LabelledRows, check_int, check_ranks, torch_generator
+from .batches import Collate, read_ahead
 from .items import Items, make_items
 from .ragged import draw_below, draw_distinct, share_of
 

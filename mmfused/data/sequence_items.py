@@ -11,8 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ._common import check_int
-from .batches import Batch
+from ._common import Batch, check_int
 from .pair_items import PairItems
 from .pictures import BrokenPicture
 
