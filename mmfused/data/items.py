@@ -6,7 +6,7 @@ import os
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -239,9 +239,27 @@ class Tokens:
         return ids, is_token.long()
 
 
+@overload
+def make_items(
+    dataset: Any,
+    collate: Collate,
+    workers: int | None = None,
+    batch_size: int = 64,
+) -> Items: ...
+
+
+@overload
 def make_items(
     dataset: Any,
     collate: Collate | Processor,
+    workers: int | None = None,
+    batch_size: int = 64,
+) -> Items | SequenceItems: ...
+
+
+def make_items(
+    dataset: Any,
+    collate: Any,
     workers: int | None = None,
     batch_size: int = 64,
 ) -> Items | SequenceItems:
