@@ -69,8 +69,8 @@ def read_parquet(root: Path, files: Sequence[Path], names: Names, split: str) ->
 
         # From files on this machine, so that nothing is looked up in the network. Their names are
         # patterns to datasets.
-        names_of_files = [glob.escape(os.path.abspath(path)) for path in files]
-        dataset: Any = datasets.Dataset.from_parquet(names_of_files)
+        patterns: Any = [glob.escape(os.path.abspath(path)) for path in files]
+        dataset = datasets.Dataset.from_parquet(patterns)
     source = root.name if len(files) > 1 else files[0].name
     return _table_of(dataset, root, source, names)
 
