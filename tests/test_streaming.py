@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import hashlib
+import json
 import logging
 import os
 import pickle
@@ -193,6 +195,16 @@ def test_the_fingerprint_is_that_of_the_same_files_in_both_modes(tmp_path):
         (tmp_path / "metadata.csv").write_text(table.replace(old, new))
         seen.add(ProductFolder(tmp_path, stream=True).digest)
     assert len(seen) == 5
+
+
+def test_the_digest_of_a_set_in_memory_is_that_of_earlier_versions(tmp_path):
+    write(tmp_path, 4)
+    total = hashlib.sha256()
+    for row, text in enumerate(["red", "red blue", "red blue green", ""]):
+        file = tmp_path / f"{row}.jpg"
+        digest = hashlib.sha256(file.read_bytes()).hexdigest() if row != 1 else None
+        total.update(json.dumps([text, row % 3, 0, digest]).encode())
+    assert ProductFolder(tmp_path).digest == total.hexdigest()
 
 
 def test_rows_without_a_usable_file_are_skipped_at_the_start(tmp_path):
