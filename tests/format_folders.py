@@ -1,4 +1,4 @@
-"""Writes the same products in each format that a table can be read from."""
+"""Writes the same products in each format that a table can be read from, and looks at tables."""
 
 import csv
 import io
@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
+
+from mmfused.data.tables import open_table
 
 
 class Product(NamedTuple):
@@ -175,3 +177,23 @@ WRITERS = {
     "webdataset": write_tars,
     "glami": write_glami,
 }
+
+
+def table_of(path, text, **options):
+    """Write a file, and return its table."""
+    path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
+    return open_table(path, **options)
+
+
+def broken(table):
+    """Return the reasons by the names of the broken rows."""
+    return {table.where(row): reason for row, reason in table.broken.items()}
+
+
+def texts(table):
+    """Return the texts of the rows that can be used."""
+    return [
+        text
+        for row, text in enumerate(table.columns["text"].to_pylist())
+        if row not in table.broken
+    ]

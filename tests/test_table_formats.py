@@ -174,6 +174,7 @@ def test_a_parquet_file_that_was_written_again_is_read_again(tmp_path):
 
 def test_parquet_files_called_like_splits(tmp_path):
     products = folders.make_products(9, gaps=False)
+    tmp_path = tmp_path / "a[1]*"  # a pattern to datasets
     folders.write_parquet(tmp_path / "data", products)
     folders.dataset_of(products[:2]).to_parquet(str(tmp_path / "data" / "test-0.parquet"))
     assert len(open_table(tmp_path).columns) == 9
@@ -206,6 +207,10 @@ def test_the_columns_of_tars_are_members_or_fields(tmp_path):
 def test_labels_may_be_missing_where_none_are_needed(tmp_path):
     (tmp_path / "a.csv").write_text("file_name,text\n,mug\n")
     (tmp_path / "a.jsonl").write_text('{"file_name": null, "text": "mug"}\n')
+    table = open_table(tmp_path / "a.jsonl", columns={"label": ""}, needs_label=False)
+    assert rows_of(table) == [(False, "mug", "")]
+    (tmp_path / "b.jsonl").write_text('{"file_name": null, "text": "mug", "label": null}\n')
+    assert not open_table(tmp_path / "b.jsonl", needs_label=False).broken
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         folders.add_member(tar, "0.txt", b"mug")
         folders.add_member(tar, "0.jpg", b"mug")

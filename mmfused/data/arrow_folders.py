@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import glob
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -65,8 +67,10 @@ def read_parquet(root: Path, files: Sequence[Path], names: Names, split: str) ->
     with _errors_named(root if len(files) > 1 else files[0], "Parquet files"):
         import datasets
 
-        # From files on this machine, so that nothing is looked up in the network.
-        dataset = datasets.Dataset.from_parquet([str(path) for path in files])
+        # From files on this machine, so that nothing is looked up in the network. Their names are
+        # patterns to datasets.
+        patterns: Any = [glob.escape(os.path.abspath(path)) for path in files]
+        dataset = datasets.Dataset.from_parquet(patterns)
     source = root.name if len(files) > 1 else files[0].name
     return _table_of(dataset, root, source, names)
 

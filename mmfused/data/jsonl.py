@@ -76,7 +76,7 @@ class ObjectRows:
         self._is_noted = True
         self.image = self._text_in(fields, names.image) if names.image else ""
         text = joined([self._text_in(fields, part) for part in names.text])
-        has_label = names.label in names.needed or names.label in fields
+        has_label = names.label in names.needed or fields.get(names.label) is not None
         label = label_in(fields, names.label) if has_label and names.label else ""
         coarse = ""
         if names.coarse_label in fields or names.coarse_label in names.needed:

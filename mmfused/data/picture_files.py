@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import stat
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,23 +53,15 @@ class FilePictures:
             return fingerprint_of(_size_of(file), lambda start, count: _read_at(file, start, count))
 
     def _path(self, name: str) -> str:
-        """Return the path of a regular file, like `picture_path`, which looks up all its folders.
-
-        Raises:
-            BrokenPicture: the file is missing, leads outside the folder, or is not regular.
-        """
+        """Return the path of a file, like `picture_path`, which looks up all its folders."""
         if not name:
             raise BrokenPicture("the row has no picture")
         folder, last = os.path.split(name)
         real = None if last in ("", ".", "..") or "\0" in name else self._real_folder(folder)
-        if real is not None:
-            path = os.path.join(real, last)
-            status = _status_of(path, os.lstat)
-            if not stat.S_ISLNK(status.st_mode):
-                pictures._check_regular(status)
-                return path
-        path = str(picture_path(self.root, name))
-        pictures._check_regular(_status_of(path, os.stat))
+        path = None if real is None else os.path.join(real, last)
+        # `islink` is False for a file that does not exist, which opening it tells.
+        if path is None or os.path.islink(path):
+            return str(picture_path(self.root, name))
         return path
 
     def _real_folder(self, folder: str) -> str | None:
@@ -165,7 +156,7 @@ class _Opened:
         self._path = path
 
     def __enter__(self) -> int:
-        # The file may have been replaced by a pipe, so do not block.
+        # It may be a pipe, so do not block.
         flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
         try:
             self._file = os.open(self._path, flags)
@@ -193,17 +184,8 @@ def _reason(error: OSError | ValueError) -> str:
     return getattr(error, "strerror", None) or "it is not a valid file name"
 
 
-def _status_of(path: str, look: Callable[[str], os.stat_result]) -> os.stat_result:
-    try:
-        return look(path)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise BrokenPicture("the file does not exist") from error
-    except (OSError, ValueError) as error:
-        raise BrokenPicture(_reason(error)) from error
-
-
 def _size_of(file: int) -> int:
-    """Return the size of an open file, which may have been replaced by another kind of file."""
+    """Return the size of an open file; raise BrokenPicture if it is not regular, or too large."""
     status = os.fstat(file)
     pictures._check_regular(status)
     if status.st_size > pictures.MAX_BYTES:

@@ -51,8 +51,9 @@ def open_table(
       are splits.
     * "webdataset": an uncompressed .tar, or a folder of them, read in the order of their names. A
       row is a run of members with the same name up to the first dot: .jpg, .png or another picture,
-      .txt (text), .cls (label), and .json (an object with any columns). A tar that is cut is read
-      up to there; one broken row stands for the rest.
+      .txt (text), .cls (label), and .json (an object with any columns). Columns of other names
+      are fields of that object or suffixes of members, such as "left.png" and "caption.txt". A tar
+      that is cut is read up to there; one broken row stands for the rest.
     * "classes": a folder with a sub-folder of pictures for each class. Texts are empty.
     * "glami": GLAMI-1M as published. Columns "image_id", "name+description" and "category", in
       GLAMI-1M-train.csv or GLAMI-1M-test.csv by ``split``; pictures in images/.
