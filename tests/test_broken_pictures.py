@@ -129,3 +129,21 @@ def test_quiet_suppresses_only_the_warnings_of_pillow():
     thread.join(10)
     assert [str(warning.message) for warning in caught] == ["another's"]
     assert warnings.filters == filters
+
+
+def test_quiet_in_a_thread_keeps_the_filters_that_others_set(monkeypatch):
+    before = list(warnings.filters)
+    inner, outer = pictures.quiet(), pictures.quiet()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        inner.__enter__()
+    inner.__exit__(None, None, None)
+    assert warnings.filters == before
+    outer.__enter__()
+    with warnings.catch_warnings(record=True):
+        outer.__exit__(None, None, None)
+        assert warnings.filters == before
+    # The filter that came back with the others is removed at the next time.
+    with pictures.quiet():
+        pass
+    assert warnings.filters == before

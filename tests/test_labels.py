@@ -5,10 +5,11 @@ from __future__ import annotations
 import csv
 from itertools import chain
 
+import numpy as np
 import pytest
 
 from mmfused.data import ProductFolder
-from mmfused.data.labels import sorted_names
+from mmfused.data.labels import read_labels, sorted_names
 from mmfused.data.strings import Strings
 
 
@@ -128,6 +129,12 @@ def test_rows_that_are_not_read_have_no_classes_but_rows_without_a_picture_have(
     )
     data = ProductFolder(tmp_path)
     assert data.class_names == ["mug", "plate", "vase"] and data.labels == [0, 1]
+
+
+def test_labels_of_broken_rows_are_not_read():
+    found = read_labels(Strings(["4", "x", "y", "", "z", "y"]), np.array([1, 1, 0, 1, 0, 0]) > 0)
+    assert found.class_names == ["y", "z"] and found.faults == {}
+    assert found.values[[2, 4, 5]].tolist() == [0, 1, 0]
 
 
 def test_names_are_part_of_the_digest(tmp_path):

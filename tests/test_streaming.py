@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import hashlib
+import json
 import logging
 import os
 import pickle
@@ -195,6 +197,16 @@ def test_the_fingerprint_is_that_of_the_same_files_in_both_modes(tmp_path):
     assert len(seen) == 5
 
 
+def test_the_digest_of_a_set_in_memory_is_that_of_earlier_versions(tmp_path):
+    write(tmp_path, 4)
+    total = hashlib.sha256()
+    for row, text in enumerate(["red", "red blue", "red blue green", ""]):
+        file = tmp_path / f"{row}.jpg"
+        digest = hashlib.sha256(file.read_bytes()).hexdigest() if row != 1 else None
+        total.update(json.dumps([text, row % 3, 0, digest]).encode())
+    assert ProductFolder(tmp_path).digest == total.hexdigest()
+
+
 def test_rows_without_a_usable_file_are_skipped_at_the_start(tmp_path):
     write(tmp_path, 3)
     (tmp_path / "empty.jpg").touch()
@@ -366,6 +378,39 @@ def test_swapped_texts_of_a_streamed_set_are_streamed(root, tokenizer):
     ]
     assert isinstance(batches[1].items, StreamedItems)
     assert_equal(batches[1], batches[0])
+    swapped = swap_texts(ProductFolder(root, stream=True), 0.5, seed=1)
+    part = swapped.select([3, 1, 4, 15, 9, 2])
+    assert part.texts == [swapped.texts[row] for row in (3, 1, 4, 15, 9, 2)]
+    assert 0 < len(part.swapped) == len(part.donors) < 6
+    for row, donor in zip(part.swapped, part.donors, strict=True):
+        assert part[row]["text"] == swapped.dataset.texts[donor]
+    assert part.labels == part.dataset.labels and len(part) == 6
+    assert part.fingerprint != part.dataset.fingerprint != swapped.fingerprint
+
+
+def test_only_pictures_that_are_there_start_threads(root, tokenizer):
+    items = make_items(ProductFolder(root, stream=True), Collate(tokenizer, 16, 8))
+    reading = items.start(torch.tensor([1, 6, 1]))
+    assert not pictures_threads()
+    assert items.finish(reading)["image_present"].tolist() == [False] * 3
+
+
+def test_strict_reading_stops_at_the_first_fault(tmp_path, monkeypatch):
+    write(tmp_path, 1)
+    lines = ["file_name,text,label", *["0.jpg,tea,0"] * 200]
+    reads = []
+    read = folder_module.FilePictures.read
+    monkeypatch.setattr(
+        folder_module.FilePictures, "read", lambda self, row: reads.append(row) or read(self, row)
+    )
+    for fault in ("gone.jpg,tea,0", "0.jpg,tea,-1"):
+        lines[4] = fault
+        (tmp_path / "metadata.csv").write_text("\n".join(lines))
+        reads.clear()
+        with pytest.raises(ValueError, match="metadata.csv line 5"):
+            ProductFolder(tmp_path, strict=True)
+        assert len(reads) <= 3 + 4 * 8 + 1  # what the threads read in advance
+    assert sorted(reads) == [0, 1, 2]
 
 
 def test_a_streamed_set_can_be_pickled(root):

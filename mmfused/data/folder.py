@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ._common import Resample, Resize, check_choice, check_int
-from .folder_rows import FolderRows, source_columns
+from .folder_rows import FolderRows, shared_ints, source_columns
 from .labels import LabelKind
 from .picture_files import FilePictures
 from .pictures import BrokenPicture, decode, short_side
@@ -25,7 +25,7 @@ from .pictures import load_rgb as load_rgb
 from .quiet import quiet
 from .reading import Lost, Read, SelectedImages, StreamedImages, checked, decoded
 from .splits import Splits, checked_rows
-from .strings import Strings
+from .strings import Strings, release_memory
 from .tables import Pictures, open_table
 
 F = TypeVar("F", bound="ProductFolder")
@@ -60,7 +60,8 @@ class ProductFolder(Splits, Dataset[dict[str, Any]]):
     in memory and a streamed set, whose ``.digest`` is its ``.fingerprint``.
 
     Args:
-        root: the folder, or a file of a format that :func:`mmfused.data.tables.open_table` reads.
+        root: the folder, or a file of a format that
+            ``mmfused.data.tables.open_table`` reads.
         image_size: side of the square to which images are resized; None keeps the size of each
             image.
         num_classes: number of classes; labels must be smaller. None takes the largest label + 1, or
@@ -155,13 +156,15 @@ class ProductFolder(Splits, Dataset[dict[str, Any]]):
         self._lost = Lost()
         self.file_names: Strings = rows.images.take(kept)
         self.texts: Strings = rows.texts.take(kept)
-        self.labels: list[int] = rows.labels[kept].tolist()
+        self.labels: list[int] = shared_ints(rows.labels[kept])
         self.present: list[bool] = rows.has_image[kept].tolist()
         self.coarse_labels: list[int] | None = None
         if rows.has_coarse_labels:
-            self.coarse_labels = rows.coarse_labels[kept].tolist()
+            self.coarse_labels = shared_ints(rows.coarse_labels[kept])
         self.class_names: list[str] | None = rows.class_names
         self.num_classes: int = num_classes or len(rows.class_names or ()) or max(self.labels) + 1
+        del table, rows
+        release_memory()
 
     def _is_streamed(self, rows: int, stream: bool | None) -> bool:
         """Return whether pictures are streamed; raise if they do not fit into memory."""
@@ -199,9 +202,11 @@ class ProductFolder(Splits, Dataset[dict[str, Any]]):
                 _put(images, len(kept), None if read is None else read.image)
             kept.append(row)
             content = [text, int(rows.labels[row]), int(rows.coarse_labels[row])]
-            file = (None, None) if read is None else (read.digest, read.fingerprint.hex())
-            digest.update(json.dumps([*content, file[0]]).encode())
-            fingerprint.update(json.dumps([*content, file[1]]).encode())
+            ends = None if read is None else read.fingerprint.hex()
+            fingerprint.update(json.dumps([*content, ends]).encode())
+            if not self.streamed:
+                file = None if read is None else read.digest
+                digest.update(json.dumps([*content, file]).encode())
         self.fingerprint: str = fingerprint.hexdigest()
         self.digest: str = self.fingerprint if self.streamed else digest.hexdigest()
         # Skipped rows leave the end of a tensor unwritten, so that it takes no physical memory.

@@ -89,3 +89,9 @@ def source_columns(columns: Mapping[str, str] | None, text_column: str) -> dict[
             )
         found["text"] = text_column
     return found
+
+
+def shared_ints(values: np.ndarray) -> list[int]:
+    """Return a list with one object for all equal integers, which saves memory."""
+    distinct, places = np.unique(values, return_inverse=True)
+    return distinct.astype(object)[places].tolist()

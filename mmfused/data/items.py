@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import weakref
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from torch import Tensor
 from ._common import Batch, Rows, check_int
 from .folder import ProductFolder
 from .pictures import BrokenPicture
+from .quiet import quiet
 from .reading import SelectedImages
 from .sequence_items import Processor, SequenceItems
 from .swap import SwappedTexts
@@ -170,6 +172,9 @@ class _Reading:
         self.rows = rows
         self._pool = pool
         self._tasks: list[Future[None]] = []
+        # From the first batch to the last, not once more for each picture.
+        self._quiet = contextlib.ExitStack()
+        self._quiet.enter_context(quiet())
         side = items.size[0]
         self._images = torch.zeros(len(rows), 3, side, side, dtype=torch.uint8)
         present = items.present[rows].tolist()
@@ -182,17 +187,17 @@ class _Reading:
         try:
             for task in self._tasks:
                 task.result()
-        except BaseException:
-            self._cancel()
-            raise
+        finally:
+            self._end()
         return self._images
 
-    def _cancel(self) -> None:
+    def _end(self) -> None:
         for task in self._tasks:
             task.cancel()
+        self._quiet.close()
 
     def __del__(self) -> None:
-        self._cancel()
+        self._end()
 
 
 def _decode(items: StreamedItems, row: int, image: Tensor) -> None:

@@ -66,7 +66,7 @@ def _rows_of_each(labels: Sequence[int], fraction: float) -> np.ndarray:
     rng = np.random.default_rng(SEED)
     _, places, counts = np.unique(labels, return_inverse=True, return_counts=True)
     wanted = counts * fraction
-    taken = np.minimum(np.floor(wanted).astype(np.int64), counts - 1)
+    taken = np.floor(wanted).astype(np.int64)
     missing = round(len(places) * fraction) - int(taken.sum())
     # Of equal remainders, random ones come first.
     order = np.lexsort((rng.random(len(counts)), taken - wanted))

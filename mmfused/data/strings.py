@@ -44,9 +44,11 @@ class Strings(Sequence[str]):
         self._array: Any = pyarrow.compute.fill_null(column, "")
 
     def take(self, rows: Sequence[int] | np.ndarray) -> Strings:
-        """Return the strings of ``rows``, in the order of ``rows``."""
+        """Return the strings of ``rows``, in the order of ``rows``; no copy if these are all."""
         import pyarrow
 
+        if len(rows) == len(self) and np.array_equal(rows, np.arange(len(self))):
+            return self
         return Strings(self._array.take(pyarrow.array(np.asarray(rows, dtype=np.int64))))
 
     def empty(self) -> np.ndarray:
@@ -95,3 +97,10 @@ class Strings(Sequence[str]):
         if len(self) <= SHOWN:
             return repr(list(self))
         return f"<{len(self)} strings, the first {self[0]!r:.80}>"
+
+
+def release_memory() -> None:
+    """Give the memory of dropped Arrow columns back to the system, which Arrow would keep."""
+    import pyarrow
+
+    pyarrow.default_memory_pool().release_unused()
