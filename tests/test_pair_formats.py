@@ -68,6 +68,28 @@ def test_parquet_is_read_like_json(tmp_path):
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(ValueError, match=r"\.parquet is not a readable Parquet file: "):
         open_pairs(path, "mmeb")
+    pairs = open_pairs(tmp_path)
+    assert len(pairs) == 2 and len(pairs.skipped) == 1
+    start = f"VQA/original-00000-of-00002.parquet: {path} is not a readable Parquet file: "
+    assert pairs.skipped[0].startswith(start)
+
+
+def test_unreadable_files_of_a_folder_are_named(tmp_path):
+    folder = text_set(tmp_path / "set", {"b": [("q", "1")]})
+    write(folder / "a.json", [{"qry": "broken"}, mmeb_row("r", "2")])
+    (folder / "c.json").write_text("[]", encoding="utf-16")
+    (folder / "d.json").touch()
+    (folder / "other.json").write_text('{"a": 1}')
+    write(tmp_path / "outside.json", [mmeb_row("s", "3")])
+    (folder / "e.json").symlink_to(tmp_path / "outside.json")
+    pairs = open_pairs(folder)
+    assert texts_of(pairs, pairs.queries) == ["r", "q"]
+    assert pairs.skipped == [
+        f"c.json: {folder / 'c.json'}: got UTF-16, expected UTF-8: save it as UTF-8",
+        f"d.json: {folder / 'd.json'}: got no JSON list and no JSON object in its first line",
+        "e.json: it leads outside the folder",
+        "a.json entry 1: it has no pos_text",
+    ]
 
 
 def test_folders_of_tasks_and_splits(tmp_path):
@@ -258,11 +280,13 @@ def test_mixtures(tmp_path):
         ([{"data": "lost"}], r"sources\[0\]: .*lost does not exist"),
         ([{"data": "none"}], r"sources\[0\]: .* holds no pairs in a known format"),
         ([{"data": "one", "format": "mixture"}], r"sources\[0\]: got another mixture"),
+        ([{"data": "empty"}], r"sources\[0\]: .*empty has no usable pair"),
         ([{"data": "one", "format": "glami"}], r"format: got 'glami', expected 'webqa' or 'mmeb'"),
     ],
 )
 def test_broken_mixtures(tmp_path, sources, message):
     text_set(tmp_path / "one", {"a": [("q", "1")]})
+    text_set(tmp_path / "empty", {"a": [("q", "")]})
     (tmp_path / "none").mkdir()
     path = tmp_path / "mixture.json"
     path.write_text(json.dumps({"sources": sources}))

@@ -138,6 +138,11 @@ class PairBuilder:
         self._products: dict[str, int] = {}  # an item of each product
         self._same = array("q"), array("q")  # items, and the first item of the same product
 
+    @property
+    def count(self) -> int:
+        """The number of rows."""
+        return len(self._rows["query"])
+
     def task(self, name: str, corpora: list[int] | None = None) -> int:
         """Return the number of a new task.
 
