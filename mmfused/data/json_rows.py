@@ -159,21 +159,38 @@ class _Text:
         return BrokenRow(f"{reason}; the rest of the list is not read")
 
 
+def parquet_columns(path: Path) -> list[str]:
+    """Return the names of the columns of a Parquet file.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    with _parquet_file(path) as file:
+        return file.schema_arrow.names
+
+
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    number = 0
+    with _parquet_file(path) as file:
+        import pyarrow
+
+        try:
+            for batch in file.iter_batches(ROWS):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"row {number}", row
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
+            reason = f"the rest of the file cannot be read: {one_line(error)}"
+            yield f"after row {number}", BrokenRow(reason)
+
+
+def _parquet_file(path: Path) -> Any:
     try:
         import pyarrow
         import pyarrow.parquet
     except ModuleNotFoundError as error:
         raise ValueError(f"{path}: reading it needs pyarrow: pip install datasets") from error
-    number = 0
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(ROWS):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"row {number}", row
+        return pyarrow.parquet.ParquetFile(path)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        if number == 0:
-            raise ValueError(f"{path} is not a readable Parquet file: {one_line(error)}") from error
-        reason = f"the rest of the file cannot be read: {one_line(error)}"
-        yield f"after row {number}", BrokenRow(reason)
+        raise ValueError(f"{path} is not a readable Parquet file: {one_line(error)}") from error

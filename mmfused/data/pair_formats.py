@@ -15,10 +15,11 @@ from .pair_readers import (
     MBEER_KEYS,
     MMEB_KEYS,
     UNITE_KEYS,
-    files_with,
+    has_rows,
     read_mbeer,
     read_mmeb,
     read_unite,
+    row_files,
     shown,
 )
 from .pair_sets import PairBuilder, PairSet
@@ -115,12 +116,20 @@ def detect_pair_format(path: str | os.PathLike[str]) -> PairFormat | None:
         raise FileNotFoundError(f"{path} does not exist")
     if path.is_dir() and is_webqa(path):
         return "webqa"
+    files = row_files(path)
     for name in PAIR_FORMATS:
-        if name in _KEYS and files_with(path, _KEYS[name]):
+        if name in _KEYS and any(_has_rows(file, name) for file in files):
             return name
     if path.suffix == ".json" and path.is_file() and _sources(path) is not None:
         return "mixture"
     return None
+
+
+def _has_rows(file: Path, name: str) -> bool:
+    try:
+        return has_rows(file, _KEYS[name])
+    except ValueError:
+        return False  # reading the set tells why
 
 
 def _format_of(path: Path, format: str | None) -> PairFormat:
@@ -161,7 +170,10 @@ def _read_mixture(
             prefix = f"{inner.stem}.{number}/"
         prefixes.add(prefix)
         builder.prefix, builder.weight = prefix, weight
+        before = builder.count
         _READERS[format](builder, inner, split, root)
+        if builder.count == before:
+            raise ValueError(f"{name}: {inner} has no usable pair")
     builder.prefix = ""
 
 

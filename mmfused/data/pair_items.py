@@ -260,7 +260,7 @@ class ItemBuilder:
             try:
                 found = self._checked_file(name)
             except BrokenPicture as error:
-                shown = name.encode("utf-8", "replace").decode()[:200]
+                shown = "".join(x if x.isprintable() else "?" for x in name[:200])
                 found = f"the image cannot be read: {shown}: {error}"
             self._numbers[name] = found
         if isinstance(found, str):

@@ -90,6 +90,8 @@ class NegativeDraws:
             item = self.pool[start + draw_below(end - start, generator)]
             is_wrong = self._is_own(rows, item) | (taken == item[:, None]).any(1)
             found = np.where((found < 0) & ~is_wrong, item, found)
+            if (found >= 0).all():
+                break
         for place in np.flatnonzero(found < 0):
             found[place] = self._looked_up(int(rows[place]), taken[place], generator)
         return found

@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from mmfused.json_files import one_line
 
-from .json_rows import json_rows
+from .json_rows import json_rows, parquet_columns
 from .metadata import BrokenRow
 from .pair_sets import MODALITIES, PairBuilder, RawItem, read_items
 
 SUFFIXES = (".json", ".jsonl", ".parquet")
+FIRST_ROWS = 8  # number of rows that are looked at to find out what a file has
 # The keys by which a row of a format is known.
 MMEB_KEYS = ("qry", "pos_text")
 UNITE_KEYS = ("query", "candidate")
@@ -26,29 +28,25 @@ AddRow = Callable[[PairBuilder, str, Row, int, str], None]
 _SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 
 
-def first_row(path: Path) -> Row:
-    """Return the first row of a file that is an object; {} if the file is not readable."""
-    try:
-        for _, value in json_rows(path):
-            return value if isinstance(value, dict) else {}
-    except ValueError:
-        pass
-    return {}
+def has_rows(path: Path, keys: Sequence[str]) -> bool:
+    """Return whether one of the first rows of a file has ``keys``.
 
-
-def files_with(path: Path, keys: Sequence[str]) -> list[Path]:
-    """Return the files of a folder and its sub-folders whose rows have ``keys``, in order.
-
-    ``path`` may also be a file; it is returned if its rows have the keys.
+    Raises:
+        ValueError: the file cannot be read.
     """
+    if path.suffix == ".parquet":
+        return set(keys) <= set(parquet_columns(path))
+    first = (row for _, row in islice(json_rows(path), FIRST_ROWS))
+    return any(isinstance(row, dict) and all(key in row for key in keys) for row in first)
+
+
+def row_files(path: Path) -> list[Path]:
+    """Return a file, or the files of a folder and its sub-folders that may have rows, in order."""
     files = [path]
     if path.is_dir():
         folders = [path, *sorted(child for child in path.iterdir() if child.is_dir())]
         files = [file for folder in folders for file in sorted(folder.iterdir())]
-        root = path.resolve()
-        files = [file for file in files if file.resolve().is_relative_to(root)]
-    files = [file for file in files if file.suffix in SUFFIXES and file.is_file()]
-    return [file for file in files if all(key in first_row(file) for key in keys)]
+    return [file for file in files if file.suffix in SUFFIXES and file.is_file()]
 
 
 def of_split(files: list[Path], split: str) -> list[Path]:
@@ -87,7 +85,7 @@ def read_rows(
             the pictures' folder.
     """
     folder = path if path.is_dir() else path.parent
-    files = of_split(files_with(path, keys), split) if path.is_dir() else [path]
+    files = of_split(_files_with(builder, path, keys), split) if path.is_dir() else [path]
     if not files:
         raise ValueError(f"{path} has no file whose rows have {', '.join(keys)}")
     builder.items.enter(root or folder)
@@ -111,6 +109,25 @@ def read_rows(
                 add(builder, where, row, task, inner)
             except BrokenRow as error:
                 builder.skip(where, error)
+
+
+def _files_with(
+    builder: PairBuilder,
+    folder: Path,
+    keys: Sequence[str],
+) -> list[Path]:
+    """Return the files of a folder whose rows have ``keys``, and skip those that are unreadable."""
+    found, root = [], folder.resolve()
+    for file in row_files(folder):
+        name = os.path.relpath(file, folder)
+        try:
+            if not file.resolve().is_relative_to(root):
+                builder.skip(name, "it leads outside the folder")
+            elif has_rows(file, keys):
+                found.append(file)
+        except ValueError as error:
+            builder.skip(name, error)
+    return found
 
 
 def read_mmeb(

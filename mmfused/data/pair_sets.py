@@ -47,8 +47,7 @@ class PairSet:
     candidates: np.ndarray  # (C,) int64, the items that are searched
     corpora: np.ndarray  # (C,) int64, the corpus of each candidate
     corpus_names: list[str]
-    # Whether the queries of task t are for corpus t only, otherwise for all corpora.
-    own_corpora: bool
+    task_corpora: list[list[int]]  # the corpora that the queries of each task search
     # (N,) int64: items with the same number are the same product, and no negatives of each other.
     products: np.ndarray
     skipped: list[str] = field(default_factory=list)  # why rows or items were left out
@@ -69,7 +68,7 @@ class PairSet:
     @property
     def digest(self) -> str:
         """SHA-256 of all that the set holds; of picture files, their names and sizes."""
-        names = [self.items.digest, self.task_names, self.corpus_names, self.own_corpora]
+        names = [self.items.digest, self.task_names, self.corpus_names, self.task_corpora]
         total = hashlib.sha256(json.dumps(names).encode())
         for lists in (self.positives, self.negatives):
             for numbers in lists.arrays:
@@ -132,6 +131,8 @@ class PairBuilder:
         self.skipped: list[str] = []
         self.task_names: list[str] = []
         self.task_weights: list[float] = []
+        # The corpora that each task searches; None: its own positives and negatives.
+        self.task_corpora: list[list[int] | None] = []
         self.corpus_names: list[str] = []
         self.prefix = ""  # of the names of tasks and of sentences
         self.weight = 1.0  # of the following tasks
@@ -142,15 +143,28 @@ class PairBuilder:
         self._products: dict[str, int] = {}  # an item of each product
         self._same = array("q"), array("q")  # items, and the first item of the same product
 
-    def task(self, name: str) -> int:
-        """Return the number of a new task."""
+    @property
+    def count(self) -> int:
+        """The number of rows."""
+        return len(self._rows["query"])
+
+    def task(self, name: str, corpora: list[int] | None = None) -> int:
+        """Return the number of a new task.
+
+        Its queries search ``corpora``; None: the positives and negatives of the task.
+        """
         self.task_names.append(self.prefix + name)
+        self.task_corpora.append(corpora)
         self.task_weights.append(self.weight)
         return len(self.task_names) - 1
 
     def corpus(self, name: str) -> int:
         """Return the number of a new corpus."""
         self.corpus_names.append(self.prefix + name)
+        return len(self.corpus_names) - 1
+
+    def _own_corpus(self, task: int) -> int:
+        self.corpus_names.append(self.task_names[task])
         return len(self.corpus_names) - 1
 
     def candidate(self, spec: Spec, corpus: int) -> int:
@@ -199,12 +213,7 @@ class PairBuilder:
         positives = _lists(self._positives, owner, len(first))
         negatives = self._true_negatives(positives, _lists(self._negatives, owner, len(first)))
         tasks = task[first]
-        candidates, corpora = (np.array(column) for column in self._candidates)
-        own_corpora = not len(candidates)
-        if own_corpora:
-            self.corpus_names = self.task_names
-            both = [tasks[x.owners] * len(items) + x.values for x in (positives, negatives)]
-            corpora, candidates = np.divmod(np.unique(np.concatenate(both)), len(items))
+        candidates, corpora, task_corpora = self._searched(tasks, positives, negatives)
         return PairSet(
             items,
             query[first],
@@ -217,10 +226,32 @@ class PairBuilder:
             candidates,
             corpora,
             self.corpus_names,
-            own_corpora,
+            task_corpora,
             same_number(len(items), *(np.array(column, np.int64) for column in self._same)),
             self.skipped,
         )
+
+    def _searched(
+        self,
+        tasks: np.ndarray,
+        positives: Ragged,
+        negatives: Ragged,
+    ) -> tuple[np.ndarray, np.ndarray, list[list[int]]]:
+        """Return the candidates, their corpora, and the corpora that each task searches."""
+        task_corpora = [
+            [self._own_corpus(task)] if corpora is None else corpora
+            for task, corpora in enumerate(self.task_corpora)
+        ]
+        is_own = np.array([corpora is None for corpora in self.task_corpora])
+        corpus = np.array([corpora[0] for corpora in task_corpora])
+        keys = []
+        for lists in (positives, negatives):
+            task = tasks[lists.owners]
+            keys.append((corpus[task] * len(self.items) + lists.values)[is_own[task]])
+        own_corpora, own = np.divmod(np.unique(np.concatenate(keys)), len(self.items))
+        candidates, corpora = (np.array(column, np.int64) for column in self._candidates)
+        candidates = np.concatenate([candidates, own])
+        return candidates, np.concatenate([corpora, own_corpora]), task_corpora
 
     def _true_negatives(self, positives: Ragged, negatives: Ragged) -> Ragged:
         """Return the negatives without those that are positives of the same query."""

@@ -96,4 +96,4 @@ class SequenceItems:
                 if len(self.lost) == NAMED:
                     logger.warning("further lost pictures are only counted")
             text = self.items.texts[row]
-            return {"text": text} if text else {"image": torch.zeros(BLANK, dtype=torch.uint8)}
+            return {"text": text} if text else {"image": [torch.zeros(BLANK, dtype=torch.uint8)]}

@@ -35,18 +35,20 @@ def read_webqa(
     """Read queries whose positives are in a corpus of texts or of pictures with captions.
 
     A task is a type of queries, which is the name of the corpus that has their positives. Queries
-    are meant to search both corpora.
+    search both corpora.
     """
     if not is_webqa(path):
         expected = f"a file of {', '.join(QUERIES['train'])}, and {' or '.join(CORPORA.values())}"
         raise ValueError(f"{path}: expected a folder with {expected}")
     builder.items.enter(root or (path / "images" if (path / "images").is_dir() else path))
     contents: dict[str, int] = {}
-    for name, file in CORPORA.items():
-        if (path / file).is_file():
-            _read_corpus(builder, path / file, builder.corpus(name), contents)
+    corpora = {
+        file: builder.corpus(name) for name, file in CORPORA.items() if (path / file).is_file()
+    }
+    for file, corpus in corpora.items():
+        _read_corpus(builder, path / file, corpus, contents)
     names = [name for name in QUERIES[split] if (path / name).is_file()]
-    _read_queries(builder, path / names[0], contents)
+    _read_queries(builder, path / names[0], contents, [*corpora.values()])
 
 
 def _read_corpus(
@@ -77,6 +79,7 @@ def _read_queries(
     builder: PairBuilder,
     path: Path,
     contents: dict[str, int],
+    corpora: list[int],
 ) -> None:
     tasks: dict[str, int] = {}
     for where, row in _objects(builder, path, "positive"):
@@ -91,7 +94,7 @@ def _read_queries(
             negatives = _known(builder, where, "negative", given, contents)
             task = string("type", row.get("type") or "all")
             if task not in tasks:
-                tasks[task] = builder.task(task)
+                tasks[task] = builder.task(task, corpora)
             builder.pair(query, positives, negatives, tasks[task])
         except BrokenRow as error:
             builder.skip(where, error)

@@ -2,9 +2,10 @@
 
 An item is a picture, a text, or both. A view of an item shows its picture, its text, or both. The
 parts of a batch are `query`, `candidate` and, for models with hard negatives, `negative`. Row i of
-`candidate` is the positive of query i, and row i of `negative` is a hard negative of query i. A
-part is a dict of the arguments of `encode`, including `labels` (B,) int64. Items with the same
-label are the same product. InfoNCE does not use such items as negatives of each other.
+`candidate` is the positive of query i. `negative` has n hard negatives for each query, in rows n i
+and following; MOON2.0 needs n = 1. A part is a dict of the arguments of `encode`, including
+`labels` (B,) int64. Items with the same label are the same product. InfoNCE does not use such items
+as negatives of each other.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ class RetrievalModel(nn.Module):
         Args:
             query: what `encode` returned for the queries.
             candidate: the same for the candidates; row i is the positive of query i.
-            negative: the same for hard negatives, or None.
+            negative: the same for hard negatives, as many for each query, or None.
         """
         raise NotImplementedError
 

@@ -218,7 +218,10 @@ class UNITE(RetrievalModel):
         candidate: dict[str, Tensor],
         negative: dict[str, Tensor] | None = None,
     ) -> RetrievalOutput:
-        """Return the loss of the config's stage; row i of each part belongs to query i."""
+        """Return the loss of the config's stage; row i of ``candidate`` belongs to query i.
+
+        In stage 2, ``negative`` may have any number of rows, which are negatives of all queries.
+        """
         c = self.config
         candidates, candidate_id = candidate["embedding"], candidate["labels"]
         query_key = candidate_key = None
