@@ -5,9 +5,11 @@ import os
 import re
 import sys
 import weakref
+import zipfile
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -70,6 +72,8 @@ def test_npz_equals_that_of_numpy(tmp_path, size, monkeypatch):
             assert found[name].dtype == expected[name].dtype
             assert np.array_equal(found[name], expected[name])
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+    with zipfile.ZipFile(tmp_path / "a.npz") as archive:
+        assert {info.date_time[0] for info in archive.infolist()} == {1980}
 
 
 def test_parquet_has_a_row_per_item_and_a_row_group_per_part(tmp_path):
@@ -139,6 +143,40 @@ def test_a_damaged_byte_is_found(path):
     if path.suffix == ".npz":  # Parquet files have no checksums by default
         with pytest.raises(ValueError, match="is truncated, corrupt or no"):
             read_embeddings(path, "embeddings")
+
+
+@pytest.mark.parametrize(
+    ("at", "change"),
+    # The flag of encryption, the method of compression, and compressed data.
+    [(b"PK\x01\x02", (8, 1)), (b"PK\x01\x02", (10, 3)), (b"PK\x03\x04", (90, 255))],
+)
+def test_other_zip_files_are_refused(tmp_path, at, change):
+    whole = {key: x.numpy() for key, x in make_items(rows=99).items()}
+    np.savez_compressed(tmp_path / "a.npz", **whole, skipped=np.array("[]"))
+    data = bytearray((tmp_path / "a.npz").read_bytes())
+    data[data.find(at) + change[0]] ^= change[1]
+    (tmp_path / "a.npz").write_bytes(data)
+    with pytest.raises(ValueError, match="is truncated, corrupt or no .npz file"):
+        read_embeddings(tmp_path / "a.npz", "embeddings")
+
+
+@pytest.mark.parametrize(
+    ("name", "column", "message"),
+    [
+        ("label", pa.array(["0"] * 7), "column label: got string, expected int64"),
+        ("label", pa.array([None] * 7, pa.int64()), "column label: got rows without a value"),
+        ("both", pa.array([[1.0]] * 7), "column both: got list<.*, expected a list of fixed size"),
+        ("has_text", None, "it lacks the columns has_text"),
+    ],
+)
+def test_other_parquet_files_are_refused(tmp_path, name, column, message):
+    write(tmp_path / "a.parquet", make_items())
+    table = pq.read_table(tmp_path / "a.parquet").drop_columns(name)
+    if column is not None:
+        table = table.append_column(name, column)
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=message):
+        read_embeddings(tmp_path / "a.parquet", "embeddings")
 
 
 WRONG = {

@@ -286,7 +286,6 @@ def _damaged(where: str, suffix: str) -> Iterator[None]:
         OSError,
         ValueError,
         EOFError,
-        KeyError,
         RuntimeError,
         zipfile.BadZipFile,
         zlib.error,
