@@ -217,8 +217,23 @@ def test_arrays_of_another_kind_are_refused(tmp_path, name, array, message):
         read_embeddings(tmp_path / "a.npz", "embeddings")
 
 
+def test_other_numbers_are_converted_and_other_arrays_are_refused(tmp_path):
+    whole = {key: x.numpy() for key, x in make_items().items()} | {"skipped": np.array("[]")}
+    other = {"both": whole["both"].astype(np.float16), "labels": whole["labels"].astype(np.int32)}
+    np.savez(tmp_path / "a.npz", **{**whole, **other})
+    found = read_embeddings(tmp_path / "a.npz", "embeddings").items
+    assert all(found[name].dtype == x.dtype for name, x in make_items().items())
+    np.savez(tmp_path / "a.npz", **{key: x[:0] if x.ndim else x for key, x in whole.items()})
+    with pytest.raises(ValueError, match="a.npz has no items"):
+        read_embeddings(tmp_path / "a.npz", "embeddings")
+    np.save(tmp_path / "a.npy", whole["both"])
+    os.replace(tmp_path / "a.npy", tmp_path / "a.npz")
+    with pytest.raises(ValueError, match="corrupt or no .npz file of .*: File is not a zip"):
+        read_embeddings(tmp_path / "a.npz", "embeddings")
+
+
 def measure(tmp_path, *arguments):
-    code = main(["eval", *map(str, arguments), "--device", "cpu", "--out", f"{tmp_path}/s.json"])
+    code = main(["eval", "--device", "cpu", *map(str, arguments), "--out", f"{tmp_path}/s.json"])
     return json.loads((tmp_path / "s.json").read_text()) if code == 0 else code
 
 
@@ -244,6 +259,7 @@ def test_eval_refuses_what_does_not_go_with_files(path, tmp_path, capsys):
         (["--embeddings", path, "--image-size", "0"], "image_size: got 0 with embeddings"),
         (["--embeddings", path, "--per-class"], "per_class: got True with embeddings"),
         (["--products-embeddings", path], "products_embeddings: got .* without embeddings"),
+        (["--embeddings", path, "--device", "none"], "device: got 'none'"),
         (["--checkpoint", "run"], "data: got None without embeddings"),
         (
             ["--embeddings", path, "--products-embeddings", wide],
