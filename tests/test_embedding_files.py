@@ -5,9 +5,11 @@ import os
 import re
 import sys
 import weakref
+import zipfile
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -70,6 +72,8 @@ def test_npz_equals_that_of_numpy(tmp_path, size, monkeypatch):
             assert found[name].dtype == expected[name].dtype
             assert np.array_equal(found[name], expected[name])
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+    with zipfile.ZipFile(tmp_path / "a.npz") as archive:
+        assert {info.date_time[0] for info in archive.infolist()} == {1980}
 
 
 def test_parquet_has_a_row_per_item_and_a_row_group_per_part(tmp_path):
@@ -141,6 +145,40 @@ def test_a_damaged_byte_is_found(path):
             read_embeddings(path, "embeddings")
 
 
+@pytest.mark.parametrize(
+    ("at", "change"),
+    # The flag of encryption, the method of compression, and compressed data.
+    [(b"PK\x01\x02", (8, 1)), (b"PK\x01\x02", (10, 3)), (b"PK\x03\x04", (90, 255))],
+)
+def test_other_zip_files_are_refused(tmp_path, at, change):
+    whole = {key: x.numpy() for key, x in make_items(rows=99).items()}
+    np.savez_compressed(tmp_path / "a.npz", **whole, skipped=np.array("[]"))
+    data = bytearray((tmp_path / "a.npz").read_bytes())
+    data[data.find(at) + change[0]] ^= change[1]
+    (tmp_path / "a.npz").write_bytes(data)
+    with pytest.raises(ValueError, match="is truncated, corrupt or no .npz file"):
+        read_embeddings(tmp_path / "a.npz", "embeddings")
+
+
+@pytest.mark.parametrize(
+    ("name", "column", "message"),
+    [
+        ("label", pa.array(["0"] * 7), "column label: got string, expected int64"),
+        ("label", pa.array([None] * 7, pa.int64()), "column label: got rows without a value"),
+        ("both", pa.array([[1.0]] * 7), "column both: got list<.*, expected a list of fixed size"),
+        ("has_text", None, "it lacks the columns has_text"),
+    ],
+)
+def test_other_parquet_files_are_refused(tmp_path, name, column, message):
+    write(tmp_path / "a.parquet", make_items())
+    table = pq.read_table(tmp_path / "a.parquet").drop_columns(name)
+    if column is not None:
+        table = table.append_column(name, column)
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=message):
+        read_embeddings(tmp_path / "a.parquet", "embeddings")
+
+
 WRONG = {
     "image: got embeddings that are not finite": {"image": torch.full((7, 3), torch.nan)},
     "text: got 2 features, expected 3": {"text": torch.zeros(7, 2)},
@@ -179,8 +217,23 @@ def test_arrays_of_another_kind_are_refused(tmp_path, name, array, message):
         read_embeddings(tmp_path / "a.npz", "embeddings")
 
 
+def test_other_numbers_are_converted_and_other_arrays_are_refused(tmp_path):
+    whole = {key: x.numpy() for key, x in make_items().items()} | {"skipped": np.array("[]")}
+    other = {"both": whole["both"].astype(np.float16), "labels": whole["labels"].astype(np.int32)}
+    np.savez(tmp_path / "a.npz", **{**whole, **other})
+    found = read_embeddings(tmp_path / "a.npz", "embeddings").items
+    assert all(found[name].dtype == x.dtype for name, x in make_items().items())
+    np.savez(tmp_path / "a.npz", **{key: x[:0] if x.ndim else x for key, x in whole.items()})
+    with pytest.raises(ValueError, match="a.npz has no items"):
+        read_embeddings(tmp_path / "a.npz", "embeddings")
+    np.save(tmp_path / "a.npy", whole["both"])
+    os.replace(tmp_path / "a.npy", tmp_path / "a.npz")
+    with pytest.raises(ValueError, match="corrupt or no .npz file of .*: File is not a zip"):
+        read_embeddings(tmp_path / "a.npz", "embeddings")
+
+
 def measure(tmp_path, *arguments):
-    code = main(["eval", *map(str, arguments), "--device", "cpu", "--out", f"{tmp_path}/s.json"])
+    code = main(["eval", "--device", "cpu", *map(str, arguments), "--out", f"{tmp_path}/s.json"])
     return json.loads((tmp_path / "s.json").read_text()) if code == 0 else code
 
 
@@ -206,6 +259,7 @@ def test_eval_refuses_what_does_not_go_with_files(path, tmp_path, capsys):
         (["--embeddings", path, "--image-size", "0"], "image_size: got 0 with embeddings"),
         (["--embeddings", path, "--per-class"], "per_class: got True with embeddings"),
         (["--products-embeddings", path], "products_embeddings: got .* without embeddings"),
+        (["--embeddings", path, "--device", "none"], "device: got 'none'"),
         (["--checkpoint", "run"], "data: got None without embeddings"),
         (
             ["--embeddings", path, "--products-embeddings", wide],

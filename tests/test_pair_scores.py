@@ -111,6 +111,13 @@ def test_scores_equal_sorting(seed, monkeypatch):
     assert whole["unanswerable"] > 0
 
 
+def test_rank_10_is_among_the_first_10():
+    pairs = make_pairs([[9], [10]], [0, 0], [0] * 12, ["a"], ["a"])
+    found = pair_scores(torch.arange(12.0, 0, -1)[:, None], pairs)
+    assert found["mrr_at_10"] == found["true_recall_at_10"] / 10 == 0.05
+    assert found["mrr"] == pytest.approx((1 / 10 + 1 / 11) / 2)
+
+
 def test_one_corpus_or_task_has_no_searches_of_its_own():
     pairs = make_pairs([[0], [1]], [0, 0], [0, 0], ("all pairs",), ("all pairs",))
     assert list(pair_scores(torch.eye(2), pairs)["searches"]) == ["all"]

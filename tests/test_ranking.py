@@ -96,6 +96,8 @@ def test_ties_count_against_the_relevant_candidate():
     assert ranks.tolist() == [3]
     with pytest.raises(ValueError, match="query: got a row without a relevant candidate"):
         rank_of_first(query, torch.randn(2, 2), lambda *_: (none, none))
+    with pytest.raises(ValueError, match="query: got a row without a relevant candidate"):
+        rank_of_first(query, torch.randn(2, 2), lambda *_: torch.tensor([[False, False]]))
 
 
 def exact_chance(relevant, candidates):
