@@ -137,6 +137,9 @@ def test_columns_formats_and_splits_are_passed_on(shop, tmp_path):
     columns = "image=pic,text=title,label=class"
     found = reported(tmp_path, path, "--columns", columns, "--labels", "name")
     assert found["usable_rows"] == 9 and found["classes"]["count"] == 3
+    # No label is an index, so only the row without a label is left.
+    found = reported(tmp_path, path, "--columns", columns, "--labels", "index")
+    assert found["usable_rows"] == 1 and found["classes"]["smallest"] is None
     header = "item_id,image_id,name,description,category\n"
     for split, rows in (("train", 5), ("test", 2)):
         lines = "".join(f"{row},{row},mug,,{7 + row}\n" for row in range(rows))
@@ -218,6 +221,8 @@ def test_rows_are_spread_evenly_over_groups():
     assert len(rows) == 20 and [int((groups[rows] == g).sum()) for g in (3, 5, 9)] == [2, 9, 9]
     assert rows.tolist() == sorted(set(rows.tolist())) and {0, 1, 2, 41, 42, 141} <= {*rows}
     assert contact_sheet.rows_of_groups(np.arange(100), 5).tolist() == [0, 25, 50, 74, 99]
+    thirds = np.repeat([0, 1, 2], 9)
+    assert thirds[contact_sheet.rows_of_groups(thirds, 5)].tolist() == [0, 0, 1, 1, 2]
     assert contact_sheet.rows_of_groups([1, 0, 1], 48).tolist() == [1, 0, 2]
 
 

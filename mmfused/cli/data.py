@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -89,7 +90,7 @@ def _checked(name: str, value: str | None, suffix: str, overwrite: bool) -> Path
     path = Path(value)
     if path.suffix.lower() != suffix or not path.parent.is_dir():
         raise ValueError(f"{name}: got {value!r}, expected a {suffix} file in an existing folder")
-    if path.is_dir() or (path.exists() and not overwrite):
+    if (path.exists() and not overwrite):
         raise FileExistsError(f"{name}: {path} already exists; choose another name or overwrite it")
     return path
 
@@ -125,7 +126,14 @@ def _open(args: argparse.Namespace) -> tuple[str, Any]:
 def _bar(looks: Iterable[Any], count: int) -> Iterable[Any]:
     from tqdm import tqdm
 
-    return tqdm(looks, desc="pictures", total=count, unit=" pictures", leave=False)
+    return tqdm(
+        looks,
+        desc="pictures",
+        total=count,
+        unit=" pictures",
+        leave=False,
+        mininterval=0.1 if sys.stderr.isatty() else 30,  # seconds; few lines in a log file
+    )
 
 
 def _product_rows(found: Mapping[str, Any]) -> dict[str, str]:
