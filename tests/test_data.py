@@ -318,9 +318,9 @@ def test_folder_without_a_usable_row_raises(tmp_path):
 
 
 def test_missing_folder_and_missing_metadata_raise(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"gone is not a folder with a metadata.csv"):
+    with pytest.raises(FileNotFoundError, match=r"gone does not exist, expected a folder with "):
         ProductFolder(tmp_path / "gone")
-    with pytest.raises(FileNotFoundError, match=r" has no metadata.csv"):
+    with pytest.raises(ValueError, match=r"got none of the known files, expected a folder with "):
         ProductFolder(tmp_path)
 
 

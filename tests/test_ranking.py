@@ -1,6 +1,8 @@
 """Retrieval scores against explicit sorting, and chance levels against many random orders."""
 
+import math
 import random
+from fractions import Fraction
 
 import pytest
 import torch
@@ -8,10 +10,10 @@ import torch
 from mmfused.training.retrieval_metrics import (
     chance,
     mean_scores,
-    rank_of_first,
     ranking_scores,
     retrieval_scores,
 )
+from mmfused.training.search import rank_of_first
 
 
 def ranks_by_sorting(query, candidate, labels, candidate_labels, within_queries):
@@ -37,7 +39,7 @@ def ranks_by_sorting(query, candidate, labels, candidate_labels, within_queries)
 
 @pytest.mark.parametrize("within_queries", [False, True])
 def test_scores_equal_ranks_by_sorting(within_queries, monkeypatch):
-    monkeypatch.setattr("mmfused.training.retrieval_metrics.ROWS", 4)
+    monkeypatch.setattr("mmfused.training.search.SCORES", 40)
     n, c, labels = 11, 7, [0, 1, 2, 0, 1, 2, 3, 3, 4, 0, 5]
     queries = items(n, labels)
     candidate_labels = labels if within_queries else [0, 1, 2, 3, 0, 6, 2]
@@ -89,15 +91,33 @@ def test_items_without_a_view_are_left_out_and_counted():
 
 
 def test_ties_count_against_the_relevant_candidate():
-    relevance = torch.tensor([[1, 0, 0, -1]], dtype=torch.int8)
-    ranks, _ = rank_of_first(torch.zeros(1, 2), torch.randn(4, 2), lambda first, last: relevance)
+    query, one, none = torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64), torch.zeros(0).long()
+    ranks, _ = rank_of_first(query, torch.randn(4, 2), lambda *_: (one, one), torch.tensor([3]))
     assert ranks.tolist() == [3]
     with pytest.raises(ValueError, match="query: got a row without a relevant candidate"):
-        rank_of_first(
-            torch.zeros(1, 2),
-            torch.randn(2, 2),
-            lambda first, last: torch.zeros(1, 2, dtype=torch.int8),
-        )
+        rank_of_first(query, torch.randn(2, 2), lambda *_: (none, none))
+
+
+def exact_chance(relevant, candidates):
+    """Return the chance as fractions, from the number of ways to place the relevant candidates."""
+    ways = math.comb(candidates, relevant)
+    first_at = [
+        Fraction(math.comb(candidates - j, relevant - 1), ways) for j in range(1, candidates + 1)
+    ]
+    recalls = {f"recall_at_{k}": sum(first_at[:k]) for k in (1, 5, 10)}
+    return {**recalls, "mrr": sum(p / j for j, p in enumerate(first_at, 1))}
+
+
+@pytest.mark.parametrize(("relevant", "candidates"), [(1, 3), (2, 9), (7, 7), (90, 500), (1, 1)])
+def test_chance_equals_exact_fractions(relevant, candidates):
+    expected = {name: float(x) for name, x in exact_chance(relevant, candidates).items()}
+    assert chance(relevant, candidates) == pytest.approx(expected, rel=1e-12)
+
+
+def test_chance_of_many_relevant_candidates_is_fast():
+    # The number of ways to place them has 15 051 digits.
+    assert chance(5000, 50_000)["recall_at_1"] == 0.1
+    assert chance(5000, 50_000)["mrr"] == pytest.approx(-0.1 * math.log(0.1) / 0.9, rel=1e-3)
 
 
 @pytest.mark.parametrize(("relevant", "candidates"), [(1, 9), (3, 12), (12, 12), (1, 81)])

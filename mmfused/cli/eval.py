@@ -1,4 +1,4 @@
-"""``mmfused eval``: measure a trained classifier or retrieval model on labelled products."""
+"""``mmfused eval``: measure a trained classifier or retrieval model, or given embeddings."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import model_source
+from . import given_embeddings, model_source
+from .embed import holds_pairs
 from .tables import print_rows, score_rows
 
 if TYPE_CHECKING:
@@ -16,15 +17,26 @@ if TYPE_CHECKING:
     from mmfused.data import Batches
     from mmfused.training.load import Trained
 
-HELP = "measure a trained model on a folder of products, or on the generated validation set"
+HELP = "measure a trained model on a data set, or the embeddings that mmfused embed wrote"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``mmfused eval`` to ``parser``."""
     model_source.add_arguments(parser)
+    group = parser.add_argument_group("embeddings: files of mmfused embed, instead of a model")
+    group.add_argument(
+        "--embeddings",
+        metavar="FILE",
+        help="embeddings of the queries, which are searched in --products-embeddings or, without "
+        "it, in the other queries",
+    )
+    group.add_argument(
+        "--products-embeddings",
+        metavar="FILE",
+        help="embeddings of the catalogue to search",
+    )
     parser.add_argument(
         "--data",
-        required=True,
         metavar="DIR",
         help="folder with images and metadata.csv, or 'generated'",
     )
@@ -77,10 +89,12 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out) if args.out else None
     if out and (out.is_dir() or not out.parent.is_dir()):
         raise ValueError(f"out: got {out}, expected a file in an existing folder")
-    result = _measure(args)
+    result = given_embeddings.measure(args) if args.embeddings else _measure(args)
     _print_table(result)
     if "pairs" in result:
         _print_pairs(result["pairs"])
+    elif "searches" in result:
+        _print_searches(result["searches"])
     elif args.per_class:
         _print_classes(result["classes"])
     if out:
@@ -98,6 +112,13 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
     """
     import mmfused
 
+    if args.products_embeddings is not None:
+        raise ValueError(
+            f"products_embeddings: got {args.products_embeddings!r} without embeddings, expected "
+            "both"
+        )
+    if args.data is None:
+        raise ValueError("data: got None without embeddings, expected one of the two")
     trained = model_source.load_model(args)
     retrieves = trained.task == "retrieval"
     if args.products and not retrieves:
@@ -108,6 +129,8 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
     text_column = args.text_column or trained.settings["training"].get("text_column", "text")
     num_classes = None if retrieves else trained.model.config.num_classes
     data, batches = trained.batches(args.data, args.batch_size, text_column, num_classes)
+    if holds_pairs(data):
+        return _measure_pairs(args, trained, data, batches)
     products, product_batches = None, None
     if args.products:
         products, product_batches = trained.batches(args.products, args.batch_size, name="products")
@@ -118,6 +141,18 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
             scored = _score_classes(trained, batches, data.class_names)
     unknown = [] if products is None else sorted({*data.labels} - {*products.labels})
     return {
+        **_facts(args, trained),
+        "rows": len(data),
+        "without_image": int((~batches.items.present).sum()),
+        "without_text": sum(not text for text in data.texts),
+        "unknown_labels": unknown,
+        "skipped": data.skipped + (products.skipped if products is not None else []),
+        **scored,
+    }
+
+
+def _facts(args: argparse.Namespace, trained: Trained) -> dict[str, Any]:
+    return {
         "checkpoint": args.checkpoint,
         "host": args.host,
         "data": args.data,
@@ -127,11 +162,34 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
         "backend": args.backend,
         "device": str(trained.device),
         "amp": "bf16" if trained.amp else "off",
-        "rows": len(data),
-        "without_image": int((~batches.items.present).sum()),
-        "without_text": sum(not text for text in data.texts),
-        "unknown_labels": unknown,
-        "skipped": data.skipped + (products.skipped if products is not None else []),
+    }
+
+
+def _measure_pairs(
+    args: argparse.Namespace,
+    trained: Trained,
+    pairs: Any,
+    batches: Batches,
+) -> dict[str, Any]:
+    """Return the contents of the JSON file for a `PairSet`."""
+    import mmfused
+    from mmfused.training.pair_metrics import evaluate_pairs
+
+    if args.products:
+        raise ValueError(
+            f"products: got {args.products!r} with {args.data!r}, which holds pairs and their "
+            "candidates, expected None"
+        )
+    with mmfused.backend(args.backend):
+        scored = evaluate_pairs(trained.model, pairs, batches, trained.amp)
+    assert scored is not None
+    present = [bool(x) for x in pairs.items.present]
+    return {
+        **_facts(args, trained),
+        "rows": len(present),
+        "without_image": present.count(False),
+        "without_text": sum(not text for text in pairs.items.texts),
+        "skipped": pairs.skipped,
         **scored,
     }
 
@@ -188,19 +246,24 @@ def _class_table(
 
 
 def _print_table(result: Mapping[str, Any]) -> None:
-    searched = f", searched in {result['products']}" if result["products"] else ""
+    has_model = "model" in result
+    names = ("data", "products") if has_model else ("embeddings", "products_embeddings")
+    data, products = (result[name] for name in names)
+    searched = f", searched in {products}" if products else ""
     skipped = len(result["skipped"])
-    amp = "on" if result["amp"] == "bf16" else "off"
-    rows = {
-        "model": f"{result['model']}, {result['modalities']}, "
-        f"from {result['checkpoint'] or result['host']}",
-        "data": f"{result['data']}, {result['rows']} rows, {skipped} skipped{searched}",
-        "missing": f"{result['without_image']} rows without a picture, "
-        f"{result['without_text']} without a text",
-    }
-    if result["unknown_labels"]:
+    rows: dict[str, str] = {}
+    if has_model:
+        source = result["checkpoint"] or result["host"]
+        rows["model"] = f"{result['model']}, {result['modalities']}, from {source}"
+    rows[names[0]] = f"{data}, {result['rows']} rows, {skipped} skipped{searched}"
+    rows["missing"] = (
+        f"{result['without_image']} rows without a picture, {result['without_text']} without a text"
+    )
+    if result.get("unknown_labels"):
         rows["labels"] = f"without a product: {', '.join(map(str, result['unknown_labels']))}"
-    rows["backend"] = f"{result['backend']} on {result['device']}, bf16 autocast {amp}"
+    if has_model:
+        amp = "on" if result["amp"] == "bf16" else "off"
+        rows["backend"] = f"{result['backend']} on {result['device']}, bf16 autocast {amp}"
     if "loss" in result:
         rows |= {"loss": f"{result['loss']:.4f}", **score_rows(result)}
     print_rows(rows)
@@ -220,6 +283,27 @@ def _print_pairs(pairs: Mapping[str, Mapping[str, Any]]) -> None:
             for score in ("recall_at_5", "recall_at_10", "mrr"):
                 line += f"  {pair[score]:>6.1%}"
             line += f"  {pair['macro_f1']:>8.1%}"
+        print(line)
+
+
+def _print_searches(searches: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print a line for each search of a pair set.
+
+    "all@10" is the mean fraction of a query's relevant candidates that are among the first 10.
+    """
+    width = max(map(len, ("queries->candidates", *searches)))
+    print(
+        f"\n{'queries->candidates':<{width}}  queries  candidates  no answer  R@1 (chance)     R@5"
+        "    R@10  all@10  MRR@10     MRR"
+    )
+    for name, search in searches.items():
+        line = f"{name:<{width}}  {search['queries']:>7}  {search['candidates']:>10}"
+        line += f"  {search['unanswerable']:>9}"
+        if "mrr" in search:
+            chance = f"({search['chance']['recall_at_1']:.1%})"
+            line += f"  {search['recall_at_1']:>5.1%} {chance:>6}"
+            for score in ("recall_at_5", "recall_at_10", "true_recall_at_10", "mrr_at_10", "mrr"):
+                line += f"  {search[score]:>6.1%}"
         print(line)
 
 

@@ -7,22 +7,35 @@ from mmfused.extras import from_extra
 with from_extra("models"):
     from .batches import Batches, Collate
     from .folder import ProductFolder, first_side
+    from .formats import check_format, find_format
     from .generated import GeneratedProducts
+    from .pair_batches import PairSetBatches
+    from .pair_formats import PAIR_FORMATS, open_pairs
+    from .pair_sets import PairSet
     from .pairs import PairBatches
     from .pictures import load_picture
     from .swap import SwappedTexts, swap_texts
+    from .tables import FORMATS, open_table
     from .text import load_tokenizer, train_tokenizer
 
 __all__ = [
+    "FORMATS",
+    "PAIR_FORMATS",
     "Batches",
     "Collate",
     "GeneratedProducts",
     "PairBatches",
+    "PairSet",
+    "PairSetBatches",
     "ProductFolder",
     "SwappedTexts",
+    "check_format",
+    "find_format",
     "first_side",
     "load_picture",
     "load_tokenizer",
+    "open_pairs",
+    "open_table",
     "swap_texts",
     "train_tokenizer",
 ]

@@ -13,6 +13,9 @@ Resize: TypeAlias = Literal["crop", "stretch", "shortest"]
 Resample: TypeAlias = Literal["bicubic", "bilinear"]
 
 
+Batch: TypeAlias = dict[str, torch.Tensor]
+
+
 class Rows(Protocol):
     """A dataset; :class:`mmfused.data.ProductFolder` documents the keys of its items."""
 

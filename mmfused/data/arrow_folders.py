@@ -12,7 +12,7 @@ from mmfused.json_files import one_line, read_object
 
 from .jsonl import label_in
 from .picture_files import ArrowPictures, FilePictures
-from .rows import CHUNK_ROWS, BrokenRow, Names, Numbered, Table, check_found
+from .rows import CHUNK_ROWS, BrokenRow, Names, Numbered, Table, arrow, check_found, shown
 
 # Names that begin like this are of one split: "train-00000-of-00004.parquet".
 SPLIT = re.compile(r"(train|test|validation|valid|val|dev)(?=[-_.])")
@@ -39,7 +39,7 @@ def read_saved(root: Path, names: Names, split: str) -> Table:
         import datasets
 
         dataset = datasets.load_from_disk(str(folder))
-    return _table_of(dataset, folder, folder.name, names)
+    return _table_of(dataset, root, folder.name, names)
 
 
 def read_parquet(root: Path, files: Sequence[Path], names: Names, split: str) -> Table:
@@ -61,6 +61,7 @@ def read_parquet(root: Path, files: Sequence[Path], names: Names, split: str) ->
         files = [path for path, match in splits.items() if match and match[1] == split]
         if not files:
             raise ValueError(f"split: got {split!r}, expected one of {root}: {', '.join(found)}")
+    _check_schemas(files)
     with _errors_named(root if len(files) > 1 else files[0], "Parquet files"):
         import datasets
 
@@ -70,38 +71,54 @@ def read_parquet(root: Path, files: Sequence[Path], names: Names, split: str) ->
     return _table_of(dataset, root, source, names)
 
 
+def _check_schemas(files: Sequence[Path]) -> None:
+    """Raise ValueError that names the first file that is not Parquet, or has other columns."""
+    first: Sequence[str] = ()
+    for path in files:
+        with _errors_named(path, "a Parquet file"):
+            from pyarrow import parquet
+
+            columns = parquet.read_schema(path).names
+        first = first or columns
+        if sorted(columns) != sorted(first):
+            raise ValueError(
+                f"{path}: got the columns {shown(columns)}, "
+                f"expected those of {files[0].name}: {shown(first)}"
+            )
+
+
 @contextlib.contextmanager
 def _errors_named(path: Path, expected: str) -> Iterator[None]:
-    """Turn errors of datasets and pyarrow, of many types, into one sentence; no progress bars."""
+    """Turn errors of datasets and pyarrow, of many types, into one sentence; no bars, no log."""
     try:
-        from datasets.utils import (
-            are_progress_bars_disabled,
-            disable_progress_bars,
-            enable_progress_bars,
-        )
+        import datasets
     except ModuleNotFoundError as error:
         if error.name != "datasets":
             raise
         message = f"{path} is read by datasets, which is not installed: pip install datasets"
         raise ModuleNotFoundError(message, name=error.name) from error
-    had_bars = not are_progress_bars_disabled()
-    disable_progress_bars()
+    bars, log = datasets.utils, datasets.logging
+    had_bars, verbosity = not bars.are_progress_bars_disabled(), log.get_verbosity()
+    bars.disable_progress_bars()
+    log.set_verbosity(log.CRITICAL)
     try:
         yield
     except Exception as error:
-        cause = error.__cause__ or error
+        cause = "".join(
+            letter if letter.isprintable() else "?" for letter in one_line(error.__cause__ or error)
+        )
         raise ValueError(
-            f"{path}: datasets cannot read it ({one_line(cause)}), expected {expected}"
+            f"{path}: datasets cannot read it ({cause}), expected {expected}"
         ) from error
     finally:
+        log.set_verbosity(verbosity)
         if had_bars:
-            enable_progress_bars()
+            bars.enable_progress_bars()
 
 
 def _table_of(dataset: Any, root: Path, source: str, names: Names) -> Table:
     """Return the rows of a ``datasets.Dataset``."""
-    import pyarrow
-
+    pyarrow = arrow()
     found = dataset.column_names
     if names.image == "image" and "image" not in found and "file_name" in found:
         names = names.with_image("file_name")
@@ -160,8 +177,7 @@ class _Columns:
 
     def read(self, batch: Any) -> dict[str, Any]:
         """Return the columns of the next batch by role."""
-        import pyarrow
-
+        pyarrow = arrow()
         compute = _compute()
         names = self._names
         empty = pyarrow.array([""] * len(batch), pyarrow.large_string())
@@ -186,8 +202,7 @@ class _Columns:
 
     def _pictures_of(self, array: Any) -> Any:
         """Return the names of pictures; one without a name gets its row's number."""
-        import pyarrow
-
+        pyarrow = arrow()
         compute = _compute()
         if _is_text(array.type):
             return _strings(array)
@@ -202,8 +217,7 @@ class _Columns:
         return compute.if_else(compute.equal(paths, ""), unnamed, paths)
 
     def _labels_of(self, role: str, array: Any) -> Any:
-        import pyarrow
-
+        pyarrow = arrow()
         column = self._names.label if role == "label" else self._names.coarse_label
         names = self._class_names if role == "label" else None
         labels = []
@@ -241,8 +255,7 @@ def _strings(array: Any) -> Any:
 
     Strings that have neither stay where they are, which may be a file that is mapped into memory.
     """
-    import pyarrow
-
+    pyarrow = arrow()
     compute = _compute()
     array = compute.fill_null(array.cast(pyarrow.large_string()), "")
     trimmed = compute.utf8_trim_whitespace(array)
@@ -254,13 +267,14 @@ def _is_text(kind: Any) -> bool:
 
     if types.is_dictionary(kind):
         kind = kind.value_type
-    return types.is_string(kind) or types.is_large_string(kind)
+    # A column without a value has no other type.
+    return types.is_string(kind) or types.is_large_string(kind) or types.is_null(kind)
 
 
 def _is_bytes(kind: Any) -> bool:
     from pyarrow import types
 
-    return types.is_binary(kind) or types.is_large_binary(kind)
+    return types.is_binary(kind) or types.is_large_binary(kind) or types.is_null(kind)
 
 
 def _is_picture(kind: Any) -> bool:
@@ -269,7 +283,9 @@ def _is_picture(kind: Any) -> bool:
     if not types.is_struct(kind):
         return _is_text(kind) or _is_bytes(kind)
     fields = {kind.field(index).name: kind.field(index).type for index in range(kind.num_fields)}
-    return _is_bytes(fields.get("bytes")) and _is_text(fields.get("path"))
+    if fields.keys() != {"bytes", "path"}:
+        return False
+    return _is_bytes(fields["bytes"]) and _is_text(fields["path"])
 
 
 def _is_label(kind: Any) -> bool:

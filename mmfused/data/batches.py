@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._common import (
+    Batch,
     Resample,
     Resize,
     Rows,
@@ -22,9 +23,9 @@ from ._common import (
 )
 from .augment import Strength
 from .augment import augment as augment_batch
-from .items import Batch as Batch
 from .items import Items as Items
 from .items import make_items
+from .sequence_items import Processor, SequenceItems
 
 P = TypeVar("P")
 S = TypeVar("S")
@@ -243,7 +244,8 @@ class Batches:
     Args:
         dataset: the dataset. If it is streamed, the pictures of the next batches are decoded while
             a batch is used.
-        collate: makes the batches.
+        collate: makes the batches; of a :class:`PairSet`'s items, it may also be a processor such
+            as `mmfused.models.UNITEProcessor`.
         batch_size: number of items per batch, before the batch is split over ranks.
         shuffle: whether each epoch has another random order.
         seed: seed of the order.
@@ -278,7 +280,7 @@ class Batches:
     def __init__(
         self,
         dataset: Rows,
-        collate: Collate,
+        collate: Collate | Processor,
         batch_size: int,
         *,
         shuffle: bool,
@@ -311,7 +313,9 @@ class Batches:
         self.drop_last = drop_last
         self.spread = spread
         self.epoch: int = 0
-        self.items: Items = make_items(dataset, collate, workers, batch_size // world)
+        self.items: Items | SequenceItems = make_items(
+            dataset, collate, workers, batch_size // world
+        )
 
     def __len__(self) -> int:
         rows = len(self.items)
@@ -358,7 +362,7 @@ class Batches:
             rows = order[first:last]
             share = -(-len(rows) // self.world)
             rows = rows[self.rank * share : (self.rank + 1) * share]
-            yield Plan(rows, torch_generator(self.collate.seed, *entropy))
+            yield Plan(rows, torch_generator(getattr(self.collate, "seed", 0), *entropy))
 
     def _bounds(self, batch: int) -> tuple[int, int]:
         """Return where a batch begins and ends in the order of its epoch."""

@@ -26,7 +26,7 @@ from .quiet import quiet
 from .reading import Lost, Read, SelectedImages, StreamedImages, checked, decoded
 from .splits import Splits, checked_rows
 from .strings import Strings
-from .tables import Pictures, Split, open_table
+from .tables import Pictures, open_table
 
 F = TypeVar("F", bound="ProductFolder")
 
@@ -60,7 +60,7 @@ class ProductFolder(Splits, Dataset[dict[str, Any]]):
     in memory and a streamed set, whose ``.digest`` is its ``.fingerprint``.
 
     Args:
-        root: the folder.
+        root: the folder, or a file of a format that :func:`mmfused.data.tables.open_table` reads.
         image_size: side of the square to which images are resized; None keeps the size of each
             image.
         num_classes: number of classes; labels must be smaller. None takes the largest label + 1, or
@@ -69,7 +69,7 @@ class ProductFolder(Splits, Dataset[dict[str, Any]]):
         text_column: name of the column with the texts.
         resize: "crop", "stretch" or "shortest", how an image becomes a square, see `load_picture`.
         resample: the interpolation, "bicubic" or "bilinear".
-        format: name of the format, see :func:`mmfused.data.tables.open_table`; None detects it.
+        format: name of the format; None detects it.
         columns: names of the source's columns by "image", "text", "label" and "coarse_label".
         split: the part to read of a format that publishes several in one folder.
         labels: "index" if labels are integers of at least 0, "name" if each distinct label is the
@@ -83,11 +83,11 @@ class ProductFolder(Splits, Dataset[dict[str, Any]]):
         needs_label: whether a row without a label is skipped; if not, its label is -1.
 
     Raises:
-        FileNotFoundError: ``root`` does not exist or has no metadata.csv.
-        ValueError: an argument is invalid, metadata.csv is unreadable, a column is missing or
-            occurs twice, no row is usable, there are more names than ``num_classes``, or images
-            that are not streamed do not fit into this machine's memory.
-            With ``strict``, also if a row is invalid.
+        FileNotFoundError: ``root`` does not exist, or lacks a file of ``format``.
+        ValueError: an argument is invalid, the format is unknown, the rows are unreadable, a column
+            is missing or occurs twice, no row is usable, there are more names than ``num_classes``,
+            or images that are not streamed do not fit into this machine's memory. With ``strict``,
+            also if a row is invalid.
 
     Examples:
         >>> import pathlib, tempfile
@@ -116,7 +116,7 @@ class ProductFolder(Splits, Dataset[dict[str, Any]]):
         resample: Resample = "bicubic",
         format: str | None = None,
         columns: Mapping[str, str] | None = None,
-        split: Split = "train",
+        split: str = "train",
         labels: LabelKind = "auto",
         class_names: Sequence[str] | None = None,
         stream: bool | None = None,
@@ -309,6 +309,17 @@ class ProductFolder(Splits, Dataset[dict[str, Any]]):
             setattr(part, name, hashlib.sha256(content).hexdigest())
         return part
 
+    def relabel(self, numbers: np.ndarray, class_names: list[str]) -> None:
+        """Replace the labels, and the names of their classes.
+
+        Args:
+            numbers: (C,) int64, the new label of each old one.
+            class_names: the names in the order of the new labels.
+        """
+        self.labels = numbers[self.labels].tolist()
+        self.class_names = class_names
+        self.num_classes = len(class_names)
+
     def _image(self, row: int) -> torch.Tensor:
         """Return the image of an item of a streamed set, zeros if it has none."""
         return self._find_image(row)[0]
@@ -365,20 +376,23 @@ def first_side(
     *,
     format: str | None = None,
     columns: Mapping[str, str] | None = None,
-    split: Split = "train",
+    split: str = "train",
 ) -> int | None:
     r"""Return the short side of a folder's first picture with a readable header, or None.
 
     Args:
-        root: the folder, with a metadata.csv as :class:`ProductFolder` reads it.
+        root: the folder, which :class:`ProductFolder` reads with the same arguments.
         text_column: name of the column with the texts.
+        format: name of the format; None detects it.
+        columns: names of the source's columns by "image", "text", "label" and "coarse_label".
+        split: the part to read of a format that publishes several in one folder.
 
     Returns:
         The short side in pixels; None if no picture has a readable header.
 
     Raises:
-        FileNotFoundError: ``root`` does not exist or has no metadata.csv.
-        ValueError: metadata.csv is unreadable, or a column is missing or occurs twice.
+        FileNotFoundError: ``root`` does not exist, or lacks a file of ``format``.
+        ValueError: the rows are unreadable, or a column is missing or occurs twice.
 
     Examples:
         >>> import pathlib, tempfile
@@ -391,9 +405,8 @@ def first_side(
         ...     first_side(root)
         30
     """
-    table = open_table(
-        root, format=format, columns=source_columns(columns, text_column), split=split
-    )
+    columns = source_columns(columns, text_column)
+    table = open_table(root, format=format, columns=columns, split=split, needs_label=False)
     for row, name in enumerate(Strings(table.columns["image"])):
         if name and row not in table.broken:
             try:

@@ -6,21 +6,20 @@ import os
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ._common import Rows, check_int
+from ._common import Batch, Rows, check_int
 from .folder import ProductFolder
 from .pictures import BrokenPicture
 from .reading import SelectedImages
+from .sequence_items import Processor, SequenceItems
 from .swap import SwappedTexts
 
 if TYPE_CHECKING:
     from .batches import Collate
-
-Batch: TypeAlias = dict[str, Tensor]
 
 # Most texts whose tokens are made at the start. Those of more texts are made for each batch: this
 # costs some CPU time, but neither a minute at the start nor gigabytes.
@@ -44,17 +43,17 @@ class Items:
 
     def __init__(self, dataset: Rows, collate: Collate) -> None:
         self.collate = collate
-        columns = _columns(dataset)
-        images: Any = columns[0]
-        self.rows: Tensor | None = None  # of the images, for each item; None if they are the same
+        images, *columns = _columns(dataset)
+        is_part = isinstance(images, SelectedImages)
         # A single tensor with images of the right size is used without a copy.
-        if isinstance(images, SelectedImages) and _has_size(images.source, collate.image_size):
+        source: Any = images.source if is_part else images
+        self.rows: Tensor | None = None  # of the images, for each item; None if they are the same
+        if not _has_size(source, collate.image_size):
+            source = torch.stack(collate.same_size(list(images)))
+        elif is_part:
             self.rows = torch.from_numpy(images.rows)
-            images = images.source
-        if not _has_size(images, collate.image_size):
-            images = torch.stack(collate.same_size(list(images)))
-        self.images: Tensor = collate.squares(images) if collate.augment == "none" else images
-        self._keep(*columns[1:])
+        self.images: Tensor = collate.squares(source) if collate.augment == "none" else source
+        self._keep(*columns)
 
     def _keep(self, present: Sequence[bool], texts: Sequence[str], labels: Sequence[int]) -> None:
         self.present: Tensor = torch.tensor(present, dtype=torch.bool)
@@ -242,18 +241,20 @@ class Tokens:
 
 def make_items(
     dataset: Any,
-    collate: Collate,
+    collate: Collate | Processor,
     workers: int | None = None,
     batch_size: int = 64,
-) -> Items:
+) -> Items | SequenceItems:
     """Return the `Items` of a dataset: `StreamedItems` if it is streamed.
 
     Args:
         dataset: the dataset.
-        collate: makes the batches.
+        collate: makes the batches; a processor makes those of `SequenceItems`.
         workers: number of threads that decode the pictures of a streamed dataset.
         batch_size: usual number of rows of a batch.
     """
+    if not hasattr(collate, "pixel_values"):
+        return SequenceItems(dataset, collate, workers)
     if getattr(dataset, "streamed", False):
         return StreamedItems(dataset, collate, workers, batch_size)
     return Items(dataset, collate)
@@ -263,7 +264,7 @@ def _has_size(images: Any, side: int) -> bool:
     return isinstance(images, Tensor) and images.shape[1:] == (3, side, side)
 
 
-def _columns(dataset: Any) -> tuple[Any, Sequence[bool], Sequence[str], Sequence[int]]:
+def _columns(dataset: Any) -> tuple[Any, ...]:
     """Return images, presence, texts and labels of all items of a dataset."""
     # Not of a class that is derived from these and makes other items.
     if type(dataset).__getitem__ in (ProductFolder.__getitem__, SwappedTexts.__getitem__):

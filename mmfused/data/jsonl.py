@@ -65,13 +65,15 @@ class ObjectRows:
         self._sparse = sparse
         self.builder = Builder()
         self.image = ""  # of the last row, as far as it was read
-        self._found: dict[str, None] = {}
+        self._found: dict[str, None] = {}  # columns of the first row, and others that are read
+        self._is_noted = False
         self._without_coarse_label: list[int] = []
 
     def add(self, fields: Mapping[str, Any]) -> None:
         """Add a row; raise BrokenRow, and add none, if a field is missing or invalid."""
         names, self.image = self.names, ""
-        self.note(fields if not self._found else [key for key in names.all() if key in fields])
+        self.note([key for key in names.all() if key in fields] if self._is_noted else fields)
+        self._is_noted = True
         self.image = self._text_in(fields, names.image) if names.image else ""
         text = joined([self._text_in(fields, part) for part in names.text])
         has_label = names.label in names.needed or names.label in fields
@@ -109,7 +111,7 @@ class ObjectRows:
 def parse_object(text: str) -> dict[str, Any]:
     """Return the JSON object in a text; raise BrokenRow if it is none."""
     try:
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse, parse_int=_int)
+        value = _decode(text)
     except BrokenRow:
         raise
     except json.JSONDecodeError as error:
@@ -140,6 +142,10 @@ def _int(digits: str) -> int:
     return int(digits)
 
 
+# Made once, because that takes longer than to decode a line.
+_decode = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse, parse_int=_int).decode
+
+
 def _value_in(fields: Mapping[str, Any], name: str) -> Any:
     if name not in fields:
         raise BrokenRow(f"it has no field {name!r}")
@@ -156,6 +162,8 @@ def label_in(fields: Mapping[str, Any], name: str) -> str:
     value = _value_in(fields, name)
     if isinstance(value, str):
         return value
+    if type(value) is int:
+        return str(value)
     is_number = isinstance(value, (int, float)) and math.isfinite(value)
     if not is_number:
         raise BrokenRow(f"{name}: got {_shown(value)}, expected a string or a number")

@@ -74,6 +74,7 @@ class PairItems(Dataset[dict[str, Any]]):
     streamed = True
     class_names: list[str] | None = None
     num_classes = 1
+    image_size: int | None = None  # pictures have the size of their files
 
     def __init__(
         self,
@@ -236,11 +237,11 @@ class ItemBuilder:
         """
         if not pictures and not without_marks(text):
             raise BrokenRow("it has neither a text nor an image")
-        parts = [_encoded(part.strip()) for part in (text, instruction)]
-        files = tuple(map(self.file, pictures))
-        head = f"{len(parts[0])} {len(parts[1])} {files}".encode()
-        key = hashlib.blake2b(b"".join((head, *parts)), digest_size=16).digest()
-        return Spec(parts[0], parts[1], files, key)
+        words, order = _encoded(text), _encoded(instruction)
+        files = tuple(map(self.file, pictures)) if pictures else ()
+        head = b"%d %d %b" % (len(words), len(files), repr(files).encode() if files else b"")
+        key = hashlib.blake2b(head + words + order, digest_size=16).digest()
+        return Spec(words, order, files, key)
 
     def row(self, spec: Spec) -> int:
         """Return the row of an item, which is added if it is new."""
@@ -321,6 +322,7 @@ def _status(
 
 
 def _encoded(text: str) -> bytes:
+    text = text.strip()
     try:
         return text.encode()
     except UnicodeEncodeError as error:

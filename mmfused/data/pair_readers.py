@@ -97,8 +97,9 @@ def read_rows(
         inner = "" if place == "." else place
         name = inner or _SHARD.sub("", file.stem)
         task = tasks[name] if name in tasks else tasks.setdefault(name, builder.task(name))
+        source = os.path.join(inner, file.name)
         for where, row in json_rows(file):
-            where = f"{Path(inner, file.name)} {where}"
+            where = f"{source} {where}"
             try:
                 if isinstance(row, BrokenRow):
                     raise row
@@ -136,7 +137,8 @@ def _add_mmeb(
         ("neg", "neg_text", "neg_image_path"),
     ):
         raw = _mmeb_items(row, text, image, field != "qry")
-        raw = [(words, _find(builder, names, inner), "") for words, names, _ in raw]
+        if inner:
+            raw = [(words, _find(builder, names, inner), "") for words, names, _ in raw]
         found[field] = read_items(builder, where, field, raw, field != "neg")
     (query,) = found["qry"]
     positives, negatives = (map(builder.items.row, found[field]) for field in ("pos", "neg"))
@@ -155,6 +157,8 @@ def _mmeb_items(
     pictures, or a query, is one item.
     """
     text, image = row.get(text_key) or "", row.get(image_key) or ""
+    if isinstance(text, str) and isinstance(image, str):  # by far the most frequent case
+        return [(text, [image] if image else [], "")] if text or image or not several else []
     texts = strings(text_key, text) if isinstance(text, list) and several else None
     if texts is not None:
         images = image if isinstance(image, list) else [image] * len(texts)

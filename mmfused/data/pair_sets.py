@@ -57,6 +57,11 @@ class PairSet:
         return len(self.queries)
 
     @property
+    def texts(self) -> Sequence[str]:
+        """The text of each item."""
+        return self.items.texts
+
+    @property
     def weights(self) -> np.ndarray:
         """How often each query is visited in an epoch on average, (Q,) float64."""
         return self.task_weights[self.tasks]

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._common import LabelledRows, check_int, check_ranks, torch_generator
-from .batches import Batch, Collate, Items, read_ahead
+from ._common import Batch, LabelledRows, check_int, check_ranks, torch_generator
+from .batches import Collate, read_ahead
+from .items import Items, make_items
 from .ragged import draw_below, draw_distinct, share_of
 
 ROLES = ("query", "candidate", "negative")
@@ -45,6 +46,7 @@ class PairBatches:
         seed: seed of the random draws.
         rank: rank of this process.
         world: number of ranks.
+        workers: number of threads that decode the pictures of a streamed dataset.
 
     Raises:
         ValueError: no item has a candidate, all candidates have one label and there are
@@ -74,6 +76,7 @@ class PairBatches:
         seed: int = 0,
         rank: int = 0,
         world: int = 1,
+        workers: int | None = None,
     ) -> None:
         self.batch_size: int = check_int("batch_size", batch_size, 1)
         self.num_negatives: int = check_int("num_negatives", num_negatives, 1)
@@ -92,8 +95,11 @@ class PairBatches:
                 "expected at least two labels: a negative has another label"
             )
         self.plan: EpochPlan = EpochPlan(labels, self.partners.rows, batch_size, self.seed)
-        self.queries: Items = Items(dataset, collate)
-        self.candidates: Items = self.queries if products is None else Items(products, collate)
+        share = -(-batch_size // world)
+        self.queries: Items = make_items(dataset, collate, workers, share)
+        self.candidates: Items = self.queries
+        if products is not None:
+            self.candidates = make_items(products, collate, workers, share)
 
     def __len__(self) -> int:
         return self.plan.batches
@@ -179,18 +185,32 @@ class EpochPlan:
     def rows(self, epoch: int, batch: int) -> np.ndarray:
         """Return the rows of a batch."""
         if self._planned is None or self._planned[0] != epoch:
-            self._planned = (epoch, *self._dealt(torch_generator(self.seed, epoch)))
-        _, dealt, columns = self._planned
-        return dealt[columns[batch] :: self.batches]
+            generator = torch_generator(self.seed, epoch)
+            order = dealt(self.group, self.groups, generator)
+            columns = torch.randperm(self.batches, generator=generator).numpy()
+            self._planned = epoch, self.queries[order], columns
+        _, order, columns = self._planned
+        return order[columns[batch] :: self.batches]
 
-    def _dealt(self, generator: torch.Generator) -> tuple[np.ndarray, np.ndarray]:
-        def shuffled(size: int) -> np.ndarray:
-            return torch.randperm(size, generator=generator).numpy()
 
-        order = shuffled(len(self.queries))
-        place = shuffled(self.groups)[self.group[order]]
-        order = order[np.argsort(place, kind="stable")]
-        return self.queries[order], shuffled(self.batches)
+def dealt(
+    group: np.ndarray,
+    groups: int,
+    generator: torch.Generator,
+) -> np.ndarray:
+    """Return a random order of the rows in which equal groups follow each other.
+
+    If the rows are dealt one by one to n batches, a batch has a group twice only if the group has
+    more than n rows.
+
+    Args:
+        group: (rows,) int64, from 0 to groups - 1.
+        groups: number of groups.
+        generator: draws the order of the groups, and of the rows in a group.
+    """
+    order = torch.randperm(len(group), generator=generator).numpy()
+    place = torch.randperm(groups, generator=generator).numpy()[group[order]]
+    return order[np.argsort(place, kind="stable")]
 
 
 class Runs:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,30 +44,45 @@ class FilePictures:
 
     def read_file(self, name: str) -> bytes:
         """Return the bytes of the file called ``name``."""
-        return read_picture(self._path(name))
+        with _Opened(self._path(name)) as file:
+            # Not `read_picture`, which asks for memory for the largest picture.
+            return _read_at(file, 0, _size_of(file))
 
     def fingerprint_file(self, name: str) -> bytes:
         """Return the fingerprint of the file called ``name``."""
-        return fingerprint_of_path(self._path(name))
+        with _Opened(self._path(name)) as file:
+            return fingerprint_of(_size_of(file), lambda start, count: _read_at(file, start, count))
 
     def _path(self, name: str) -> str:
-        """Return the path of a picture, like `picture_path`, which looks up all its folders."""
+        """Return the path of a regular file, like `picture_path`, which looks up all its folders.
+
+        Raises:
+            BrokenPicture: the file is missing, leads outside the folder, or is not regular.
+        """
         if not name:
             raise BrokenPicture("the row has no picture")
         folder, last = os.path.split(name)
-        if last in ("", ".", "..") or "\0" in name:
-            return str(picture_path(self.root, name))
+        real = None if last in ("", ".", "..") or "\0" in name else self._real_folder(folder)
+        if real is not None:
+            path = os.path.join(real, last)
+            status = _status_of(path, os.lstat)
+            if not stat.S_ISLNK(status.st_mode):
+                pictures._check_regular(status)
+                return path
+        path = str(picture_path(self.root, name))
+        pictures._check_regular(_status_of(path, os.stat))
+        return path
+
+    def _real_folder(self, folder: str) -> str | None:
+        """Return the real path of a folder below the root, or None if it leads outside."""
         if folder not in self._folders:
             if len(self._folders) >= MOST_FOLDERS:
                 self._folders.clear()
             real = os.path.realpath(os.path.join(self._real_root, folder))
             inside = Path(real).is_relative_to(self._real_root)
             self._folders[folder] = real if inside else None
-        real = self._folders[folder]
-        path = None if real is None else os.path.join(real, last)
-        if path is None or os.path.islink(path):
-            return str(picture_path(self.root, name))
-        return path
+            return real if inside else None
+        return self._folders[folder]
 
 
 class ArrowPictures:
@@ -177,21 +193,22 @@ def _reason(error: OSError | ValueError) -> str:
     return getattr(error, "strerror", None) or "it is not a valid file name"
 
 
-def fingerprint_of_path(path: str) -> bytes:
-    """Return the fingerprint of a file; raise BrokenPicture if it cannot be a picture."""
+def _status_of(path: str, look: Callable[[str], os.stat_result]) -> os.stat_result:
     try:
-        # A pipe would block, and a device may do anything.
-        pictures._check_regular(os.stat(path))
+        return look(path)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise BrokenPicture("the file does not exist") from error
-    except BrokenPicture:
-        raise
     except (OSError, ValueError) as error:
         raise BrokenPicture(_reason(error)) from error
-    with _Opened(path) as file:
-        status = os.fstat(file)
-        pictures._check_regular(status)
-        return fingerprint_of(status.st_size, lambda start, count: _read_at(file, start, count))
+
+
+def _size_of(file: int) -> int:
+    """Return the size of an open file, which may have been replaced by another kind of file."""
+    status = os.fstat(file)
+    pictures._check_regular(status)
+    if status.st_size > pictures.MAX_BYTES:
+        raise BrokenPicture(f"it has more than {pictures.MAX_BYTES} bytes")
+    return status.st_size
 
 
 def fingerprint_of(size: int, read: Callable[[int, int], bytes]) -> bytes:
@@ -210,5 +227,5 @@ def fingerprint_of(size: int, read: Callable[[int, int], bytes]) -> bytes:
     if pictures._plugin_of(head[:16]) is None:
         pictures._opened(head)  # raises BrokenPicture, which lists the formats
     last = min(max(size - ENDS, 0), ENDS)
-    tail = read(size - last, last)
+    tail = read(size - last, last) if last else b""
     return hashlib.blake2b(size.to_bytes(8, "big") + head + tail, digest_size=16).digest()

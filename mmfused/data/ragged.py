@@ -55,6 +55,10 @@ class Ragged:
         """The length of each list."""
         return np.diff(self.offsets)
 
+    def sizes_of(self, rows: np.ndarray) -> np.ndarray:
+        """Return the lengths of the lists ``rows``."""
+        return self.offsets[rows + 1] - self.offsets[rows]
+
     @property
     def owners(self) -> np.ndarray:
         """The list of each value, (values,) int64."""
@@ -62,7 +66,7 @@ class Ragged:
 
     def take(self, rows: np.ndarray) -> Ragged:
         """Return the lists ``rows`` in this order."""
-        sizes = self.sizes[rows]
+        sizes = self.sizes_of(rows)
         offsets = offsets_of(sizes)
         shift = np.repeat(self.offsets[rows] - offsets[:-1], sizes)
         return Ragged(self.values[np.arange(offsets[-1]) + shift], offsets)

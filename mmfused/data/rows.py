@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
+from mmfused.extras import from_extra
+
 ROLES = ("image", "text", "label", "coarse_label")
 # Rows and characters of a chunk of Arrow columns.
 CHUNK_ROWS = 2**16
@@ -154,6 +156,13 @@ def check_found(source: object, found: Sequence[str], names: Names) -> None:
         )
 
 
+def arrow() -> Any:
+    """Return pyarrow, which is imported only when rows are read."""
+    with from_extra("models"):
+        import pyarrow
+    return pyarrow
+
+
 class Builder:
     """Collects rows in chunks of Arrow columns, so that few Python strings exist at a time."""
 
@@ -162,6 +171,7 @@ class Builder:
         self.numbers = array("q")  # of the rows' lines, if they have any
         self._values: tuple[list[str], ...] = ([], [], [], [])
         self._chunks: list[Any] = []
+        self._rows = 0  # in the chunks
         self._letters = 0
 
     def add(self, image: str, text: str, label: str, coarse_label: str) -> None:
@@ -181,22 +191,21 @@ class Builder:
         self.add(image.encode("utf-8", "replace").decode()[:200], "", "", "")
 
     def __len__(self) -> int:
-        return sum(len(chunk) for chunk in self._chunks) + len(self._values[0])
+        return self._rows + len(self._values[0])
 
     def _flush(self) -> None:
-        import pyarrow
-
+        pyarrow = arrow()
         # Large strings have 64-bit offsets: pyarrow cannot take rows of more than 2 GiB of others.
         arrays = [pyarrow.array(values, pyarrow.large_string()) for values in self._values]
         self._chunks.append(pyarrow.RecordBatch.from_arrays(arrays, list(ROLES)))
+        self._rows += len(arrays[0])
         for values in self._values:
             values.clear()
         self._letters = 0
 
     def columns(self, coarse_labels: bool) -> Any:
         """Return the pyarrow Table of all rows."""
-        import pyarrow
-
+        pyarrow = arrow()
         self._flush()
         table = pyarrow.Table.from_batches(self._chunks)
         return table if coarse_labels else table.drop_columns(["coarse_label"])

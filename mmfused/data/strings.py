@@ -51,9 +51,12 @@ class Strings(Sequence[str]):
 
     def empty(self) -> np.ndarray:
         """Return for each string whether it is empty, (N,) bool."""
+        import pyarrow
         import pyarrow.compute
 
-        return pyarrow.compute.equal(self._array, "").to_numpy(zero_copy_only=False)
+        blank = pyarrow.scalar("", self._array.type)
+        is_empty: Any = pyarrow.compute.call_function("equal", [self._array, blank])
+        return is_empty.to_numpy(zero_copy_only=False)
 
     def groups(self) -> tuple[list[str], np.ndarray]:
         """Return the distinct strings, and for each string its position there, (N,) int64."""

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mmfused import data as product_data
-from mmfused.data.pair_sets import PairSet
+from mmfused.data import PairSet
 from mmfused.data.tables import Split
 from mmfused.models import MODELS
 from mmfused.training.config import Labels, TrainConfig
@@ -19,6 +19,8 @@ from mmfused.training.config import Labels, TrainConfig
 MAX_CLASSES = 10**6
 # Side to which pictures are resized if the model does not see them.
 UNUSED_SIDE = 16
+# Side of the pictures of pairs for models whose size follows from the data.
+PAIRS_SIDE = 96
 # The settings that are data sets.
 SPLITS = ("data", "val", "products")
 # Formats whose folders hold a test set beside the training set.
@@ -53,7 +55,9 @@ class Source(NamedTuple):
                 "or another data set"
             )
         try:
-            return self.format or product_data.detect_format(self.path)
+            if self.format is not None:
+                product_data.check_format(self.format)
+            return self.format or product_data.find_format(self.path)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from error
 
@@ -309,12 +313,15 @@ def _check_classes(train_set: Any, val_set: Any, num_classes: int | None) -> Non
 
 
 def stored_side(config: TrainConfig) -> int:
-    """Return the short side of the first readable training picture, or 32 if there is none."""
+    """Return the short side of the first readable training picture, or 32 if there is none.
+
+    The pictures of pairs have many sizes, for which the result is `PAIRS_SIDE`.
+    """
     if config.data == "generated":
         return product_data.GeneratedProducts("train", size=1)[0]["image"].shape[-1]
     source = sources(config)["data"]
     if source.holds_pairs:
-        return load_pairs(source).first_side() or 32
+        return PAIRS_SIDE
     try:
         side = product_data.first_side(source.path, format=source.format, columns=source.columns)
     except ValueError as error:

@@ -105,15 +105,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return read_object(path, MAX_JSON_BYTES)
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Return the tensors in ``path`` by name.
+def read_tensors(path: Path, only: str | None = None) -> dict[str, Tensor]:
+    """Return the tensors in ``path`` by name, or only one of them.
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: the file is not a complete safetensors file.
+        ValueError: the file is not a complete safetensors file, or lacks the tensor.
     """
     with _open_tensors(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}
+        return {name: file.get_tensor(name) for name in ([only] if only else file.keys())}
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:

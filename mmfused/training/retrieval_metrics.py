@@ -12,65 +12,15 @@ from torch import Tensor
 
 from mmfused.models.retrieval import VIEWS, evaluating
 from mmfused.training.metrics import scores
+from mmfused.training.search import SameLabel, rank_of_first
 
 KS = (1, 5, 10)
-# Number of queries that are compared with the candidates at a time.
-ROWS = 1024
 
 Items: TypeAlias = dict[str, Tensor]
 
 
-def rank_of_first(
-    query: Tensor,
-    candidate: Tensor,
-    relevant: Callable[[int, int], Tensor],
-) -> tuple[Tensor, Tensor]:
-    """Return, for each query, the rank of its first relevant candidate and its nearest candidate.
-
-    Candidates are ranked by dot product. Ranks count from 1. Irrelevant candidates rank before
-    relevant candidates of equal dot product.
-
-    Args:
-        query: (Q, D) embeddings.
-        candidate: (C, D) embeddings.
-        relevant: ``relevant(first, last)`` returns a (last - first, C) int8 tensor for the queries
-            from ``first`` to ``last - 1``: 1 for relevant, 0 for irrelevant and -1 for excluded
-            candidates.
-
-    Returns:
-        Two (Q,) int64 tensors: the ranks, and the indices of the nearest candidates.
-
-    Raises:
-        ValueError: a query has no relevant candidate.
-
-    Examples:
-        >>> import torch
-        >>> from mmfused.training.retrieval_metrics import rank_of_first
-        >>> query, candidate = torch.eye(2), torch.tensor([[0.9, 0.1], [0.2, 0.3], [0.4, 0.8]])
-        >>> relevance = torch.tensor([[1, 0, 0], [0, 1, 0]], dtype=torch.int8)
-        >>> ranks, nearest = rank_of_first(query, candidate, lambda i, j: relevance[i:j])
-        >>> ranks, nearest
-        (tensor([1, 2]), tensor([0, 2]))
-    """
-    ranks: list[Tensor] = []
-    nearest: list[Tensor] = []
-    for first in range(0, len(query), ROWS):
-        relevance = relevant(first, min(first + ROWS, len(query)))
-        if not (relevance == 1).any(1).all():
-            raise ValueError(
-                "query: got a row without a relevant candidate, expected at least one for each row"
-            )
-        score = (query[first : first + ROWS] @ candidate.T).masked_fill(
-            relevance < 0, float("-inf")
-        )
-        best = score.masked_fill(relevance != 1, float("-inf")).amax(1, keepdim=True)
-        ranks.append(1 + ((score >= best) & (relevance == 0)).sum(1))
-        nearest.append(score.argmax(1))
-    return torch.cat(ranks), torch.cat(nearest)
-
-
 def ranking_scores(ranks: Tensor) -> dict[str, float]:
-    """Return Recall@k and MRR of the ranks from :func:`rank_of_first`.
+    """Return Recall@k and MRR of the ranks from :func:`~mmfused.training.search.rank_of_first`.
 
     Recall@k is the fraction of queries with a relevant candidate among the first k, and MRR is the
     mean of 1 / rank.
@@ -103,13 +53,17 @@ def chance(relevant: int, candidates: int) -> dict[str, float]:
         >>> chance(relevant=1, candidates=100)["recall_at_5"]
         0.05
     """
-    ways = math.comb(candidates, relevant)
-    # first_at[j - 1] is the probability that the first relevant candidate has rank j.
-    first_at = [
-        math.comb(candidates - j, relevant - 1) / ways for j in range(1, candidates - relevant + 2)
-    ]
-    recalls = {f"recall_at_{k}": sum(first_at[:k]) for k in KS}
-    return {**recalls, "mrr": sum(probability / j for j, probability in enumerate(first_at, 1))}
+    recalls: dict[str, float] = {}
+    for k in KS:
+        ways = math.comb(candidates, k)
+        # With fewer candidates than k, one of them is relevant in any case.
+        missed = math.comb(candidates - relevant, k)
+        recalls[f"recall_at_{k}"] = (ways - missed) / ways if ways else 1.0
+    places = torch.arange(1, candidates - relevant + 2, dtype=torch.float64)
+    left = candidates + 1 - places  # number of candidates that are not ranked better
+    # The probability that all better places have irrelevant candidates.
+    irrelevant = torch.cat([places.new_ones(1), (1 - relevant / left).cumprod(0)[:-1]])
+    return {**recalls, "mrr": float((irrelevant * relevant / left / places).sum())}
 
 
 @torch.no_grad()
@@ -160,17 +114,20 @@ def embed_items(
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
                 embedded = model.embed(views=views, **items)
             part = {name: value.float().cpu() for name, value in embedded.items()}
+            for view in views:
+                check_finite(part[view], f"the embeddings of view {view!r}")
             part["labels"] = batch["labels"]
             part["has_image"] = batch["image_present"]
             part["has_text"] = batch["attention_mask"].sum(1) > 2
             parts.append(part)
-    embeddings = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    for view in views:
-        if not embeddings[view].isfinite().all():
-            raise RuntimeError(
-                f"the embeddings of view {view!r} are not all finite; the weights may have diverged"
-            )
-    return embeddings
+    # The parts of a view are released before the next view is joined.
+    return {name: torch.cat([part.pop(name) for part in parts]) for name in list(parts[0])}
+
+
+def check_finite(embeddings: Tensor, name: str) -> None:
+    """Raise RuntimeError unless all embeddings are finite."""
+    if not embeddings.isfinite().all():
+        raise RuntimeError(f"{name} are not all finite; the weights may have diverged")
 
 
 def _has_view(items: Items, view: str) -> Tensor:
@@ -183,6 +140,7 @@ def _has_view(items: Items, view: str) -> Tensor:
 def retrieval_scores(
     queries: Items,
     candidates: Items | None = None,
+    device: torch.device | str | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Return the scores of each pair of views, by names such as "image->both".
 
@@ -195,14 +153,19 @@ def retrieval_scores(
     "candidates" are the numbers of items that remain. A pair without queries has no scores.
 
     Args:
-        queries: from :func:`embed_items`.
+        queries: from :func:`embed_items`; views that it lacks have no pairs.
         candidates: from :func:`embed_items`; if None, each query searches the other queries.
+        device: where to search; None is the device of the embeddings.
     """
+    pairs = product(
+        [view for view in VIEWS if view in queries],
+        [view for view in VIEWS if view in (queries if candidates is None else candidates)],
+    )
     return {
         f"{query_view}->{candidate_view}": _pair_scores(
-            queries, candidates, query_view, candidate_view
+            queries, candidates, query_view, candidate_view, device
         )
-        for query_view, candidate_view in product(VIEWS, VIEWS)
+        for query_view, candidate_view in pairs
     }
 
 
@@ -211,18 +174,20 @@ def _pair_scores(
     candidates: Items | None,
     query_view: str,
     candidate_view: str,
+    device: torch.device | str | None,
 ) -> dict[str, Any]:
     search_queries = candidates is None
     candidates = queries if candidates is None else candidates
     rows = _has_view(queries, query_view).nonzero()[:, 0]
     columns = _has_view(candidates, candidate_view).nonzero()[:, 0]
-    labels = queries["labels"][rows]
     candidate_labels = candidates["labels"][columns]
-    relevance = (labels[:, None] == candidate_labels).to(torch.int8)
+    # The column of each query itself, which it does not search; -1 if it is none of the columns.
+    own = torch.full((len(queries["labels"]),), -1)
     if search_queries:
-        relevance = relevance.masked_fill(rows[:, None] == columns, -1)
-    answerable = (relevance == 1).any(1)
-    rows, labels, relevance = rows[answerable], labels[answerable], relevance[answerable]
+        own[columns] = torch.arange(len(columns))
+    relevant = SameLabel(queries["labels"][rows], candidate_labels, own[rows])
+    answerable = relevant.counts > 0
+    rows, relevant = rows[answerable], relevant.select(answerable)
     pair: dict[str, Any] = {
         "queries": len(rows),
         "candidates": len(columns),
@@ -231,15 +196,15 @@ def _pair_scores(
     if len(rows):
         query = queries[query_view][rows]
         candidate = candidates[candidate_view][columns]
-        ranks, nearest = rank_of_first(query, candidate, lambda first, last: relevance[first:last])
-        label_scores = scores(candidate_labels[nearest], labels)
+        ranks, nearest = rank_of_first(query, candidate, relevant, relevant.own, device)
+        label_scores = scores(candidate_labels[nearest], relevant.labels)
         pair |= ranking_scores(ranks)
         pair |= {"accuracy": label_scores["accuracy"], "macro_f1": label_scores["macro_f1"]}
-        pair["chance"] = _mean_chance((relevance == 1).sum(1), (relevance >= 0).sum(1))
+        pair["chance"] = mean_chance(relevant.counts, len(columns) - (relevant.own >= 0).long())
     return pair
 
 
-def _mean_chance(relevant: Tensor, candidates: Tensor) -> dict[str, float]:
+def mean_chance(relevant: Tensor, candidates: Tensor) -> dict[str, float]:
     """Return the mean of :func:`chance` over queries.
 
     Args:

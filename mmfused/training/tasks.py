@@ -14,6 +14,7 @@ from mmfused.models import MODELS
 from mmfused.training.config import TrainConfig
 from mmfused.training.gradients import add_cached_gradients, add_gradients
 from mmfused.training.metrics import evaluate_classifier, model_inputs
+from mmfused.training.pair_metrics import evaluate_pairs
 from mmfused.training.ranks import fail_together
 from mmfused.training.retrieval_metrics import embed_items, mean_scores, retrieval_scores
 from mmfused.training.setup import (
