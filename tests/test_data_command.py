@@ -176,6 +176,33 @@ def test_the_report_of_pairs(tmp_path, capsys):
     assert {task["name"]: task["rows"] for task in found["tasks"]} == {"text": 4, "mm_it": 4}
 
 
+@pytest.mark.parametrize(
+    ("sentences", "reason"),
+    [
+        (
+            [
+                "a.csv line 3 (m 1.jpg): label: got 'x', ends",
+                "a.csv line 7 (y): label: got '', ends",
+            ],
+            "label: got …, ends",
+        ),
+        (["a.tar (no image): cut at byte 72: the rest is lost"], "cut at byte …: the rest is lost"),
+        (
+            [
+                "t.json entry 2: pos: unread: a/b.jpg: gone",
+                "t.json entry 5: pos: unread: 7.png: gone",
+            ],
+            "pos: unread: …: gone",
+        ),
+        (["12 negatives are also positives: left out"], "… negatives are also positives: left out"),
+    ],
+)
+def test_sentences_are_grouped_by_reason(sentences, reason):
+    assert report.describe_lost(sentences) == [
+        {"reason": reason, "rows": len(sentences), "example": sentences[0]}
+    ]
+
+
 def cell(sheet, number):
     """Return the colour in the middle of a picture of a sheet."""
     width, height = contact_sheet.CELL
@@ -210,7 +237,7 @@ def test_the_contact_sheet_of_pairs_has_queries_beside_positives(tmp_path):
 
 
 def reported_set(path):
-    from mmfused.data.pair_formats import open_pairs
+    from mmfused.data import open_pairs
 
     return open_pairs(path)
 
