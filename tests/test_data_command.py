@@ -286,6 +286,16 @@ def test_what_cannot_be_used_is_one_sentence(shop, tmp_path, monkeypatch, capsys
     assert (tmp_path / "report.json").read_text() == "{}"
 
 
+def test_overwrite_replaces_files_and_no_folders(shop, tmp_path, capsys):
+    out, folder = tmp_path / "report.json", tmp_path / "sheet.png"
+    out.write_text("{}")
+    folder.mkdir()
+    assert run(shop, "--sheet", folder, "--overwrite") == 2
+    assert "sheet.png already exists" in capsys.readouterr().err
+    assert run(shop, "--out", out, "--overwrite") == 0
+    assert json.loads(out.read_text())["rows"] == 12 and folder.is_dir()
+
+
 def test_a_missing_set_is_one_sentence(tmp_path, capsys):
     assert run(tmp_path / "gone") == 2 and "gone does not exist" in capsys.readouterr().err
     write_mmeb(tmp_path / "mmeb")

@@ -90,7 +90,7 @@ def _checked(name: str, value: str | None, suffix: str, overwrite: bool) -> Path
     path = Path(value)
     if path.suffix.lower() != suffix or not path.parent.is_dir():
         raise ValueError(f"{name}: got {value!r}, expected a {suffix} file in an existing folder")
-    if (path.exists() and not overwrite):
+    if path.is_dir() or (path.exists() and not overwrite):
         raise FileExistsError(f"{name}: {path} already exists; choose another name or overwrite it")
     return path
 
