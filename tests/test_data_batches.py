@@ -225,8 +225,8 @@ def test_augmentation_is_fast():
         start = time.process_time()  # CPU time of all threads of this process
         augment(images, 96, generator)
         samples.append(time.process_time() - start)
-    # Usually about 25 ms on one core.
-    assert min(samples) < 0.15
+    # Usually about 45 ms on one core.
+    assert min(samples) < 0.25
 
 
 def test_batches_cover_the_dataset(products, tokenizer):

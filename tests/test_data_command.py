@@ -137,6 +137,9 @@ def test_columns_formats_and_splits_are_passed_on(shop, tmp_path):
     columns = "image=pic,text=title,label=class"
     found = reported(tmp_path, path, "--columns", columns, "--labels", "name")
     assert found["usable_rows"] == 9 and found["classes"]["count"] == 3
+    # No label is an index, so only the row without a label is left.
+    found = reported(tmp_path, path, "--columns", columns, "--labels", "index")
+    assert found["usable_rows"] == 1 and found["classes"]["smallest"] is None
     header = "item_id,image_id,name,description,category\n"
     for split, rows in (("train", 5), ("test", 2)):
         lines = "".join(f"{row},{row},mug,,{7 + row}\n" for row in range(rows))
@@ -173,6 +176,33 @@ def test_the_report_of_pairs(tmp_path, capsys):
     assert {task["name"]: task["rows"] for task in found["tasks"]} == {"text": 4, "mm_it": 4}
 
 
+@pytest.mark.parametrize(
+    ("sentences", "reason"),
+    [
+        (
+            [
+                "a.csv line 3 (m 1.jpg): label: got 'x', ends",
+                "a.csv line 7 (y): label: got '', ends",
+            ],
+            "label: got …, ends",
+        ),
+        (["a.tar (no image): cut at byte 72: the rest is lost"], "cut at byte …: the rest is lost"),
+        (
+            [
+                "t.json entry 2: pos: unread: a/b.jpg: gone",
+                "t.json entry 5: pos: unread: 7.png: gone",
+            ],
+            "pos: unread: …: gone",
+        ),
+        (["12 negatives are also positives: left out"], "… negatives are also positives: left out"),
+    ],
+)
+def test_sentences_are_grouped_by_reason(sentences, reason):
+    assert report.describe_lost(sentences) == [
+        {"reason": reason, "rows": len(sentences), "example": sentences[0]}
+    ]
+
+
 def cell(sheet, number):
     """Return the colour in the middle of a picture of a sheet."""
     width, height = contact_sheet.CELL
@@ -207,7 +237,7 @@ def test_the_contact_sheet_of_pairs_has_queries_beside_positives(tmp_path):
 
 
 def reported_set(path):
-    from mmfused.data.pair_formats import open_pairs
+    from mmfused.data import open_pairs
 
     return open_pairs(path)
 
@@ -218,6 +248,8 @@ def test_rows_are_spread_evenly_over_groups():
     assert len(rows) == 20 and [int((groups[rows] == g).sum()) for g in (3, 5, 9)] == [2, 9, 9]
     assert rows.tolist() == sorted(set(rows.tolist())) and {0, 1, 2, 41, 42, 141} <= {*rows}
     assert contact_sheet.rows_of_groups(np.arange(100), 5).tolist() == [0, 25, 50, 74, 99]
+    thirds = np.repeat([0, 1, 2], 9)
+    assert thirds[contact_sheet.rows_of_groups(thirds, 5)].tolist() == [0, 0, 1, 1, 2]
     assert contact_sheet.rows_of_groups([1, 0, 1], 48).tolist() == [1, 0, 2]
 
 
@@ -252,6 +284,16 @@ def test_what_cannot_be_used_is_one_sentence(shop, tmp_path, monkeypatch, capsys
     assert len(error) == 1 and message in error[0]
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
     assert (tmp_path / "report.json").read_text() == "{}"
+
+
+def test_overwrite_replaces_files_and_no_folders(shop, tmp_path, capsys):
+    out, folder = tmp_path / "report.json", tmp_path / "sheet.png"
+    out.write_text("{}")
+    folder.mkdir()
+    assert run(shop, "--sheet", folder, "--overwrite") == 2
+    assert "sheet.png already exists" in capsys.readouterr().err
+    assert run(shop, "--out", out, "--overwrite") == 0
+    assert json.loads(out.read_text())["rows"] == 12 and folder.is_dir()
 
 
 def test_a_missing_set_is_one_sentence(tmp_path, capsys):

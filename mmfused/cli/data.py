@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -96,12 +97,12 @@ def _checked(name: str, value: str | None, suffix: str, overwrite: bool) -> Path
 
 def _open(args: argparse.Namespace) -> tuple[str, Any]:
     """Return the name of the format and the set, whose pictures are not decoded yet."""
-    from mmfused.data import ProductFolder
-    from mmfused.data.pair_formats import PAIR_FORMATS, detect_pair_format, open_pairs
-    from mmfused.data.tables import detect_format
+    from mmfused.data import PAIR_FORMATS, ProductFolder, check_format, find_format, open_pairs
 
     columns = parse_columns(args.columns)
-    name = args.format or detect_pair_format(args.path) or detect_format(args.path)
+    if args.format is not None:
+        check_format(args.format)
+    name = args.format or find_format(args.path)
     if name not in PAIR_FORMATS:
         return name, ProductFolder(
             args.path,
@@ -125,7 +126,14 @@ def _open(args: argparse.Namespace) -> tuple[str, Any]:
 def _bar(looks: Iterable[Any], count: int) -> Iterable[Any]:
     from tqdm import tqdm
 
-    return tqdm(looks, desc="pictures", total=count, unit=" pictures", leave=False)
+    return tqdm(
+        looks,
+        desc="pictures",
+        total=count,
+        unit=" pictures",
+        leave=False,
+        mininterval=0.1 if sys.stderr.isatty() else 30,  # seconds; few lines in a log file
+    )
 
 
 def _product_rows(found: Mapping[str, Any]) -> dict[str, str]:

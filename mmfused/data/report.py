@@ -27,8 +27,8 @@ MODALITIES = ("nothing", "text", "image", "image and text")
 # The parts of a reason that differ between rows with the same fault: what is quoted, names of
 # files, and numbers.
 _OWN_PARTS = re.compile(r"'(?:[^'\\]|\\.)*'|\"[^\"]*\"|\S+\.\w{2,5}(?=: )|\d+")
-# Where a row is, as in "metadata.csv line 6 (mug.jpg): ".
-_PLACE = re.compile(r"^.*? \d+(?: \(.*?\))?: ")
+# Where a row is, as in "metadata.csv line 6 (mug.jpg): " and "train.json entry 6: ".
+_PLACE = re.compile(r"^[^:]*? \(.*?\): |^[^:]* \d+: ")
 
 
 class Look(NamedTuple):
