@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 # argparse has no public name for the class.
 Group: TypeAlias = "argparse._ArgumentGroup | argparse.ArgumentParser"
@@ -21,13 +21,13 @@ def add_format_arguments(group: Group, option: str = "--data") -> None:
         "--columns",
         metavar="NAME=COLUMN,..",
         help=f"columns of {option}, as in image=filepath,text=title+description,label=class "
-        "(default: the names in docs/data.md)",
+        "(default: those of the format)",
     )
     group.add_argument(
         "--labels",
         metavar="KIND",
-        help="what labels are: index, a number from 0, or name, of a class (default: index if the "
-        "first label is an integer)",
+        help="what labels are: index, a number from 0, or name, of a class (default: what the "
+        "format says, or most labels are)",
     )
 
 
@@ -60,3 +60,24 @@ def parse_columns(given: str | None) -> dict[str, str] | None:
             raise ValueError(f"columns: got {name} twice in {given!r}, expected each name once")
         columns[name] = column
     return columns
+
+
+def reading_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the options for `mmfused.training.load.Trained.load_set`."""
+    return {
+        "format": args.format,
+        "columns": parse_columns(args.columns),
+        "labels": args.labels or "auto",
+        "stream": args.stream,
+    }
+
+
+def check_for_pairs(args: argparse.Namespace) -> None:
+    """Raise ValueError if an option is given that only products with labels have."""
+    for name in ("columns", "text_column", "labels", "products", "stream"):
+        value = getattr(args, name, None)
+        if value is not None and not (name == "stream" and value):
+            raise ValueError(
+                f"{name}: got {value!r} with {args.data!r}, which holds pairs, expected products "
+                "with labels"
+            )

@@ -7,6 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import model_source
+from .data_options import (
+    add_format_arguments,
+    add_reading_arguments,
+    check_for_pairs,
+    reading_options,
+)
 from .embedding_files import SUFFIXES, VIEWS, write_npz, write_parquet
 from .embedding_parts import Embed, Finished, Parts, embed_parts
 
@@ -27,8 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data",
         required=True,
         metavar="DIR",
-        help="folder with images and metadata.csv, or 'generated'",
+        help="products or pairs: a folder with images and metadata.csv, another data set, or "
+        "'generated'",
     )
+    add_format_arguments(parser)
     parser.add_argument(
         "--out",
         required=True,
@@ -43,10 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--text-column",
-        default="text",
         metavar="NAME",
-        help="text column of metadata.csv (default: text)",
+        help="text column, short for --columns text=NAME (default: text)",
     )
+    add_reading_arguments(parser)
     parser.add_argument(
         "--batch-size",
         type=int,
@@ -71,6 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Embed the items, write the file and return the exit code."""
     import mmfused
+    from mmfused.training.datasets import rows_digest
     from mmfused.training.files import remove
     from mmfused.training.folder_lock import half_written
 
@@ -79,11 +88,18 @@ def run(args: argparse.Namespace) -> int:
     parts = Parts(out.with_name(out.name + ".parts"))
     trained = model_source.load_model(args)
     trained.check_is_retrieval_model("embed")
-    data, batches = trained.batches(args.data, args.batch_size, args.text_column)
+    data, batches = trained.batches(
+        args.data,
+        args.batch_size,
+        args.text_column or "text",
+        workers=args.workers,
+        needs_label=False,
+        **reading_options(args),
+    )
     embed, views = _embedder(trained, data, args, out)
     job = {
         **trained.identity,
-        "rows": data.digest,
+        "rows": rows_digest(data),
         "batch_size": args.batch_size,
         "views": views,
     }
@@ -98,7 +114,9 @@ def run(args: argparse.Namespace) -> int:
         _join_parts(parts, out, data, batches)
         parts.remove()
     count, skipped = len(batches.items), len(data.skipped)
-    print(f"{count} items embedded, {skipped} rows skipped, written to {out}")
+    lost = len(getattr(data, "lost", ()))
+    unreadable = f", {lost} pictures unreadable" if lost else ""
+    print(f"{count} items embedded, {skipped} rows skipped{unreadable}, written to {out}")
     return 0
 
 
@@ -112,6 +130,7 @@ def _embedder(
     if not holds_pairs(data):
         views = args.views or ",".join(VIEWS)
         return _embed_products(trained, tuple(views.split(","))), views
+    check_for_pairs(args)
     if args.views is not None:
         raise ValueError(
             f"views: got {args.views!r} with {args.data!r}, which holds pairs, expected None: an "

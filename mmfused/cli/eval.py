@@ -8,6 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import given_embeddings, model_source
+from .data_options import (
+    add_format_arguments,
+    add_reading_arguments,
+    check_for_pairs,
+    reading_options,
+)
 from .embed import holds_pairs
 from .tables import print_rows, score_rows
 
@@ -38,8 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         metavar="DIR",
-        help="folder with images and metadata.csv, or 'generated'",
+        help="products or pairs: a folder with images and metadata.csv, another data set, or "
+        "'generated'",
     )
+    add_format_arguments(parser)
     parser.add_argument(
         "--products",
         metavar="DIR",
@@ -48,8 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text-column",
         metavar="NAME",
-        help="text column in the metadata.csv of --data (default: that of training)",
+        help="text column of --data, short for --columns text=NAME (default: that of training)",
     )
+    add_reading_arguments(parser)
     parser.add_argument(
         "--backend",
         default="auto",
@@ -111,6 +120,7 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
         ValueError: the checkpoint or the data cannot be used, or do not fit together.
     """
     import mmfused
+    from mmfused.training.datasets import share_labels
 
     if args.products_embeddings is not None:
         raise ValueError(
@@ -126,14 +136,19 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
             f"products: got {args.products!r} with model {trained.name!r}, "
             "expected a retrieval model"
         )
-    text_column = args.text_column or trained.settings["training"].get("text_column", "text")
-    num_classes = None if retrieves else trained.model.config.num_classes
-    data, batches = trained.batches(args.data, args.batch_size, text_column, num_classes)
-    if holds_pairs(data):
-        return _measure_pairs(args, trained, data, batches)
-    products, product_batches = None, None
+    data = _load_set(args, trained)
+    products = None
     if args.products:
-        products, product_batches = trained.batches(args.products, args.batch_size, name="products")
+        products = trained.load_set(args.products, name="products", stream=args.stream)
+    if retrieves and not holds_pairs(data):
+        share_labels({"data": data, "products": products})
+    batches = trained.batches_of(data, args.batch_size, args.workers)
+    if holds_pairs(data):
+        check_for_pairs(args)
+        return _measure_pairs(args, trained, data, batches)
+    product_batches = None
+    if products is not None:
+        product_batches = trained.batches_of(products, args.batch_size, args.workers)
     with mmfused.backend(args.backend):
         if retrieves:
             scored = _score_retrieval(trained, batches, product_batches)
@@ -147,8 +162,23 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
         "without_text": sum(not text for text in data.texts),
         "unknown_labels": unknown,
         "skipped": data.skipped + (products.skipped if products is not None else []),
+        "unreadable": [row for one in (data, products) for row in getattr(one, "lost", ())],
         **scored,
     }
+
+
+def _load_set(args: argparse.Namespace, trained: Trained) -> Any:
+    """Return the data to measure; columns and labels are those of training if none are given."""
+    training = trained.settings["training"]
+    options = reading_options(args)
+    text_column = args.text_column or "text"
+    if args.columns is None and args.text_column is None:
+        options["columns"] = training.get("columns")
+        text_column = training.get("text_column", "text")
+    if args.labels is None:
+        options["labels"] = training.get("labels", "auto")
+    num_classes = None if trained.task == "retrieval" else trained.model.config.num_classes
+    return trained.load_set(args.data, text_column, num_classes, **options)
 
 
 def _facts(args: argparse.Namespace, trained: Trained) -> dict[str, Any]:

@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_model_arguments(parser.add_argument_group("model"))
     _add_pretrained_arguments(parser.add_argument_group("pretrained weights"))
     _add_data_arguments(parser.add_argument_group("data"))
+    _add_reading_arguments(parser.add_argument_group("reading of data"))
     _add_step_arguments(parser.add_argument_group("optimization"))
     _add_lora_arguments(parser.add_argument_group("LoRA and memory"))
     _add_run_arguments(parser.add_argument_group("run folder"))
@@ -128,7 +129,6 @@ def _add_data_arguments(group: Group) -> None:
         help="the validation set, or the fraction of --data that becomes it, as in 0.1 (required, "
         "but not with 'generated' or where --data holds a test set)",
     )
-    add_format_arguments(group)
     group.add_argument(
         "--products",
         metavar="DIR",
@@ -139,20 +139,6 @@ def _add_data_arguments(group: Group) -> None:
         "--text-column",
         metavar="NAME",
         help="text column of --data and --val, short for --columns text=NAME (default: text)",
-    )
-    add_reading_arguments(group)
-    group.add_argument(
-        "--negatives",
-        dest="num_negatives",
-        type=int,
-        metavar="N",
-        help="unica, unite: number of hard negatives of a query (default: 1)",
-    )
-    group.add_argument(
-        "--mix-tasks",
-        action="store_const",
-        const=True,
-        help="pairs of several tasks: a batch may have pairs of several tasks (default: of one)",
     )
     group.add_argument(
         "--modalities",
@@ -183,6 +169,24 @@ def _add_data_arguments(group: Group) -> None:
         type=float,
         metavar="P",
         help="fraction of the training items whose text is hidden (default: 0)",
+    )
+
+
+def _add_reading_arguments(group: Group) -> None:
+    add_format_arguments(group, "--data and --val")
+    add_reading_arguments(group)
+    group.add_argument(
+        "--negatives",
+        dest="num_negatives",
+        type=int,
+        metavar="N",
+        help="unica, unite: number of hard negatives of a query (default: 1)",
+    )
+    group.add_argument(
+        "--mix-tasks",
+        action="store_const",
+        const=True,
+        help="pairs with tasks: a batch may have pairs of several tasks, instead of one",
     )
 
 

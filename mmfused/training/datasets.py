@@ -25,6 +25,8 @@ PAIRS_SIDE = 96
 SPLITS = ("data", "val", "products")
 # Formats whose folders hold a test set beside the training set.
 WITH_TEST_SET = ("glami", "webqa")
+# Settings that pairs do not have. The pictures of pairs are always streamed.
+OF_PRODUCTS = ("columns", "text_column", "labels", "stream")
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -192,10 +194,11 @@ def _load_pair_splits(config: TrainConfig) -> tuple[PairSet, PairSet]:
             f"data: got {config.data!r}, which holds pairs, with model {config.model!r}, "
             "expected products with labels"
         )
-    for name in ("products", "columns", "swap_text"):
-        if getattr(config, name):
+    for name in ("products", *OF_PRODUCTS, "swap_text"):
+        value, default = getattr(config, name), getattr(type(config), name)
+        if value != default and not (name == "stream" and value):
             raise ValueError(
-                f"{name}: got {getattr(config, name)!r} with {config.data!r}, which holds pairs, "
+                f"{name}: got {value!r} with {config.data!r}, which holds pairs, "
                 "expected products with labels"
             )
     found = sources(config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -126,8 +127,6 @@ class Trained:
         text_column: str = "text",
         num_classes: int | None = None,
         name: str = "data",
-        *,
-        columns: Mapping[str, str] | None = None,
         workers: int | None = None,
         **reading: Any,
     ) -> tuple[Any, product_data.Batches]:
@@ -142,28 +141,49 @@ class Trained:
             text_column: text column, if ``columns`` names none.
             num_classes: rows with a label of at least ``num_classes`` are skipped.
             name: name of the argument ``data`` in error messages.
-            columns: names of columns, see :func:`~mmfused.data.open_table`.
             workers: number of threads that decode pictures.
-            reading: further fields of `mmfused.training.datasets.Source`.
+            reading: columns, format, labels, split, stream and needs_label, as for
+                :class:`~mmfused.data.ProductFolder`. The split is "test" if it is not given.
         """
-        size, config = self.model.picture_size, self.model.config
-        max_length = self.settings["training"]["max_length"]
-        collate = make_collate(self.tokenizer, size, max_length, config)
-        batch_size = batch_size or VAL_BATCH_SIZE
+        dataset = self.load_set(data, text_column, num_classes, name, **reading)
+        return dataset, self.batches_of(dataset, batch_size, workers)
+
+    def load_set(
+        self,
+        data: str,
+        text_column: str = "text",
+        num_classes: int | None = None,
+        name: str = "data",
+        columns: Mapping[str, str] | None = None,
+        **reading: Any,
+    ) -> Any:
+        """Return a data set; see `batches`."""
         if data == "generated":
-            generated = product_data.GeneratedProducts("val")
-            return generated, make_val_batches(generated, collate, batch_size)
+            return product_data.GeneratedProducts("val")
         if text_column != "text":
             columns = {"text": text_column, **(columns or {})}
         source = Source(name, data, columns=columns, **{"split": "test", **reading})
         if source.holds_pairs:
             self.check_is_retrieval_model(name)
-            pairs = load_pairs(source)
-            reader = make_reader(self.name, self.tokenizer, size, max_length, config)
-            return pairs, make_val_batches(pairs.items, reader, batch_size, workers)
+            return load_pairs(source)
         names = self.settings.get("class_names") if self.task == "classification" else None
-        products = load_products(source, size, num_classes, config, names)
-        return products, make_val_batches(products, collate, batch_size, workers)
+        size, config = self.model.picture_size, self.model.config
+        return load_products(source, size, num_classes, config, names)
+
+    def batches_of(
+        self,
+        dataset: Any,
+        batch_size: int | None = None,
+        workers: int | None = None,
+    ) -> product_data.Batches:
+        """Return the batches of a data set from `load_set`, in order."""
+        size, config = self.model.picture_size, self.model.config
+        max_length = self.settings["training"]["max_length"]
+        items, make = dataset, partial(make_collate, self.tokenizer)
+        if isinstance(dataset, product_data.PairSet):
+            items, make = dataset.items, partial(make_reader, self.name, self.tokenizer)
+        reader = make(size, max_length, config)
+        return make_val_batches(items, reader, batch_size or VAL_BATCH_SIZE, workers)
 
 
 def load_trained(

@@ -288,7 +288,7 @@ def evaluate_retrieval(
         candidates = embed_items(model, products, amp=amp, stopped=stopped)
         if candidates is None:
             return None
-    pairs = retrieval_scores(queries, candidates)
+    pairs = retrieval_scores(queries, candidates, next(model.parameters()).device)
     return {**mean_scores(pairs), "pairs": pairs}
 
 
