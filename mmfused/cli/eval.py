@@ -154,11 +154,12 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
             scored = _score_retrieval(trained, batches, product_batches)
         else:
             scored = _score_classes(trained, batches, data.class_names)
+    items: Any = batches.items
     unknown = [] if products is None else sorted({*data.labels} - {*products.labels})
     return {
         **_facts(args, trained),
         "rows": len(data),
-        "without_image": int((~batches.items.present).sum()),
+        "without_image": int((~items.present).sum()),
         "without_text": sum(not text for text in data.texts),
         "unknown_labels": unknown,
         "skipped": data.skipped + (products.skipped if products is not None else []),
