@@ -232,7 +232,18 @@ def test_the_format_is_detected_or_refused(tmp_path):
         open_table(tmp_path / "gone")
     with pytest.raises(ValueError, match="got none of the known files, expected a folder with im"):
         open_table(tmp_path)
+    product = folders.make_products(1)[0]
+    for name in ("images", "more"):
+        (tmp_path / name / "deep").mkdir(parents=True)
+        (tmp_path / name / "deep" / "0.jpg").write_bytes(product.picture)
+        (tmp_path / name / "0.jpg").write_bytes(product.picture)
+        if name == "images":
+            with pytest.raises(ValueError, match="got none of the known files"):
+                detect_format(tmp_path)
+    assert detect_format(tmp_path) == "classes"
     (tmp_path / "a.json").write_text("{}")
+    with pytest.raises(ValueError, match="got none of the known files"):
+        detect_format(tmp_path)
     with pytest.raises(ValueError, match="a.json: got a file of an unknown format, expected a fol"):
         open_table(tmp_path / "a.json")
     (tmp_path / "b.tar").touch()

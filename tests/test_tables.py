@@ -182,12 +182,15 @@ def test_a_line_that_is_too_long_costs_its_row_alone(tmp_path, monkeypatch):
 
 def test_a_field_that_is_too_long_and_faults_of_quoted_rows(tmp_path):
     records = [b"," + b"x" * 200_000 + b",0", b',"a, \xff",0', b',"a, \0",0', b',"a, b",0']
+    records += [b"\xff.jpg,a,0"]
     table = table_of(tmp_path / "a.csv", b"file_name,text,label\n" + b"\n".join(records))
     assert texts(table) == ["a, b"] and broken(table) == {
         "a.csv line 2": "it cannot be read: field larger than field limit (131072)",
         "a.csv line 3": "it holds bytes that are not UTF-8",
         "a.csv line 4": "it holds a zero byte",
+        "a.csv line 6": "it holds bytes that are not UTF-8",
     }
+    assert table.columns["image"][4].as_py() == "?.jpg"
 
 
 def test_a_long_line_within_a_quoted_text(tmp_path, monkeypatch):
@@ -205,6 +208,9 @@ def test_rows_are_kept_in_chunks(tmp_path, monkeypatch):
     table = table_of(tmp_path / "a.csv", "file_name,text,label\n" + "\n".join(records))
     assert table.columns["text"].num_chunks > 10 and list(table.broken) == list(range(0, 100, 5))
     assert texts(table) == [f"thing {row}" for row in range(100) if row % 5]
+    monkeypatch.setattr(rows, "CHUNK_ROWS", 1000)
+    monkeypatch.setattr(rows, "CHUNK_LETTERS", 30)
+    assert open_table(tmp_path / "a.csv").columns["text"].num_chunks > 10
 
 
 def test_damaged_folders_of_datasets_are_one_sentence(tmp_path):
