@@ -2,6 +2,7 @@
 
 import json
 import os
+import struct
 import subprocess
 import sys
 import time
@@ -244,6 +245,23 @@ def test_damaged_folders_of_datasets_are_one_sentence(tmp_path):
         lambda root: other.to_parquet(str(root / part)),
         "got the columns image, title, label, expected those of train-00000-of",
     )
+
+
+def test_damaged_offsets_and_the_numbers_of_rows_in_later_shards(tmp_path):
+    products = [folders.Product(None, "", text, "1") for text in ("mug", "plate", "a", "b", "\0")]
+    folders.write_arrow(tmp_path, products)
+    table = open_table(tmp_path)
+    assert table.columns["text"].num_chunks == 2 and table.broken == {4: "it holds a zero byte"}
+    path = tmp_path / "data-00000-of-00002.arrow"
+    data = path.read_bytes()
+    offsets = struct.pack("<4i", 0, 3, 8, 9)
+    assert data.count(offsets) == 1
+    # Reading the text of a row would read other memory.
+    path.write_bytes(data.replace(offsets, struct.pack("<4i", 0, 2**30, 8, 9)))
+    with pytest.raises(
+        ValueError, match="datasets cannot read it .*expected rows that can be read"
+    ):
+        open_table(tmp_path)
 
 
 def test_columns_of_other_types_are_refused(tmp_path):
