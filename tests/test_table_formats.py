@@ -82,6 +82,31 @@ def test_a_sub_folder_for_each_class(tmp_path):
     assert table.pictures.read(8) == products[6].picture
 
 
+def test_links_and_odd_names_among_the_folders_of_classes(tmp_path):
+    root, picture = tmp_path / "root", folders.make_products(1)[0].picture
+    for folder in ("root/a", "root/b", "outside"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "0.jpg").write_bytes(picture)
+    os.symlink(root / "b", root / "a" / "cycle")
+    os.symlink(root / "a", root / "b" / "cycle")
+    os.symlink(root / "a", root / "c")
+    os.symlink(tmp_path / "outside", root / "d")
+    with open(os.fsencode(root) + b"/b/\xff.jpg", "wb") as file:
+        file.write(picture)
+    table = open_table(root)
+    assert table.columns["image"].to_pylist() == [
+        "a/0.jpg",
+        "b/0.jpg",
+        "b/?.jpg",
+        "c/0.jpg",
+        "d/0.jpg",
+    ]
+    assert table.broken == {2: "its name is not UTF-8"}
+    assert [table.pictures.read(row) for row in (0, 1, 3)] == [picture] * 3
+    with pytest.raises(BrokenPicture, match="it leads outside the folder"):
+        table.pictures.read(4)
+
+
 def test_the_layout_of_glami(tmp_path):
     products = folders.make_products(6, ("7", "20117"), gaps=False)
     root = folders.write_glami(tmp_path, products)
@@ -161,6 +186,28 @@ def test_pictures_of_arrow_may_be_bytes_or_files(tmp_path):
     assert reasons[:3] == ["it leads outside the folder"] * 3 and "not a picture" in reasons[3]
 
 
+def test_dictionaries_nulls_and_names_of_files_in_parquet(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    products = folders.make_products(3, gaps=False)
+    table = pyarrow.table(
+        {
+            "file_name": folders.write_pictures(tmp_path, products),
+            "text": pyarrow.array(["a", "b", "a"]).dictionary_encode(),
+            "more": pyarrow.nulls(3),
+            "label": pyarrow.array(["x", None, " y"]).dictionary_encode(),
+        }
+    )
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    pyarrow.parquet.write_table(table.slice(0, 1), tmp_path / ".hidden.parquet")
+    table = open_table(tmp_path, columns={"text": "more+text"})
+    assert rows_of(table)[::2] == [(True, "a", "x"), (True, "a", "y")]
+    assert table.broken == {1: "label: got null, expected a string or a number"}
+    assert table.pictures.read(2) == products[2].picture
+    assert not open_table(tmp_path, needs_label=False).broken
+
+
 def test_a_parquet_file_that_was_written_again_is_read_again(tmp_path):
     import pyarrow
     import pyarrow.parquet
@@ -232,7 +279,18 @@ def test_the_format_is_detected_or_refused(tmp_path):
         open_table(tmp_path / "gone")
     with pytest.raises(ValueError, match="got none of the known files, expected a folder with im"):
         open_table(tmp_path)
+    product = folders.make_products(1)[0]
+    for name in ("images", "more"):
+        (tmp_path / name / "deep").mkdir(parents=True)
+        (tmp_path / name / "deep" / "0.jpg").write_bytes(product.picture)
+        (tmp_path / name / "0.jpg").write_bytes(product.picture)
+        if name == "images":
+            with pytest.raises(ValueError, match="got none of the known files"):
+                detect_format(tmp_path)
+    assert detect_format(tmp_path) == "classes"
     (tmp_path / "a.json").write_text("{}")
+    with pytest.raises(ValueError, match="got none of the known files"):
+        detect_format(tmp_path)
     with pytest.raises(ValueError, match="a.json: got a file of an unknown format, expected a fol"):
         open_table(tmp_path / "a.json")
     (tmp_path / "b.tar").touch()

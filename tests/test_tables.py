@@ -2,6 +2,7 @@
 
 import json
 import os
+import struct
 import subprocess
 import sys
 import time
@@ -182,12 +183,15 @@ def test_a_line_that_is_too_long_costs_its_row_alone(tmp_path, monkeypatch):
 
 def test_a_field_that_is_too_long_and_faults_of_quoted_rows(tmp_path):
     records = [b"," + b"x" * 200_000 + b",0", b',"a, \xff",0', b',"a, \0",0', b',"a, b",0']
+    records += [b"\xff.jpg,a,0"]
     table = table_of(tmp_path / "a.csv", b"file_name,text,label\n" + b"\n".join(records))
     assert texts(table) == ["a, b"] and broken(table) == {
         "a.csv line 2": "it cannot be read: field larger than field limit (131072)",
         "a.csv line 3": "it holds bytes that are not UTF-8",
         "a.csv line 4": "it holds a zero byte",
+        "a.csv line 6": "it holds bytes that are not UTF-8",
     }
+    assert table.columns["image"][4].as_py() == "?.jpg"
 
 
 def test_a_long_line_within_a_quoted_text(tmp_path, monkeypatch):
@@ -205,6 +209,9 @@ def test_rows_are_kept_in_chunks(tmp_path, monkeypatch):
     table = table_of(tmp_path / "a.csv", "file_name,text,label\n" + "\n".join(records))
     assert table.columns["text"].num_chunks > 10 and list(table.broken) == list(range(0, 100, 5))
     assert texts(table) == [f"thing {row}" for row in range(100) if row % 5]
+    monkeypatch.setattr(rows, "CHUNK_ROWS", 1000)
+    monkeypatch.setattr(rows, "CHUNK_LETTERS", 30)
+    assert open_table(tmp_path / "a.csv").columns["text"].num_chunks > 10
 
 
 def test_damaged_folders_of_datasets_are_one_sentence(tmp_path):
@@ -238,6 +245,23 @@ def test_damaged_folders_of_datasets_are_one_sentence(tmp_path):
         lambda root: other.to_parquet(str(root / part)),
         "got the columns image, title, label, expected those of train-00000-of",
     )
+
+
+def test_damaged_offsets_and_the_numbers_of_rows_in_later_shards(tmp_path):
+    products = [folders.Product(None, "", text, "1") for text in ("mug", "plate", "a", "b", "\0")]
+    folders.write_arrow(tmp_path, products)
+    table = open_table(tmp_path)
+    assert table.columns["text"].num_chunks == 2 and table.broken == {4: "it holds a zero byte"}
+    path = tmp_path / "data-00000-of-00002.arrow"
+    data = path.read_bytes()
+    offsets = struct.pack("<4i", 0, 3, 8, 9)
+    assert data.count(offsets) == 1
+    # Reading the text of a row would read other memory.
+    path.write_bytes(data.replace(offsets, struct.pack("<4i", 0, 2**30, 8, 9)))
+    with pytest.raises(
+        ValueError, match="datasets cannot read it .*expected rows that can be read"
+    ):
+        open_table(tmp_path)
 
 
 def test_columns_of_other_types_are_refused(tmp_path):

@@ -14,8 +14,8 @@ def read_classes(root: Path) -> Table:
     """Return a row without text for each picture file below a folder, in the order of the names.
 
     The label is the name of the sub-folder. Pictures elsewhere, in the folder itself or deeper, are
-    broken rows. Names that begin with a dot, and files that are not called like pictures, are no
-    rows.
+    broken rows. Names that begin with a dot, files that are not called like pictures, and what
+    links to folders within a class lead to are no rows.
 
     Raises:
         ValueError: no sub-folder has pictures, or the folder cannot be read.
@@ -76,8 +76,6 @@ def _entries(folder: str | Path) -> list[tuple[str, bool]]:
 
 
 def _fault_of(name: str) -> str | None:
-    if name.isascii() or name.isprintable():
-        return None
     try:
         name.encode()
     except UnicodeEncodeError:

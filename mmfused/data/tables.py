@@ -115,7 +115,8 @@ def open_table(
 def detect_format(path: str | os.PathLike[str]) -> str:
     """Return the name of the format of a folder or file, one of ``FORMATS``.
 
-    A folder with a file called metadata is "metadata", whatever else it holds.
+    A folder with a file called metadata is "metadata", whatever else it holds. One with pictures in
+    a single sub-folder, or with a .csv, .tsv, .jsonl or .json file, is not taken for "classes".
 
     Raises:
         FileNotFoundError: ``path`` does not exist.
@@ -137,11 +138,25 @@ def detect_format(path: str | os.PathLike[str]) -> str:
     found = [format for format, is_there in signs.items() if is_there]
     if len(found) > 1:
         raise ValueError(f"{root}: got files of {listed(found)}, expected the format by name")
-    if not found and any("/" in name for name in class_folders.picture_names(root)):
+    if not found and _has_classes(root):
         return "classes"
     if not found:
         raise ValueError(f"{root}: got none of the known files, {EXPECTED}")
     return found[0]
+
+
+def _has_classes(root: Path) -> bool:
+    """Return whether a folder has pictures in several sub-folders, and no table of them."""
+    if _find(root, (*ROWS, ".json")):
+        return False
+    classes = set()
+    for name in class_folders.picture_names(root):
+        parts = name.split("/")
+        if len(parts) == 2:
+            classes.add(parts[0])
+        if len(classes) > 1:
+            return True
+    return False
 
 
 def _format_of_file(path: Path) -> str:
