@@ -9,6 +9,7 @@ import logging
 import os
 import pickle
 import signal
+import tarfile
 import threading
 import time
 from io import BytesIO
@@ -238,6 +239,22 @@ def test_each_file_is_checked_once(tmp_path, monkeypatch):
         lambda self, row: calls.append(row) or check(self, row),
     )
     assert len(ProductFolder(tmp_path, image_size=8, stream=True)) == 50 and calls == [0]
+
+
+def test_pictures_of_one_name_in_two_tars_are_two_pictures(tmp_path):
+    digests = set()
+    for seed in (1, 3):
+        for tar, number in (("a.tar", 0), ("b.tar", seed)):
+            with tarfile.open(tmp_path / tar, "w") as file:
+                for name, data in (("x.jpg", picture(number)), ("x.txt", b"tea"), ("x.cls", b"0")):
+                    member = tarfile.TarInfo(name)
+                    member.size = len(data)
+                    file.addfile(member, BytesIO(data))
+        data = ProductFolder(tmp_path, image_size=16, stream=True)
+        for row, number in enumerate((0, seed)):
+            assert torch.equal(data[row]["image"], load_picture(picture(number), 16))
+        digests.add(data.digest)
+    assert len(digests) == 2
 
 
 @pytest.mark.parametrize("workers", [1, 4])

@@ -427,8 +427,8 @@ def test_a_stream_from_the_middle_is_the_same_and_builds_no_earlier_batch(monkey
         seed=3,
         drop_last=True,
     )
-    built, make = [], batches.items.batch
-    monkeypatch.setattr(batches.items, "batch", lambda *args: built.append(1) or make(*args))
+    built, make = [], batches.items.finish
+    monkeypatch.setattr(batches.items, "finish", lambda *args: built.append(1) or make(*args))
     stream = batches.stream()
     expected = [next(stream) for _ in range(20)]
     for position in (0, 5, 7, 16):

@@ -60,8 +60,7 @@ class ProductFolder(Splits, Dataset[dict[str, Any]]):
     in memory and a streamed set, whose ``.digest`` is its ``.fingerprint``.
 
     Args:
-        root: the folder, or a file of a format that
-            ``mmfused.data.tables.open_table`` reads.
+        root: the folder, or a file, in a format that ``mmfused.data.tables.open_table`` reads.
         image_size: side of the square to which images are resized; None keeps the size of each
             image.
         num_classes: number of classes; labels must be smaller. None takes the largest label + 1, or
