@@ -361,8 +361,9 @@ def test_parts_of_a_list_may_end_anywhere(tmp_path, monkeypatch, chunk):
     monkeypatch.setattr(json_rows, "CHUNK", chunk)
     values = [123456, True, None, -1.5e-3, 'a\\"\u00e9\n', {"k": [1, {}]}, False, "", 7, []]
     path = tmp_path / "rows.json"
-    path.write_text(json.dumps(values * 3, indent=1))
-    assert [value for _, value in json_rows.json_rows(path)] == values * 3
+    for spaces in range(20):
+        path.write_text(" " * spaces + json.dumps(values * 3, indent=1))
+        assert [value for _, value in json_rows.json_rows(path)] == values * 3
 
 
 def test_rows_of_other_encodings_are_named(tmp_path):
