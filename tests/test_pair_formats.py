@@ -359,7 +359,19 @@ def test_broken_json(tmp_path, monkeypatch, chunk, text, found, skipped):
 @pytest.mark.parametrize("chunk", [1, 2, 5, 2**22])
 def test_parts_of_a_list_may_end_anywhere(tmp_path, monkeypatch, chunk):
     monkeypatch.setattr(json_rows, "CHUNK", chunk)
-    values = [123456, True, None, -1.5e-3, 'a\\"\u00e9\n', {"k": [1, {}]}, False, "", 7, []]
+    values = [
+        123456,
+        True,
+        None,
+        -1.5e-3,
+        'a\\"\u00e9\n',
+        {"k": [1, {}]},
+        False,
+        [None, True] * 20,
+        "",
+        7,
+        [],
+    ]
     path = tmp_path / "rows.json"
     for spaces in range(20):
         path.write_text(" " * spaces + json.dumps(values * 3, indent=1))
