@@ -108,6 +108,20 @@ def test_folders_of_tasks_and_splits(tmp_path):
     assert len(open_pairs(tmp_path, split="test")) == 2
 
 
+def test_shards_are_one_task_and_pictures_of_the_folder_come_first(tmp_path):
+    for folder in (tmp_path, tmp_path / "inner"):
+        picture(folder / "0.png")
+    for part in (0, 1):
+        row = mmeb_row(f"q{part}", "", "", ("", "0.png", ""))
+        write(tmp_path / f"vqa-0000{part}-of-00002.jsonl", [row])
+    write(tmp_path / "inner/rows.json", [mmeb_row("r", "", "", ("", "0.png", ""))])
+    assert read(open_pairs(tmp_path)) == [
+        ("vqa", ("q0",), [("", "0.png")], []),
+        ("vqa", ("q1",), [("", "0.png")], []),
+        ("inner", ("r",), [("", "0.png")], []),
+    ]
+
+
 def test_unite_rows(tmp_path):
     for number in range(2):
         picture(tmp_path / f"images/{number}.png", number)
@@ -269,6 +283,20 @@ def test_mixtures(tmp_path):
     assert len(pairs.candidates) == 4 + 6
 
 
+def test_sources_have_pictures_of_their_own(tmp_path):
+    for name in ("one", "two"):
+        row = mmeb_row(f"q {name}", "", "", ("", "0.png", ""))
+        write(tmp_path / name / "a.json", [mmeb_row("q", "p"), row])
+    picture(tmp_path / "two/0.png")
+    sources = [{"data": "one"}, {"data": "two"}]
+    (tmp_path / "mixture.json").write_text(json.dumps({"sources": sources}))
+    pairs = open_pairs(tmp_path / "mixture.json")
+    assert texts_of(pairs, pairs.queries) == ["q", "q", "q two"]
+    lost = "pos: the image cannot be read: 0.png: the file does not exist"
+    assert pairs.skipped == [f"one/a.json entry 2: {lost}"]
+    assert pairs.items.load_image(int(pairs.positives[2][0]), 4).shape == (3, 4, 4)
+
+
 @pytest.mark.parametrize(
     ("sources", "message"),
     [
@@ -326,6 +354,28 @@ def test_broken_json(tmp_path, monkeypatch, chunk, text, found, skipped):
     assert len(pairs.skipped) == len(skipped)
     for sentence, start in zip(pairs.skipped, skipped, strict=True):
         assert sentence.startswith(f"rows.json {start}")
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 5, 2**22])
+def test_parts_of_a_list_may_end_anywhere(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(json_rows, "CHUNK", chunk)
+    values = [
+        123456,
+        True,
+        None,
+        -1.5e-3,
+        'a\\"\u00e9\n',
+        {"k": [1, {}]},
+        False,
+        [None, True] * 20,
+        "",
+        7,
+        [],
+    ]
+    path = tmp_path / "rows.json"
+    for spaces in range(20):
+        path.write_text(" " * spaces + json.dumps(values * 3, indent=1))
+        assert [value for _, value in json_rows.json_rows(path)] == values * 3
 
 
 def test_rows_of_other_encodings_are_named(tmp_path):

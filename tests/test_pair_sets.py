@@ -105,6 +105,23 @@ def test_equal_queries_of_a_task_have_all_positives(tmp_path):
     assert pairs.corpus_names == ["one", "two"] and pairs.task_corpora == [[0], [1]]
 
 
+def test_queries_are_in_the_order_of_their_first_rows(tmp_path):
+    rows = [("a", "b"), ("c", "d"), ("b", "e"), ("c", "a"), ("a", "f")]
+    pairs = open_pairs(text_set(tmp_path, {"one": rows}))
+    assert texts_of(pairs, pairs.queries) == ["a", "c", "b"]
+    found = [sorted(texts_of(pairs, positives)) for positives in pairs.positives]
+    assert found == [["b", "f"], ["a", "d"], ["e"]]
+
+
+def test_items_differ_if_their_texts_are_divided_otherwise(tmp_path):
+    rows = [
+        {"query": {"text": text}, "candidate": {"text": "p"}, "instruction": instruction}
+        for text, instruction in (("ab", "c"), ("a", "bc"), ("a", "bc"))
+    ]
+    pairs = open_pairs(write(tmp_path / "rows.json", rows))
+    assert texts_of(pairs, pairs.queries) == ["c\nab", "bc\na"]
+
+
 def test_selections_and_splits(tmp_path):
     rows = [(f"q{i}", f"p{i % 7}", f"n{i}") for i in range(20)]
     pairs = open_pairs(text_set(tmp_path, {"task": [*rows, ("", "x")]}))

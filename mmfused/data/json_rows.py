@@ -143,8 +143,8 @@ class _Text:
             except (ValueError, RecursionError) as error:
                 raise self._broken(error) from error
             else:
-                # A number at the end of the part may go on in the next one.
-                if place < len(self.part) or self.is_end:
+                # A number near the end of the part may go on in the next one.
+                if place + NEAR_END < len(self.part) or self.is_end:
                     self.place = place
                     return value
             self._read()

@@ -40,7 +40,7 @@ class PairSetBatches:
     does not use them as negatives, see `mmfused.data.pair_labels.batch_labels`.
 
     The rows of batch i depend only on ``seed``, the epoch and i. Each rank gets its own share of
-    every batch; it may be empty.
+    every batch; it may be empty. The number of rows of a task is rounded to a whole number.
 
     Args:
         pair_set: the pairs.

@@ -80,7 +80,7 @@ def open_pairs(
 
     Examples:
         >>> import json, pathlib, tempfile
-        >>> from mmfused.data import open_pairs
+        >>> from mmfused.data.pair_formats import open_pairs
         >>> rows = [{"qry": "red mug", "pos_text": "Mug, red", "neg_text": "Mug, blue"}]
         >>> rows += [{"qry": "plate", "pos_text": "", "pos_image_path": "lost.jpg"}]
         >>> with tempfile.TemporaryDirectory() as folder:
