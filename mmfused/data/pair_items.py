@@ -20,6 +20,7 @@ from .metadata import BrokenRow
 from .pictures import MAX_BYTES, BrokenPicture, decode, picture_path, read_picture
 from .quiet import quiet
 from .ragged import PackedStrings, Ragged, offsets_of
+from .reading import Lost
 
 IMAGE_MARK = "<|IMAGE|>"
 # The places of pictures in texts of UNITE, and in those of MMEB.
@@ -89,6 +90,7 @@ class PairItems(Dataset[dict[str, Any]]):
         self.pictures = pictures  # the numbers of the picture files of each item
         self.present: np.ndarray = pictures.sizes > 0  # whether each item has a picture, (N,) bool
         self.labels: np.ndarray = np.zeros(len(self), np.int64)  # items have no labels
+        self._lost = Lost()
 
     def __len__(self) -> int:
         return len(self.raw_texts)
@@ -97,6 +99,11 @@ class PairItems(Dataset[dict[str, Any]]):
     def texts(self) -> Sequence[str]:
         """The instruction and the text of each item, without the marks of pictures."""
         return _PlainTexts(self)
+
+    @property
+    def lost(self) -> list[str]:
+        """A sentence about each picture that could not be decoded when it was needed."""
+        return self._lost.sentences()
 
     def files_of(self, row: int) -> list[str]:
         """Return the names of the picture files of an item."""
@@ -132,6 +139,7 @@ class PairItems(Dataset[dict[str, Any]]):
             with quiet():
                 return decode(read_picture(path), size, resize, resample)
         except BrokenPicture as error:
+            self._lost.add(file, f"{name}: the image cannot be read: {error}")
             raise BrokenPicture(f"{name}: {error}") from error
 
     def sequence_item(self, row: int) -> dict[str, Any]:

@@ -61,6 +61,11 @@ class PairSet:
         return self.items.texts
 
     @property
+    def lost(self) -> list[str]:
+        """A sentence about each picture that could not be decoded when it was needed."""
+        return self.items.lost
+
+    @property
     def weights(self) -> np.ndarray:
         """How often each query is visited in an epoch on average, (Q,) float64."""
         return self.task_weights[self.tasks]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,12 +14,9 @@ from ._common import Batch, check_int
 from .pair_items import PairItems
 from .pictures import BrokenPicture
 
-AHEAD = 2  # number of batches whose reading starts in advance
-NAMED = 5  # number of lost pictures that are logged by name
+AHEAD = 1  # number of batches whose reading starts in advance
 # In place of the lost picture of an item without text.
 BLANK = (3, 56, 56)
-
-logger: logging.Logger = logging.getLogger(__name__)
 
 
 class Processor(Protocol):
@@ -35,7 +31,8 @@ class SequenceItems:
     """The items of a set of pairs, to make batches of sequences of any rows.
 
     A batch has what the processor returns, and "labels", which are zeros. If a picture's file can
-    not be read, the item is used without its pictures, or with a black one if it has no text.
+    not be read, the item is used without its pictures, or with a black one if it has no text. If
+    the processor has a method ``resize_picture``, the threads call it for each picture.
 
     Args:
         items: the items.
@@ -56,7 +53,6 @@ class SequenceItems:
         self.items = items
         self.processor = processor
         self.workers: int = check_int("workers", workers, 1)
-        self.lost: dict[int, str] = {}  # why pictures are lost, by item
         self._pool: ThreadPoolExecutor | None = None
 
     def __len__(self) -> int:
@@ -87,13 +83,12 @@ class SequenceItems:
 
     def _read(self, row: int) -> dict[str, Any]:
         try:
-            return self.items.sequence_item(row)
-        except BrokenPicture as error:
-            if row not in self.lost:
-                self.lost[row] = str(error)
-                if len(self.lost) <= NAMED:
-                    logger.warning("%s; the item is used without it", error)
-                if len(self.lost) == NAMED:
-                    logger.warning("further lost pictures are only counted")
+            item = self.items.sequence_item(row)
+        except BrokenPicture:
             text = self.items.texts[row]
             return {"text": text} if text else {"image": [torch.zeros(BLANK, dtype=torch.uint8)]}
+        # Photos at full size would take gigabytes.
+        resize = getattr(self.processor, "resize_picture", None)
+        if resize is not None and "image" in item:
+            item["image"] = [resize(picture) for picture in item["image"]]
+        return item

@@ -111,19 +111,15 @@ class UNITEProcessor:
         if frames[1] < self.frame_group:
             expected = f"at least {self.frame_group}, the number of frames of a patch"
             raise ValueError(f"frames: got {frames}, expected {expected}")
+        least, most = (count * self.side**2 for count in picture_tokens)
+        self.picture_pixels: dict[str, int] = {"min_pixels": least, "max_pixels": most}
         options = {
             "patch_size": self.side // self.merge_size,
             "temporal_patch_size": self.frame_group,
             "merge_size": self.merge_size,
             "image_mean": list(config.pixel_mean),
             "image_std": list(config.pixel_std),
-            "size": dict(
-                zip(
-                    ("shortest_edge", "longest_edge"),
-                    (count * self.side**2 for count in picture_tokens),
-                    strict=True,
-                )
-            ),
+            "size": {"shortest_edge": least, "longest_edge": most},
         }
         transformers = import_transformers()
         self.image_processor: Any = transformers.Qwen2VLImageProcessor(**options)
@@ -158,6 +154,13 @@ class UNITEProcessor:
             "code": torch.tensor(codes),
             **packed,
         }
+
+    def resize_picture(self, picture: Tensor) -> Tensor:
+        """Return a picture, uint8 (3, H, W), at the size to which a call resizes it.
+
+        A call then gives the same patches, but holds less memory than with a large photo.
+        """
+        return self._resized(picture, **self.picture_pixels)
 
     def _patches(
         self,
@@ -216,18 +219,25 @@ class UNITEProcessor:
         return self._resize_frames(video)
 
     def _resize_frames(self, video: Tensor) -> Tensor:
+        # The public code's limits: at least 128 tokens, unless `frame_pixels` are fewer.
+        least = 128 * self.side**2
+        return self._resized(video, min_pixels=least, max_pixels=self.frame_pixels)
+
+    def _resized(self, pictures: Tensor, min_pixels: int, max_pixels: int) -> Tensor:
+        """Return pictures (..., 3, H, W) with sides that patches fill, within limits of pixels."""
         from torchvision.transforms.v2 import InterpolationMode
         from torchvision.transforms.v2.functional import resize
         from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
-        # The public code's limits: at least 128 tokens, unless `frame_pixels` are fewer.
+        height, width = pictures.shape[-2:]
         size = smart_resize(
-            *video.shape[2:],
+            height,
+            width,
             factor=self.side,
-            min_pixels=128 * self.side**2,
-            max_pixels=self.frame_pixels,
+            min_pixels=min_pixels,
+            max_pixels=max_pixels,
         )
-        return resize(video, list(size), InterpolationMode.BICUBIC, antialias=True)
+        return resize(pictures, list(size), InterpolationMode.BICUBIC, antialias=True)
 
     def _sequence(
         self,
