@@ -103,7 +103,7 @@ def test_a_loaded_run_gives_the_recorded_accuracy(products, tmp_path):
     config = TrainConfig(**options(products, tmp_path / "run"))
     summary = train(config)
     model, tokenizer = load_run(tmp_path / "run")
-    _, val_batches = make_batches(config, *load_data(config), tokenizer, 32, model.config)
+    _, val_batches = make_batches(config, *load_data(config)[:2], tokenizer, 32, model.config)
     result = evaluate_classifier(model, val_batches)
     assert result["accuracy"] == summary["accuracy"]
     assert result["val_loss"] == pytest.approx(summary["val_loss"], rel=1e-5)
@@ -339,7 +339,7 @@ def text_model_and_batches(products, tmp_path, batch_size):
     model_options = {"loss_weights": (1, 0, 0), "text": without_dropout}
     changes = {"modalities": "text", "batch_size": batch_size, "model_options": model_options}
     config = TrainConfig(**options(products, tmp_path / "run", **changes))
-    data = load_data(config)
+    data = load_data(config)[:2]
     tokenizer = train_tokenizer(data[0].texts)
     torch.manual_seed(0)
     model = build_model(config, data[0].num_classes, tokenizer)

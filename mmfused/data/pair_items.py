@@ -105,6 +105,11 @@ class PairItems(Dataset[dict[str, Any]]):
         """A sentence about each picture that could not be decoded when it was needed."""
         return self._lost.sentences()
 
+    def lose(self, row: int, reason: str) -> None:
+        """Record that the pictures of an item cannot be used."""
+        names = ", ".join(self.files_of(row))
+        self._lost.add(int(self.pictures[row][0]), f"{names}: the image cannot be used: {reason}")
+
     def files_of(self, row: int) -> list[str]:
         """Return the names of the picture files of an item."""
         return [self.files.names[file] for file in self.pictures[row]]

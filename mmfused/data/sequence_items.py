@@ -84,11 +84,13 @@ class SequenceItems:
     def _read(self, row: int) -> dict[str, Any]:
         try:
             item = self.items.sequence_item(row)
-        except BrokenPicture:
+            # Photos at full size would take gigabytes.
+            resize = getattr(self.processor, "resize_picture", None)
+            if resize is not None and "image" in item:
+                item["image"] = [resize(picture) for picture in item["image"]]
+            return item
+        except ValueError as error:
+            if not isinstance(error, BrokenPicture):  # sides that the processor does not take
+                self.items.lose(row, str(error))
             text = self.items.texts[row]
             return {"text": text} if text else {"image": [torch.zeros(BLANK, dtype=torch.uint8)]}
-        # Photos at full size would take gigabytes.
-        resize = getattr(self.processor, "resize_picture", None)
-        if resize is not None and "image" in item:
-            item["image"] = [resize(picture) for picture in item["image"]]
-        return item

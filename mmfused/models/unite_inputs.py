@@ -159,7 +159,11 @@ class UNITEProcessor:
         """Return a picture, uint8 (3, H, W), at the size to which a call resizes it.
 
         A call then gives the same patches, but holds less memory than with a large photo.
+
+        Raises:
+            ValueError: one side is too long for the other.
         """
+        read_picture("image", picture)
         return self._resized(picture, **self.picture_pixels)
 
     def _patches(

@@ -275,7 +275,8 @@ def share_labels(sets: Mapping[str, Any]) -> None:
     """
     given = {name: one for name, one in sets.items() if one is not None}
     named = {name: one for name, one in given.items() if one.class_names is not None}
-    if not named or all(isinstance(one, product_data.GeneratedProducts) for one in named.values()):
+    # The generated sets have the same names already.
+    if not named or not all(hasattr(one, "relabel") for one in named.values()):
         return
     for name in given:
         if name not in named:
