@@ -97,7 +97,8 @@ def _checked(name: str, value: str | None, suffix: str, overwrite: bool) -> Path
 
 def _open(args: argparse.Namespace) -> tuple[str, Any]:
     """Return the name of the format and the set, whose pictures are not decoded yet."""
-    from mmfused.data import PAIR_FORMATS, ProductFolder, check_format, find_format, open_pairs
+    from mmfused.data import ProductFolder, check_format, find_format, open_pairs
+    from mmfused.data.pair_formats import PAIR_FORMATS
 
     columns = parse_columns(args.columns)
     if args.format is not None:

@@ -10,17 +10,15 @@ with from_extra("models"):
     from .formats import check_format, find_format
     from .generated import GeneratedProducts
     from .pair_batches import PairSetBatches
-    from .pair_formats import PAIR_FORMATS, open_pairs
+    from .pair_formats import open_pairs
     from .pair_sets import PairSet
     from .pairs import PairBatches
     from .pictures import load_picture
     from .swap import SwappedTexts, swap_texts
-    from .tables import FORMATS, open_table
+    from .tables import open_table
     from .text import load_tokenizer, train_tokenizer
 
 __all__ = [
-    "FORMATS",
-    "PAIR_FORMATS",
     "Batches",
     "Collate",
     "GeneratedProducts",

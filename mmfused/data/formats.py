@@ -9,7 +9,7 @@ from .tables import FORMATS, detect_format
 
 
 def find_format(path: str | os.PathLike[str]) -> str:
-    """Return the format of a data set, a name in ``FORMATS`` or in ``PAIR_FORMATS``.
+    r"""Return the format of a data set, a name in ``FORMATS`` or in ``PAIR_FORMATS``.
 
     Args:
         path: a folder or a file.
@@ -23,7 +23,7 @@ def find_format(path: str | os.PathLike[str]) -> str:
         >>> from mmfused.data import find_format
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = pathlib.Path(folder, "shop.tsv")
-        ...     size = path.write_text("file_name\\ttext\\tlabel\\n")
+        ...     size = path.write_text("file_name\ttext\tlabel\n")
         ...     find_format(path)
         'metadata'
     """

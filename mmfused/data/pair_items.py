@@ -62,7 +62,7 @@ class PictureFiles:
 
 
 class PairItems(Dataset[dict[str, Any]]):
-    """The distinct items of a :class:`PairSet`, which are read from files when they are needed.
+    r"""The distinct items of a :class:`PairSet`, which are read from files when they are needed.
 
     A text may have marks such as ``<|IMAGE|>`` or ``<|image_1|>`` in the places of its pictures.
     ``texts`` are for models that take a text and a picture: the instruction and the text on lines
@@ -70,6 +70,21 @@ class PairItems(Dataset[dict[str, Any]]):
 
     An item of the dataset is ``{"image": uint8 (3, H, W), "image_present": bool, "text": str,
     "label": 0}``, where the image is the first picture in its full size.
+
+    Examples:
+        >>> import json, pathlib, tempfile
+        >>> from PIL import Image
+        >>> from mmfused.data import open_pairs
+        >>> row = {"qry": "<|image_1|>\nWhat is it?", "qry_image_path": "1.png", "pos_text": "A mug"}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     Image.new("RGB", (40, 30)).save(pathlib.Path(folder, "1.png"))
+        ...     size = pathlib.Path(folder, "train.json").write_text(json.dumps([row]))
+        ...     items = open_pairs(folder).items
+        ...     item = items.sequence_item(0)
+        >>> list(items.texts), items.present.tolist(), items.files_of(0)
+        (['What is it?', 'A mug'], [True, False], ['1.png'])
+        >>> item["text"], [picture.shape for picture in item["image"]]
+        ('<|IMAGE|>\nWhat is it?', [torch.Size([3, 30, 40])])
     """
 
     streamed = True

@@ -31,6 +31,19 @@ class PairSet:
 
     :func:`open_pairs` reads one from files. Equal items have the same row, and the positives of
     equal queries of one task are together in one query.
+
+    Examples:
+        >>> import json, pathlib, tempfile
+        >>> from mmfused.data import open_pairs
+        >>> rows = [{"qry": "mug", "pos_text": text} for text in ("Red mug", "Blue mug")]
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder, "train.json")
+        ...     size = path.write_text(json.dumps(rows))
+        ...     pairs = open_pairs(path)
+        >>> len(pairs), [pairs.texts[row] for row in pairs.positives[0]]
+        (1, ['Red mug', 'Blue mug'])
+        >>> pairs.queries.tolist(), pairs.candidates.tolist(), pairs.task_names
+        ([0], [1, 2], ['train'])
     """
 
     items: PairItems

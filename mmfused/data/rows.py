@@ -43,12 +43,22 @@ class Pictures(Protocol):
 
 @dataclass
 class Table:
-    """The rows of a product set.
+    r"""The rows of a product set.
 
     ``columns`` is a pyarrow Table of strings with the columns "image" (name of the picture file,
     "" if there is none), "text", "label" (as written) and, if the source has it, "coarse_label".
     Strings have no white space at their ends. Broken rows are in it too, so that rows keep their
     numbers.
+
+    Examples:
+        >>> import pathlib, tempfile
+        >>> from mmfused.data import open_table
+        >>> rows = "file_name,text,label\n,red mug,0\n,blue, plate,1\n"
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     size = pathlib.Path(folder, "metadata.csv").write_text(rows)
+        ...     table = open_table(folder)
+        >>> table.where(1), table.broken[1]
+        ('metadata.csv line 3', 'it has 4 fields, but the header has 3; it may have an unquoted comma')
     """
 
     source: str  # name for messages, such as "metadata.csv"

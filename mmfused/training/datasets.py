@@ -12,6 +12,7 @@ import numpy as np
 
 from mmfused import data as product_data
 from mmfused.data import PairSet
+from mmfused.data.pair_formats import PAIR_FORMATS
 from mmfused.data.tables import Split
 from mmfused.models import MODELS
 from mmfused.training.config import Labels, TrainConfig
@@ -66,7 +67,7 @@ class Source(NamedTuple):
     @property
     def holds_pairs(self) -> bool:
         """Whether the data set has explicit pairs of queries and candidates."""
-        return self.format_name in product_data.PAIR_FORMATS
+        return self.format_name in PAIR_FORMATS
 
 
 def sources(config: TrainConfig) -> dict[str, Source]:

@@ -34,25 +34,20 @@ class Pairs:
 
     Examples:
         >>> import torch
-        >>> from mmfused.training.pair_metrics import Pairs, pair_scores
-        >>> embeddings = torch.tensor([[1, 0], [0, 1], [0.9, 0.1], [0.2, 0.3], [0.4, 0.8], [0, 0]])
+        >>> from mmfused.training.pair_metrics import Pairs
+        >>> one = torch.tensor([0])
         >>> pairs = Pairs(
-        ...     queries=torch.tensor([0, 1]),
-        ...     positives_indptr=torch.tensor([0, 2, 3]),
-        ...     positives_indices=torch.tensor([2, 5, 3]),
-        ...     tasks=torch.tensor([0, 1]),
-        ...     candidates=torch.tensor([2, 3, 4, 5]),
-        ...     corpora=torch.tensor([0, 1, 1, 0]),
-        ...     task_names=["text", "image"],
-        ...     corpus_names=["text", "image"],
+        ...     queries=one,
+        ...     positives_indptr=torch.tensor([0, 2]),
+        ...     positives_indices=torch.tensor([1, 2]),
+        ...     tasks=one,
+        ...     candidates=torch.tensor([1, 2, 3]),
+        ...     corpora=torch.zeros(3, dtype=torch.int64),
+        ...     task_names=["text"],
+        ...     corpus_names=["text"],
         ... )
-        >>> scores = pair_scores(embeddings, pairs)
-        >>> scores["recall_at_1"], scores["mrr"], scores["true_recall_at_1"]
-        (0.5, 0.75, 0.25)
-        >>> list(scores["searches"])
-        ['all', 'text->all', 'text->text', 'image->all', 'image->image']
-        >>> scores["searches"]["text->text"]["true_recall_at_5"]
-        1.0
+        >>> len(pairs.queries), len(pairs.candidates)
+        (1, 3)
     """
 
     queries: Tensor
@@ -188,6 +183,28 @@ def pair_scores(
 
     Raises:
         ValueError: no query has a relevant candidate, or an item has no embedding.
+
+    Examples:
+        >>> import torch
+        >>> from mmfused.training.pair_metrics import Pairs, pair_scores
+        >>> embeddings = torch.tensor([[1, 0], [0, 1], [0.9, 0.1], [0.2, 0.3], [0.4, 0.8], [0, 0]])
+        >>> pairs = Pairs(
+        ...     queries=torch.tensor([0, 1]),
+        ...     positives_indptr=torch.tensor([0, 2, 3]),
+        ...     positives_indices=torch.tensor([2, 5, 3]),
+        ...     tasks=torch.tensor([0, 1]),
+        ...     candidates=torch.tensor([2, 3, 4, 5]),
+        ...     corpora=torch.tensor([0, 1, 1, 0]),
+        ...     task_names=["text", "image"],
+        ...     corpus_names=["text", "image"],
+        ... )
+        >>> scores = pair_scores(embeddings, pairs)
+        >>> scores["recall_at_1"], scores["mrr"], scores["true_recall_at_1"]
+        (0.5, 0.75, 0.25)
+        >>> list(scores["searches"])
+        ['all', 'text->all', 'text->text', 'image->all', 'image->image']
+        >>> scores["searches"]["text->text"]["true_recall_at_5"]
+        1.0
     """
     for name in ("queries", "candidates", "positives_indices"):
         _check_below(name, getattr(pairs, name), len(embeddings))
