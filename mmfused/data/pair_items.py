@@ -75,16 +75,16 @@ class PairItems(Dataset[dict[str, Any]]):
         >>> import json, pathlib, tempfile
         >>> from PIL import Image
         >>> from mmfused.data import open_pairs
-        >>> row = {"qry": "<|image_1|>\nWhat is it?", "qry_image_path": "1.png", "pos_text": "A mug"}
+        >>> row = {"qry": "<|image_1|>\nWhat?", "qry_image_path": "1.png", "pos_text": "A mug"}
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     Image.new("RGB", (40, 30)).save(pathlib.Path(folder, "1.png"))
         ...     size = pathlib.Path(folder, "train.json").write_text(json.dumps([row]))
         ...     items = open_pairs(folder).items
         ...     item = items.sequence_item(0)
         >>> list(items.texts), items.present.tolist(), items.files_of(0)
-        (['What is it?', 'A mug'], [True, False], ['1.png'])
+        (['What?', 'A mug'], [True, False], ['1.png'])
         >>> item["text"], [picture.shape for picture in item["image"]]
-        ('<|IMAGE|>\nWhat is it?', [torch.Size([3, 30, 40])])
+        ('<|IMAGE|>\nWhat?', [torch.Size([3, 30, 40])])
     """
 
     streamed = True

@@ -57,8 +57,8 @@ class Table:
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     size = pathlib.Path(folder, "metadata.csv").write_text(rows)
         ...     table = open_table(folder)
-        >>> table.where(1), table.broken[1]
-        ('metadata.csv line 3', 'it has 4 fields, but the header has 3; it may have an unquoted comma')
+        >>> table.where(1), table.broken[1][:37]
+        ('metadata.csv line 3', 'it has 4 fields, but the header has 3')
     """
 
     source: str  # name for messages, such as "metadata.csv"

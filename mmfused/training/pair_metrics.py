@@ -112,6 +112,7 @@ class _Search:
     relevant: Tensor  # (A,) int64, number of relevant candidates
     ranks: Tensor  # (A,) int64, rank of the first relevant candidate
     found: Tensor  # (A, 6) int64, number of relevant candidates among the first `CUTOFFS`
+    searched: Tensor  # (A,) int64, number of candidates of each query
     candidates: int
     unanswerable: int
 
@@ -127,6 +128,7 @@ class _Search:
             self.relevant[kept],
             self.ranks[kept],
             self.found[kept],
+            self.searched[kept],
             self.candidates,
             int(queries.sum() - kept.sum()),
         )
@@ -145,8 +147,7 @@ class _Search:
         shares = (self.found.double() / self.relevant[:, None]).mean(0).tolist()
         for k, share in zip(CUTOFFS, shares, strict=True):
             scores[f"true_recall_at_{k}"] = share
-        all_candidates = torch.full_like(self.relevant, self.candidates)
-        return {**scores, "chance": mean_chance(self.relevant, all_candidates)}
+        return {**scores, "chance": mean_chance(self.relevant, self.searched)}
 
 
 def pair_scores(
@@ -171,7 +172,7 @@ def pair_scores(
 
     Queries without a relevant candidate in a search are excluded; "unanswerable" is their number.
     "queries" is the number of those that remain. Irrelevant candidates rank before relevant ones of
-    equal dot product. A query that is also a candidate finds itself.
+    equal dot product. A query that is also a candidate does not find itself, unless it is relevant.
 
     Args:
         embeddings: (N, D) embeddings of the items.
@@ -249,6 +250,8 @@ def _search(
     answerable = counts > 0
     counts, kept = counts[answerable], queries[answerable]
     rows = (answerable.cumsum(0) - 1)[rows]
+    own = column_of[pairs.queries[kept]]  # the query itself; -1 if it is no candidate
+    own[rows[columns == own[rows]]] = -1
     starts = [0, *counts.cumsum(0).tolist()]
 
     def relevant(first: int, last: int) -> tuple[Tensor, Tensor]:
@@ -258,8 +261,9 @@ def _search(
     results = (counts, counts.new_zeros(0, len(CUTOFFS)))
     if len(kept):
         query = embeddings[pairs.queries[kept]]
-        results = found_in_first(query, embeddings[candidates], relevant, device)
-    return _Search(kept, counts, *results, len(candidates), len(queries) - len(kept))
+        results = found_in_first(query, embeddings[candidates], relevant, own, device)
+    searched = len(candidates) - (own >= 0).long()
+    return _Search(kept, counts, *results, searched, len(candidates), len(queries) - len(kept))
 
 
 @torch.no_grad()

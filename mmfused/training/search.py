@@ -79,6 +79,7 @@ def found_in_first(
     query: Tensor,
     candidate: Tensor,
     relevant: Relevant,
+    excluded: Tensor | None = None,
     device: torch.device | str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the rank of each query's first relevant candidate, and how many of them rank high.
@@ -99,7 +100,7 @@ def found_in_first(
     """
     ranks: list[Tensor] = []
     found: list[Tensor] = []
-    for first, score in _blocks(query, candidate, None, device):
+    for first, score in _blocks(query, candidate, excluded, device):
         pairs = relevant(first, first + len(score))
         pairs = pairs.nonzero(as_tuple=True) if isinstance(pairs, Tensor) else pairs
         rows, columns = (x.to(score.device) for x in pairs)
