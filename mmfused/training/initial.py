@@ -7,7 +7,7 @@ folder, whose parts are used as if each were named alone.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
@@ -33,6 +33,9 @@ from mmfused.training.files import check_shapes, load_weights, path_inside, read
 from mmfused.training.folder_lock import is_run_folder
 from mmfused.training.optimizer import make_optimizer, own_rates
 from mmfused.training.run_folder import build_saved, load_own_tokenizer, read_settings
+
+# Most texts of a set that a new tokenizer is trained on.
+TOKENIZER_TEXTS = 100_000
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -215,10 +218,18 @@ def _source_of_tokenizer(config: TrainConfig) -> str | None:
 
 
 def train_tokenizer(config: TrainConfig, train_set: Any, products: Any = None) -> Any:
-    """Return a new tokenizer, trained on the texts of ``train_set`` and ``products``."""
-    texts = chain(train_set.texts, () if products is None else products.texts)
+    """Return a new tokenizer, trained on texts of ``train_set`` and ``products``.
+
+    Of more than `TOKENIZER_TEXTS` texts of a set, some are taken, at equal distances.
+    """
+    texts = chain(_some(train_set.texts), () if products is None else _some(products.texts))
     tokenizer = product_data.train_tokenizer(texts, vocab_size=config.vocab_size)
     return MODELS[config.model].config.prepare_tokenizer(tokenizer)
+
+
+def _some(texts: Sequence[str]) -> Iterator[str]:
+    step = -(-len(texts) // TOKENIZER_TEXTS) or 1
+    return (texts[row] for row in range(0, len(texts), step))
 
 
 def model_config(
