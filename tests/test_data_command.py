@@ -297,7 +297,9 @@ def test_overwrite_replaces_files_and_no_folders(shop, tmp_path, capsys):
 
 
 def test_a_missing_set_is_one_sentence(tmp_path, capsys):
-    assert run(tmp_path / "gone") == 2 and "gone does not exist" in capsys.readouterr().err
+    assert (
+        run(tmp_path / "gone") == 2 and "gone', expected a folder with" in capsys.readouterr().err
+    )
     write_mmeb(tmp_path / "mmeb")
     assert run(tmp_path / "mmeb", "--columns", "text=qry") == 2
     assert "columns: got 'text=qry' with" in capsys.readouterr().err

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .data_options import add_format_arguments, parse_columns
+from .data_options import add_format_arguments, check_for_pairs, reading_options
 from .tables import print_rows
 
 HELP = "print what a data set holds: rows, classes, lost rows by reason, texts and pictures"
@@ -25,13 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the data set: a folder with images and metadata.csv, or another format that "
         "docs/data.md lists",
     )
-    add_format_arguments(parser, "PATH")
-    parser.add_argument(
-        "--split",
-        choices=("train", "test"),
-        default="train",
-        help="the part to read of a format that publishes several in one folder (default: train)",
-    )
+    add_format_arguments(parser, "PATH", "train")
     parser.add_argument(
         "--image-size",
         type=int,
@@ -97,31 +91,14 @@ def _checked(name: str, value: str | None, suffix: str, overwrite: bool) -> Path
 
 def _open(args: argparse.Namespace) -> tuple[str, Any]:
     """Return the name of the format and the set, whose pictures are not decoded yet."""
-    from mmfused.data import ProductFolder, check_format, find_format, open_pairs
-    from mmfused.data.pair_formats import PAIR_FORMATS
+    from mmfused.training.datasets import Source, read_pairs, read_products
 
-    columns = parse_columns(args.columns)
-    if args.format is not None:
-        check_format(args.format)
-    name = args.format or find_format(args.path)
-    if name not in PAIR_FORMATS:
-        return name, ProductFolder(
-            args.path,
-            format=name,
-            columns=columns,
-            split=args.split,
-            labels=args.labels or "auto",
-            stream=True,
-            needs_label=False,
-        )
-    for option in ("columns", "labels"):
-        value = getattr(args, option)
-        if value is not None:
-            raise ValueError(
-                f"{option}: got {value!r} with {args.path!r}, which holds pairs, expected "
-                "products with labels"
-            )
-    return name, open_pairs(args.path, format=name, split=args.split)
+    options = {name: value for name, value in reading_options(args).items() if name != "stream"}
+    source = Source("path", args.path, stream=True, needs_label=False, **options)
+    if not source.holds_pairs:
+        return source.format_name, read_products(source)
+    check_for_pairs(args)
+    return source.format_name, read_pairs(source)
 
 
 def _bar(looks: Iterable[Any], count: int) -> Iterable[Any]:

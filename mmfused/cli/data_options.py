@@ -9,7 +9,11 @@ from typing import Any, TypeAlias
 Group: TypeAlias = "argparse._ArgumentGroup | argparse.ArgumentParser"
 
 
-def add_format_arguments(group: Group, option: str = "--data") -> None:
+def add_format_arguments(
+    group: Group,
+    option: str = "--data",
+    split: str = "test or validation",
+) -> None:
     """Add the options that say how the data set in ``option`` is written."""
     group.add_argument(
         "--format",
@@ -24,10 +28,24 @@ def add_format_arguments(group: Group, option: str = "--data") -> None:
         "(default: those of the format)",
     )
     group.add_argument(
+        "--split",
+        metavar="NAME",
+        help=f"part of {option.partition(' ')[0]} to read, if it has splits (default: {split})",
+    )
+    group.add_argument(
         "--labels",
         metavar="KIND",
         help="what labels are: index, a number from 0, or name, of a class (default: what the "
         "format says, or most labels are)",
+    )
+
+
+def add_catalogue_arguments(group: Group) -> None:
+    """Add the options that say how the catalogue in ``--products`` is written."""
+    group.add_argument(
+        "--products-columns",
+        metavar="NAME=COLUMN,..",
+        help="columns of --products (default: those of its format)",
     )
 
 
@@ -47,7 +65,7 @@ def add_reading_arguments(group: Group) -> None:
     )
 
 
-def parse_columns(given: str | None) -> dict[str, str] | None:
+def parse_columns(given: str | None, option: str = "columns") -> dict[str, str] | None:
     """Return the columns in NAME=COLUMN,.. by name."""
     if given is None:
         return None
@@ -55,9 +73,9 @@ def parse_columns(given: str | None) -> dict[str, str] | None:
     for part in given.split(","):
         name, equals, column = part.partition("=")
         if not name or not equals:
-            raise ValueError(f"columns: got {given!r}, expected NAME=COLUMN,..")
+            raise ValueError(f"{option}: got {given!r}, expected NAME=COLUMN,..")
         if name in columns:
-            raise ValueError(f"columns: got {name} twice in {given!r}, expected each name once")
+            raise ValueError(f"{option}: got {name} twice in {given!r}, expected each name once")
         columns[name] = column
     return columns
 
@@ -66,18 +84,20 @@ def reading_options(args: argparse.Namespace) -> dict[str, Any]:
     """Return the options for `mmfused.training.load.Trained.load_set`."""
     return {
         "format": args.format,
+        "split": args.split,
         "columns": parse_columns(args.columns),
         "labels": args.labels or "auto",
-        "stream": args.stream,
+        "stream": getattr(args, "stream", None),
     }
 
 
 def check_for_pairs(args: argparse.Namespace) -> None:
     """Raise ValueError if an option is given that only products with labels have."""
+    held = args.path if "path" in args else args.data
     for name in ("columns", "text_column", "labels", "products", "stream"):
         value = getattr(args, name, None)
         if value is not None and not (name == "stream" and value):
             raise ValueError(
-                f"{name}: got {value!r} with {args.data!r}, which holds pairs, expected products "
-                "with labels"
+                f"{name}: got {value!r} with {held!r}, which holds pairs, expected products with "
+                "labels"
             )

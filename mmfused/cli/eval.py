@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from . import given_embeddings, model_source
 from .data_options import (
+    add_catalogue_arguments,
     add_format_arguments,
     add_reading_arguments,
     check_for_pairs,
+    parse_columns,
     reading_options,
 )
 from .embed import holds_pairs
@@ -53,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="retrieval models: folder of the catalogue to search (default: that of --data)",
     )
+    add_catalogue_arguments(parser)
     parser.add_argument(
         "--text-column",
         metavar="NAME",
@@ -131,6 +134,8 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError("data: got None without embeddings, expected one of the two")
     trained = model_source.load_model(args)
     retrieves = trained.task == "retrieval"
+    if args.products_columns and not args.products:
+        raise ValueError("products_columns: got columns without products, expected both")
     if args.products and not retrieves:
         raise ValueError(
             f"products: got {args.products!r} with model {trained.name!r}, "
@@ -139,7 +144,10 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
     data = _load_set(args, trained)
     products = None
     if args.products:
-        products = trained.load_set(args.products, name="products", stream=args.stream)
+        columns = parse_columns(args.products_columns, "products_columns")
+        products = trained.load_set(
+            args.products, name="products", columns=columns, stream=args.stream, splits=("train",)
+        )
     if retrieves and not holds_pairs(data):
         share_labels({"data": data, "products": products})
     batches = trained.batches_of(data, args.batch_size, args.workers)

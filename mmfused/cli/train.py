@@ -7,7 +7,11 @@ import sys
 from pathlib import Path
 from typing import TypeAlias
 
-from .data_options import add_format_arguments, add_reading_arguments
+from .data_options import (
+    add_catalogue_arguments,
+    add_format_arguments,
+    add_reading_arguments,
+)
 from .tables import print_summary
 from .train_options import config_options
 
@@ -135,6 +139,7 @@ def _add_data_arguments(group: Group) -> None:
         help="retrieval models: folder of the catalogue to search (default: --data in training, "
         "--val in validation)",
     )
+    add_catalogue_arguments(group)
     group.add_argument(
         "--text-column",
         metavar="NAME",
@@ -173,11 +178,10 @@ def _add_data_arguments(group: Group) -> None:
 
 
 def _add_reading_arguments(group: Group) -> None:
-    add_format_arguments(group, "--data and --val")
+    add_format_arguments(group, "--data and --val", "train")
     add_reading_arguments(group)
     group.add_argument(
-        "--negatives",
-        dest="num_negatives",
+        "--num-negatives",
         type=int,
         metavar="N",
         help="unica, unite: number of hard negatives of a query (default: 1)",

@@ -33,8 +33,9 @@ def config_options(args: argparse.Namespace) -> dict[str, Any]:
         options["modalities"] = MODALITIES[args.modalities]
     if args.betas is not None:
         options["betas"] = _parse_betas(args.betas)
-    if args.columns is not None:
-        options["columns"] = parse_columns(args.columns)
+    for name in ("columns", "products_columns"):
+        if name in options:
+            options[name] = parse_columns(options[name], name)
     first = _settings_of_init(args)
     for name in ("preset", "modalities"):
         if name in first["training"]:

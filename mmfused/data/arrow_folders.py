@@ -20,6 +20,20 @@ from .rows import CHUNK_ROWS, BrokenRow, Names, Numbered, Table, arrow, check_fo
 SPLIT = re.compile(r"(train|test|validation|valid|val|dev)(?=[-_.])")
 
 
+def saved_splits(root: Path) -> list[str]:
+    """Return the names of the splits of a DatasetDict; [] for a Dataset."""
+    if not (root / "dataset_dict.json").is_file():
+        return []
+    splits = read_object(root / "dataset_dict.json").get("splits")
+    return [name for name in splits if isinstance(name, str)] if isinstance(splits, list) else []
+
+
+def parquet_splits(files: Sequence[Path]) -> list[str]:
+    """Return the splits that names of files begin with; [] for a single file."""
+    matches = [SPLIT.match(path.name) for path in files] if len(files) > 1 else []
+    return list(dict.fromkeys(match[1] for match in matches if match))
+
+
 def read_saved(root: Path, names: Names, split: str) -> Table:
     """Return the rows of a folder that ``datasets.Dataset.save_to_disk`` wrote.
 
@@ -33,8 +47,8 @@ def read_saved(root: Path, names: Names, split: str) -> Table:
     """
     folder = root
     if (root / "dataset_dict.json").is_file():
-        splits = read_object(root / "dataset_dict.json").get("splits")
-        if not isinstance(splits, list) or split not in splits or not (root / split).is_dir():
+        splits = saved_splits(root)
+        if split not in splits or not (root / split).is_dir():
             raise ValueError(f"split: got {split!r}, expected one of {root}: {splits!r:.200}")
         folder = root / split
     with _errors_named(folder, "a folder of save_to_disk"):
@@ -56,11 +70,11 @@ def read_parquet(root: Path, files: Sequence[Path], names: Names, split: str) ->
     Raises:
         ValueError: a file cannot be read, or the split or a column is missing.
     """
-    splits = {path: SPLIT.match(path.name) for path in files}
-    found = dict.fromkeys(match[1] for match in splits.values() if match)
+    found = parquet_splits(files)
     # A single file is read whatever its name, as is a folder whose files name no split.
-    if len(files) > 1 and found:
-        files = [path for path, match in splits.items() if match and match[1] == split]
+    if found:
+        matches = {path: SPLIT.match(path.name) for path in files}
+        files = [path for path, match in matches.items() if match and match[1] == split]
         if not files:
             raise ValueError(f"split: got {split!r}, expected one of {root}: {', '.join(found)}")
     _check_schemas(files)

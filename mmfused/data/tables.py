@@ -112,6 +112,28 @@ def open_table(
     return arrow_folders.read_parquet(files[0].parent, files, names, split)
 
 
+def splits_of(path: str | os.PathLike[str], format: str | None = None) -> list[str]:
+    """Return the names of the splits of a product set; [] if it has none.
+
+    Args:
+        path: a folder or a file.
+        format: name of the format; None detects it.
+
+    Raises:
+        FileNotFoundError: ``path`` does not exist.
+        ValueError: the format is unknown.
+    """
+    root = Path(path)
+    format = detect_format(root) if format is None else format
+    if not root.is_dir():
+        return []
+    if format == "glami":
+        return [split for split in ("train", "test") if (root / _glami_name(split)).is_file()]
+    if format == "arrow":
+        return arrow_folders.saved_splits(root)
+    return arrow_folders.parquet_splits(_find(root, (".parquet",))) if format == "parquet" else []
+
+
 def detect_format(path: str | os.PathLike[str]) -> str:
     """Return the name of the format of a folder or file, one of ``FORMATS``.
 

@@ -48,6 +48,7 @@ _NEVER_EMPTY = (
     "products",
     "text_column",
     "format",
+    "split",
     "image_encoder",
     "text_encoder",
     "host",
@@ -72,14 +73,16 @@ class TrainConfig:
         data: the training set, in a format of :func:`mmfused.data.open_table` or, for retrieval
             models, of :func:`mmfused.data.open_pairs`; or "generated".
         val: the validation set, or the fraction of ``data`` that becomes the validation set, as a
-            string such as "0.1". None takes the test set that ``data`` holds in the format "glami"
-            or "webqa"; it is required with other formats, and must be None with "generated".
+            string such as "0.1". None takes the split for validation or test that ``data`` holds;
+            it is required if there is none, and must be None with "generated".
         products: the catalogue that retrieval models search. If None, the catalogue is ``data`` in
             training and ``val`` in validation.
         text_column: text column of ``data`` and ``val``, if ``columns`` names none.
         format: format of ``data`` and ``val``; None detects it.
+        split: the part of ``data`` to train with; None is "train", if ``data`` has splits.
         columns: names of columns in ``data`` and ``val`` by "image", "text", "label" and
             "coarse_label".
+        products_columns: the same in ``products``.
         labels: what labels are: an "index" from 0, or a "name" of a class; "auto" is what the
             format or the first label says.
         stream: whether pictures are decoded when a batch needs them, instead of all at the start.
@@ -170,7 +173,9 @@ class TrainConfig:
     products: str | None = None
     text_column: str = "text"
     format: str | None = None
+    split: str | None = None
     columns: dict[str, str] | None = None
+    products_columns: dict[str, str] | None = None
     labels: Labels = "auto"
     stream: bool | None = None
     workers: int | None = None
@@ -280,11 +285,18 @@ class TrainConfig:
             )
 
     def _check_data(self) -> None:
-        for name, column in (self.columns or {}).items():
-            if name not in COLUMNS:
-                raise ValueError(f"columns: got {name!r}, expected some of {', '.join(COLUMNS)}")
-            if not isinstance(column, str) or not column.strip():
-                raise ValueError(f"columns: {name}: got {column!r}, expected the name of a column")
+        for setting in ("columns", "products_columns"):
+            for name, column in (getattr(self, setting) or {}).items():
+                if name not in COLUMNS:
+                    raise ValueError(
+                        f"{setting}: got {name!r}, expected some of {', '.join(COLUMNS)}"
+                    )
+                # "" reads no column.
+                is_name = isinstance(column, str) and (not column or bool(column.strip()))
+                if not is_name or (name == "label" and not column):
+                    raise ValueError(
+                        f"{setting}: {name}: got {column!r}, expected the name of a column"
+                    )
         if self.columns and "text" in self.columns and self.text_column != "text":
             raise ValueError(
                 f"text_column: got {self.text_column!r} with columns that name the text, "
@@ -342,6 +354,7 @@ class TrainConfig:
         encoders = "fluid, uniecs or unica; moon2 and unite take a host"
         for name, fits, expected in (
             ("products", self.model != "fluid", "a retrieval model"),
+            ("products_columns", self.products is not None, "products"),
             ("grad_cache", self.model != "fluid", "a retrieval model"),
             ("num_negatives", self.model in ("unica", "unite"), "unica or unite"),
             ("host", hosted, "moon2 or unite"),

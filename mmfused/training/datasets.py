@@ -13,7 +13,7 @@ import numpy as np
 from mmfused import data as product_data
 from mmfused.data import PairSet
 from mmfused.data.pair_formats import PAIR_FORMATS
-from mmfused.data.tables import Split
+from mmfused.data.tables import splits_of
 from mmfused.models import MODELS
 from mmfused.training.config import Labels, TrainConfig
 
@@ -24,8 +24,9 @@ UNUSED_SIDE = 16
 PAIRS_SIDE = 96
 # The settings that are data sets.
 SPLITS = ("data", "val", "products")
-# Formats whose folders hold a test set beside the training set.
-WITH_TEST_SET = ("glami", "webqa")
+# Splits to validate with in training, and to measure or embed, in the order of preference.
+FOR_VALIDATION = ("validation", "valid", "val", "dev", "test")
+HELD_OUT = ("test", *FOR_VALIDATION[:-1])
 # Settings that pairs do not have. The pictures of pairs are always streamed.
 OF_PRODUCTS = ("columns", "text_column", "labels", "stream")
 
@@ -40,7 +41,8 @@ class Source(NamedTuple):
     format: str | None = None
     columns: Mapping[str, str] | None = None
     labels: Labels = "auto"
-    split: Split = "train"
+    split: str | None = None  # None: the first of ``splits`` that the set has
+    splits: tuple[str, ...] = ("train",)
     stream: bool | None = None
     needs_label: bool = True
 
@@ -69,15 +71,42 @@ class Source(NamedTuple):
         """Whether the data set has explicit pairs of queries and candidates."""
         return self.format_name in PAIR_FORMATS
 
+    @property
+    def found_splits(self) -> list[str]:
+        """The splits of the data set; [] if it has none."""
+        if self.holds_pairs:
+            return ["train", "test"]
+        return splits_of(self.path, self.format)
+
+    @property
+    def chosen_split(self) -> str:
+        """The split that is read.
+
+        Raises:
+            ValueError: the data set lacks the split that is named.
+        """
+        found = self.found_splits
+        if self.split is not None and self.split not in found:
+            expected = f"one of {', '.join(found)}" if found else "none: it has no splits"
+            raise ValueError(
+                f"{self.name}: split: got {self.split!r} for {self.path}, expected {expected}"
+            )
+        first = found[0] if found else "train"
+        return self.split or next((name for name in self.splits if name in found), first)
+
 
 def sources(config: TrainConfig) -> dict[str, Source]:
     """Return the data sets of a run by setting; a fraction as ``val`` is none."""
     reading = {"format": config.format, "columns": config.column_names, "labels": config.labels}
-    found = {"data": Source("data", config.data, stream=config.stream, **reading)}
+    reading["stream"] = config.stream
+    found = {"data": Source("data", config.data, split=config.split, **reading)}
     if config.val is not None and config.val_fraction is None:
-        found["val"] = Source("val", config.val, split="test", stream=config.stream, **reading)
+        found["val"] = Source("val", config.val, splits=FOR_VALIDATION, **reading)
     if config.products is not None:
-        found["products"] = Source("products", config.products, stream=config.stream)
+        columns = config.products_columns
+        found["products"] = Source(
+            "products", config.products, columns=columns, stream=config.stream
+        )
     return found
 
 
@@ -124,6 +153,7 @@ def _generated(config: TrainConfig) -> tuple[Any, Any]:
         ("format", None),
         ("labels", "auto"),
         ("stream", None),
+        ("split", None),
     ):
         value = getattr(config, name)
         if value != default:
@@ -153,7 +183,14 @@ def _load_splits(
         found["data"], image_size, model_config=model_config, class_names=class_names
     )
     if config.val_fraction is not None:
-        return _split(train_set, config.val_fraction, by="row" if is_classifier else "label")
+        by = "row" if is_classifier else "label"
+        rest, part = _split(train_set, config.val_fraction, by=by)
+        if not is_classifier and len({*part.labels}) < 2:
+            raise ValueError(
+                f"val: got {config.val}, which leaves items of one label for validation, expected "
+                "a larger fraction: items of one label stay together, and are searched for"
+            )
+        return rest, part
     val_set = load_products(
         found["val"],
         image_size,
@@ -174,10 +211,14 @@ def _val_source(config: TrainConfig, found: Mapping[str, Source]) -> Source:
     if "val" in found or config.val_fraction is not None:
         return found.get("val", found["data"])
     data = found["data"]
-    if data.format_name in WITH_TEST_SET and Path(data.path).is_dir():
+    if data.format_name == "webqa":
         return data._replace(name="val", split="test")
+    if not data.holds_pairs and data.chosen_split not in FOR_VALIDATION:
+        for split in FOR_VALIDATION:
+            if split in data.found_splits:
+                return data._replace(name="val", split=split)
     raise ValueError(
-        "val: got None, expected a validation set, or the fraction of data that becomes it"
+        "val is required: a validation set, or the fraction of data that becomes it, such as 0.1"
     )
 
 
@@ -231,34 +272,57 @@ def load_products(
     resizing = {}
     if model_config is not None:
         resizing = {"resize": model_config.resize, "resample": model_config.resample}
-    try:
-        products = product_data.ProductFolder(
-            source.path,
-            image_size=image_size,
-            num_classes=num_classes,
-            class_names=class_names,
-            format=source.format,
-            columns=source.columns,
-            labels=source.labels,
-            split=source.split,
-            stream=source.stream,
-            needs_label=source.needs_label,
-            **resizing,
-        )
-    except ValueError as error:
-        raise ValueError(f"{source.name}: {error}") from error
+    products = read_products(
+        source,
+        image_size=image_size,
+        num_classes=num_classes,
+        class_names=class_names,
+        **resizing,
+    )
     _warn_of_skipped(source.name, products.skipped)
     return products
 
 
+def read_products(source: Source, **options: Any) -> product_data.ProductFolder:
+    """Return the products of ``source``, which :class:`mmfused.data.ProductFolder` reads."""
+    split = source.chosen_split
+    try:
+        return product_data.ProductFolder(
+            source.path,
+            format=source.format,
+            columns=source.columns,
+            labels=source.labels,
+            split=split,
+            stream=source.stream,
+            needs_label=source.needs_label,
+            **options,
+        )
+    except ValueError as error:
+        raise _named(source, error) from error
+
+
 def load_pairs(source: Source) -> PairSet:
     """Return the pairs of ``source``, and log the rows that it skips."""
-    try:
-        pairs = product_data.open_pairs(source.path, format=source.format, split=source.split)
-    except ValueError as error:
-        raise ValueError(f"{source.name}: {error}") from error
+    pairs = read_pairs(source)
     _warn_of_skipped(source.name, pairs.skipped)
     return pairs
+
+
+def read_pairs(source: Source) -> PairSet:
+    """Return the pairs of ``source``, which :func:`mmfused.data.open_pairs` reads."""
+    split: Any = source.chosen_split
+    try:
+        return product_data.open_pairs(source.path, format=source.format, split=split)
+    except ValueError as error:
+        raise _named(source, error) from error
+
+
+def _named(source: Source, error: ValueError) -> ValueError:
+    """Return the error with the name of the setting before its message."""
+    message = f"{source.name}: {error}"
+    if "a header line without" in message and not source.columns:
+        message += "; columns gives other names"
+    return ValueError(message)
 
 
 def _warn_of_skipped(name: str, skipped: Sequence[str], most: int = 5) -> None:
@@ -328,9 +392,14 @@ def stored_side(config: TrainConfig) -> int:
     if source.holds_pairs:
         return PAIRS_SIDE
     try:
-        side = product_data.first_side(source.path, format=source.format, columns=source.columns)
+        side = product_data.first_side(
+            source.path,
+            format=source.format,
+            columns=source.columns,
+            split=source.chosen_split,
+        )
     except ValueError as error:
-        raise ValueError(f"data: {error}") from error
+        raise _named(source, error) from error
     return side or 32
 
 

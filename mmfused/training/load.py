@@ -17,7 +17,7 @@ from mmfused.models.adapters import CONFIG, WEIGHTS
 from mmfused.models.config import meta_model
 from mmfused.models.weights import find_folder
 from mmfused.training.config import HOSTED, TrainConfig
-from mmfused.training.datasets import Source, load_pairs, load_products
+from mmfused.training.datasets import HELD_OUT, Source, load_pairs, load_products
 from mmfused.training.files import sha256
 from mmfused.training.initial import (
     build_model,
@@ -143,7 +143,8 @@ class Trained:
             name: name of the argument ``data`` in error messages.
             workers: number of threads that decode pictures.
             reading: columns, format, labels, split, stream and needs_label, as for
-                :class:`~mmfused.data.ProductFolder`. The split is "test" if it is not given.
+                :class:`~mmfused.data.ProductFolder`. If no split is given, it is the one for test
+                or validation, if the set has one.
         """
         dataset = self.load_set(data, text_column, num_classes, name, **reading)
         return dataset, self.batches_of(dataset, batch_size, workers)
@@ -162,7 +163,7 @@ class Trained:
             return product_data.GeneratedProducts("val")
         if text_column != "text":
             columns = {"text": text_column, **(columns or {})}
-        source = Source(name, data, columns=columns, **{"split": "test", **reading})
+        source = Source(name, data, columns=columns, **{"splits": HELD_OUT, **reading})
         if source.holds_pairs:
             self.check_is_retrieval_model(name)
             return load_pairs(source)
