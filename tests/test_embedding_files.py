@@ -349,7 +349,7 @@ class Batches:
 def trained(monkeypatch):
     """A model for the commands; the data set is THINGS or, with the name "products", its items."""
     products = SimpleNamespace(file_names=list("abcde"), skipped=SKIPPED, digest="products")
-    load_set = {"products": products, "webqa": THINGS}.__getitem__
+    load_set = {"products": products, "webqa": THINGS, "other": products}.__getitem__
     made = SimpleNamespace(
         model=Model(1, 1).eval(),
         amp=False,
