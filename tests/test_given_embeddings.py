@@ -1,4 +1,4 @@
-"""Embeddings whose labels are names, or missing, score as the model that made them."""
+"""Embeddings and classes whose labels are names, or missing, are scored as what they are."""
 
 import csv
 import json
@@ -87,3 +87,13 @@ def test_labels_beyond_the_names_are_refused(root, tmp_path):
         np.savez(tmp_path / "bad.npz", **{**arrays, "class_names": np.array(names)})
         with pytest.raises(ValueError, match=message):
             read_embeddings(tmp_path / "bad.npz", "embeddings")
+
+
+def test_names_of_data_are_no_classes_of_a_model_without_names(root, capsys):
+    run("train", "--data", "generated", *STEPS, "--out", root / "fluid")
+    command = ["eval", "--checkpoint", str(root / "fluid"), "--data", str(root / "queries")]
+    assert main(command) == 2
+    assert "label: got 'zebra', expected an integer from 0 to 15" in capsys.readouterr().err
+    assert main([*command, "--labels", "name"]) == 2
+    assert "labels: got 'name' with" in capsys.readouterr().err
+    assert main([*command[:4], str(root / "numbered")]) == 0
