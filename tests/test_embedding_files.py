@@ -206,7 +206,7 @@ def test_unfit_arrays_are_refused(tmp_path, message):
         ("labels", np.zeros(6, np.int64), "labels: got 6 rows, expected 7, as has_image"),
         ("labels", np.zeros(7), "labels: got float64 with 1 dimensions, expected integers with 1"),
         ("both", np.zeros(7, np.float32), "both: got float32 with 1 dimensions, expected floats"),
-        ("skipped", np.array("{"), "skipped: expected a JSON list of sentences"),
+        ("skipped", np.array("{"), "skipped: expected a JSON list of strings"),
         ("skipped", np.array([{}]), "is truncated, corrupt or no .npz file"),
     ],
 )
@@ -349,6 +349,7 @@ class Batches:
 def trained(monkeypatch):
     """A model for the commands; the data set is THINGS or, with the name "products", its items."""
     products = SimpleNamespace(file_names=list("abcde"), skipped=SKIPPED, digest="products")
+    load_set = {"products": products, "webqa": THINGS, "other": products}.__getitem__
     made = SimpleNamespace(
         model=Model(1, 1).eval(),
         amp=False,
@@ -357,7 +358,9 @@ def trained(monkeypatch):
         device="cpu",
         identity={"checkpoint": "0"},
         settings={"training": {}},
-        batches=lambda data, *_: (products if data == "products" else THINGS, Batches()),
+        load_set=lambda data, *_, **__: load_set(data),
+        batches_of=lambda *_: Batches(),
+        batches=lambda data, *_, **__: (load_set(data), Batches()),
         check_is_retrieval_model=lambda _: None,
     )
     monkeypatch.setattr(model_source, "load_model", lambda _: made)

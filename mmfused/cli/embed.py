@@ -212,11 +212,14 @@ def _join_parts(
     else:
         names, arrays = getattr(data, "file_names", [""] * rows), {}
 
+    # The generated sets have the same labels everywhere.
+    class_names = data.class_names if hasattr(data, "relabel") else None
+
     def write(path: Path) -> None:
         if out.suffix == ".npz":
-            write_npz(path, finished, rows, names, data.skipped, arrays)
+            write_npz(path, finished, rows, names, data.skipped, arrays, class_names)
         else:
-            write_parquet(path, finished, names, data.skipped)
+            write_parquet(path, finished, names, data.skipped, class_names)
 
     write_atomically(out, write)
 

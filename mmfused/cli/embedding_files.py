@@ -60,6 +60,7 @@ def write_npz(
     file_names: Sequence[str],
     skipped: Sequence[str],
     pairs: Mapping[str, np.ndarray] | None = None,
+    class_names: Sequence[str] | None = None,
 ) -> None:
     """Write the arrays of all parts, "file_names", "skipped" and the arrays of ``pairs``.
 
@@ -72,12 +73,15 @@ def write_npz(
         file_names: the picture file of each item, "" for none.
         skipped: sentences about skipped rows; the file holds them as one JSON string.
         pairs: further arrays.
+        class_names: what the labels stand for, a JSON string too; None writes nothing.
     """
     import numpy as np
 
     arrays = {name: _joined(parts, name, rows) for name in parts[0]}
     arrays["file_names"] = _names(file_names)
     whole = {"skipped": np.array(json.dumps(list(skipped))), **(pairs or {})}
+    if class_names is not None:
+        whole["class_names"] = np.array(json.dumps(list(class_names)))
     for name, array in whole.items():
         arrays[name] = Array(array.dtype, array.shape, iter([array]))
     with zipfile.ZipFile(path, "w") as archive:
@@ -118,16 +122,21 @@ def write_parquet(
     parts: Parts,
     file_names: Sequence[str],
     skipped: Sequence[str],
+    class_names: Sequence[str] | None = None,
 ) -> None:
     """Write a row per item and a row group per part.
 
     The columns are "file_name", "label", "has_image", "has_text", and for each view a list of
-    float32 of fixed size. The schema's metadata has "skipped" as JSON.
+    float32 of fixed size. The schema's metadata has "skipped" and, unless they are None,
+    "class_names" as JSON.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     views = [name for name, x in parts[0].items() if x.ndim == 2]
+    metadata = {"skipped": json.dumps(list(skipped))}
+    if class_names is not None:
+        metadata["class_names"] = json.dumps(list(class_names))
     schema = pa.schema(
         [
             ("file_name", pa.string()),
@@ -136,7 +145,7 @@ def write_parquet(
             ("has_text", pa.bool_()),
             *((view, pa.list_(pa.float32(), parts[0][view].shape[1])) for view in views),
         ],
-        metadata={"skipped": json.dumps(list(skipped))},
+        metadata=metadata,
     )
     with pq.ParquetWriter(path, schema) as writer:
         first = 0
@@ -166,6 +175,7 @@ class Embeddings:
     items: dict[str, Tensor]
     skipped: list[str]
     pairs: Pairs | None = field(default=None)
+    class_names: list[str] | None = None  # what the labels stand for; None if they are indices
 
     @property
     def width(self) -> int:
@@ -193,11 +203,18 @@ def read_embeddings(path: Path, name: str) -> Embeddings:
     where = f"{name}: {path}"
     read = _read_npz if path.suffix == ".npz" else _read_parquet
     arrays = read(path, where)
-    skipped = _parse_skipped(arrays.pop("skipped"), where)
+    skipped = _parse_strings("skipped", arrays.pop("skipped"), where)
+    names = arrays.pop("class_names", None)
+    class_names = None if names is None else _parse_strings("class_names", names, where)
     pairs = _pairs_of(arrays, where) if "embedding" in arrays else None
     items = {key: torch.from_numpy(array) for key, array in arrays.items()}
     _check_items(items, where)
-    return Embeddings(items, skipped, pairs)
+    if class_names is not None and int(items["labels"].max()) >= len(class_names):
+        raise ValueError(
+            f"{where}: labels: got {int(items['labels'].max())}, expected numbers below "
+            f"{len(class_names)}, the number of class_names"
+        )
+    return Embeddings(items, skipped, pairs, class_names)
 
 
 # The kinds of numpy's dtypes and the numbers of dimensions of the arrays.
@@ -226,6 +243,8 @@ def _read_npz(path: Path, where: str) -> dict[str, np.ndarray]:
         expected = {**_COMMON, **(_PAIRS if is_pairs else _PRODUCTS)}
         for view in ["embedding"] if is_pairs else views or ["both"]:
             expected[view] = ("f", 2)
+        if not is_pairs and "class_names" in file.files:
+            expected["class_names"] = ("U", 0)
         missing = [key for key in expected if key not in file.files]
         if missing:
             raise ValueError(f"it lacks the arrays {', '.join(missing)}")
@@ -270,9 +289,12 @@ def _read_parquet(path: Path, where: str) -> dict[str, np.ndarray]:
             values = column.flatten() if key in views else column
             array = values.to_numpy(zero_copy_only=False)
             arrays[key] = array.reshape(len(column), -1) if key in views else array
-        skipped = (schema.metadata or {}).get(b"skipped", b"null").decode()
+        metadata = schema.metadata or {}
     arrays["labels"] = arrays.pop("label")
-    return {**{key: np.array(x) for key, x in arrays.items()}, "skipped": np.array(skipped)}
+    arrays["skipped"] = np.array(metadata.get(b"skipped", b"null").decode())
+    if b"class_names" in metadata:
+        arrays["class_names"] = np.array(metadata[b"class_names"].decode())
+    return {key: np.array(x) for key, x in arrays.items()}
 
 
 @contextmanager
@@ -292,14 +314,14 @@ def _damaged(where: str, suffix: str) -> Iterator[None]:
         ) from error
 
 
-def _parse_skipped(text: np.ndarray, where: str) -> list[str]:
+def _parse_strings(name: str, text: np.ndarray, where: str) -> list[str]:
     try:
-        skipped = json.loads(str(text))
+        strings = json.loads(str(text))
     except (ValueError, RecursionError):
-        skipped = None
-    if not isinstance(skipped, list) or not all(isinstance(x, str) for x in skipped):
-        raise ValueError(f"{where}: skipped: expected a JSON list of sentences")
-    return skipped
+        strings = None
+    if not isinstance(strings, list) or not all(isinstance(x, str) for x in strings):
+        raise ValueError(f"{where}: {name}: expected a JSON list of strings")
+    return strings
 
 
 def _pairs_of(arrays: dict[str, np.ndarray], where: str) -> Pairs:

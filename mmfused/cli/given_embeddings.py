@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,11 +37,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     device = pick_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
-    queries = read_embeddings(Path(args.embeddings), "embeddings")
+    queries = _labelled(read_embeddings(Path(args.embeddings), "embeddings"), "embeddings")
     products = None
     if args.products_embeddings is not None:
-        products = read_embeddings(Path(args.products_embeddings), "products_embeddings")
+        name = "products_embeddings"
+        products = _labelled(read_embeddings(Path(args.products_embeddings), name), name)
         _check_products(args, queries, products)
+        _share_labels(queries, products)
     if queries.pairs is None:
         scored = _score_products(queries, products, device)
     else:
@@ -56,6 +59,24 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "skipped": queries.skipped + (products.skipped if products is not None else []),
         **scored,
     }
+
+
+def _labelled(found: Embeddings, name: str) -> Embeddings:
+    """Return the items that have a label; those without one have -1, and are not the same product.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if found.pairs is not None:
+        return found
+    kept = found.items["labels"] >= 0
+    lost = int((~kept).sum())
+    if not lost:
+        return found
+    if not kept.any():
+        raise ValueError(f"{name}: got only items without a label, expected at least one with one")
+    items = {key: x[kept] for key, x in found.items.items()}
+    return replace(found, items=items, skipped=[*found.skipped, f"{lost} items have no label"])
 
 
 def _check_products(
@@ -75,6 +96,23 @@ def _check_products(
             f"products_embeddings: got {products.width} features in {args.products_embeddings}, "
             f"expected {queries.width}, as in {args.embeddings}"
         )
+
+
+def _share_labels(queries: Embeddings, products: Embeddings) -> None:
+    """Give equal names of classes equal labels; the names of a file are numbered on their own."""
+    import torch
+
+    known, added = products.class_names, queries.class_names
+    if known is None and added is None:
+        return
+    for name, names in (("embeddings", added), ("products_embeddings", known)):
+        if names is None:
+            raise ValueError(f"{name}: got labels that are numbers, expected names as in the other")
+    assert known is not None and added is not None
+    index = {name: label for label, name in enumerate(dict.fromkeys([*known, *added]))}
+    for file, names in ((products, known), (queries, added)):
+        numbers = torch.tensor([index[name] for name in names])
+        file.items["labels"] = numbers[file.items["labels"]]
 
 
 def _score_products(

@@ -168,6 +168,14 @@ class Trained:
             self.check_is_retrieval_model(name)
             return load_pairs(source)
         names = self.settings.get("class_names") if self.task == "classification" else None
+        if self.task == "classification" and names is None:
+            if source.labels == "name":
+                raise ValueError(
+                    f"labels: got 'name' with {self.folder}, whose classes have no names, expected "
+                    "'index'"
+                )
+            # The names of other data would become classes in an order of their own.
+            source = source._replace(labels="index")
         size, config = self.model.picture_size, self.model.config
         return load_products(source, size, num_classes, config, names)
 
