@@ -88,6 +88,7 @@ def test_unreadable_files_of_a_folder_are_named(tmp_path):
         f"c.json: {folder / 'c.json'}: got UTF-16, expected UTF-8: save it as UTF-8",
         f"d.json: {folder / 'd.json'}: got no JSON list and no JSON object in its first line",
         "e.json: it leads outside the folder",
+        "other.json: its rows are of another format, without qry, pos_text",
         "a.json entry 1: it has no pos_text",
     ]
 

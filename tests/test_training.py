@@ -199,7 +199,7 @@ def test_an_existing_run_is_replaced_only_with_overwrite(products, tmp_path):
         ({"lr": -1.0}, "lr: got -1.0"),
         ({"swap_text": 1.5}, "swap_text: got 1.5"),
         ({"backend": "fast"}, "fast"),
-        ({"val": None}, "val: got None"),
+        ({"val": None}, "val is required"),
         (
             {"image_encoder": "x", "modalities": "text"},
             "image_encoder: got 'x' with modalities 'text'",

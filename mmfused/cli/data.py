@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the data set: a folder with images and metadata.csv, or another format that "
         "docs/data.md lists",
     )
-    add_format_arguments(parser, "PATH", "train")
+    add_format_arguments(parser, "PATH", "train", "those of the format")
     parser.add_argument(
         "--image-size",
         type=int,

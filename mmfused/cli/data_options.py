@@ -13,6 +13,7 @@ def add_format_arguments(
     group: Group,
     option: str = "--data",
     split: str = "test or validation",
+    columns: str = "those of training",
 ) -> None:
     """Add the options that say how the data set in ``option`` is written."""
     group.add_argument(
@@ -25,7 +26,7 @@ def add_format_arguments(
         "--columns",
         metavar="NAME=COLUMN,..",
         help=f"columns of {option}, as in image=filepath,text=title+description,label=class "
-        "(default: those of the format)",
+        f"(default: {columns})",
     )
     group.add_argument(
         "--split",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,13 +90,16 @@ def run(args: argparse.Namespace) -> int:
     parts = Parts(out.with_name(out.name + ".parts"))
     trained = model_source.load_model(args)
     trained.check_is_retrieval_model("embed")
+    options = reading_options(args)
+    if args.columns is None and args.text_column is None:
+        options["columns"] = trained.settings["training"].get("columns")
     data, batches = trained.batches(
         args.data,
         args.batch_size,
         args.text_column or "text",
         workers=args.workers,
         needs_label=False,
-        **reading_options(args),
+        **options,
     )
     embed, views = _embedder(trained, data, args, out)
     job = {
@@ -111,7 +116,8 @@ def run(args: argparse.Namespace) -> int:
                 remove(path)
         with mmfused.backend(args.backend):
             embed_parts(batches, parts, embed)
-        _join_parts(parts, out, data, batches)
+        model = hashlib.sha256(json.dumps(trained.identity, sort_keys=True).encode()).hexdigest()
+        _join_parts(parts, out, data, batches, model)
         parts.remove()
     count, skipped = len(batches.items), len(data.skipped)
     lost = len(getattr(data, "lost", ()))
@@ -201,6 +207,7 @@ def _join_parts(
     out: Path,
     data: Any,
     batches: Batches,
+    model: str,
 ) -> None:
     """Write all parts to one file."""
     from mmfused.training.files import write_atomically
@@ -217,9 +224,9 @@ def _join_parts(
 
     def write(path: Path) -> None:
         if out.suffix == ".npz":
-            write_npz(path, finished, rows, names, data.skipped, arrays, class_names)
+            write_npz(path, finished, rows, names, data.skipped, arrays, class_names, model)
         else:
-            write_parquet(path, finished, names, data.skipped, class_names)
+            write_parquet(path, finished, names, data.skipped, class_names, model)
 
     write_atomically(out, write)
 

@@ -61,6 +61,7 @@ def write_npz(
     skipped: Sequence[str],
     pairs: Mapping[str, np.ndarray] | None = None,
     class_names: Sequence[str] | None = None,
+    model: str | None = None,
 ) -> None:
     """Write the arrays of all parts, "file_names", "skipped" and the arrays of ``pairs``.
 
@@ -74,6 +75,7 @@ def write_npz(
         skipped: sentences about skipped rows; the file holds them as one JSON string.
         pairs: further arrays.
         class_names: what the labels stand for, a JSON string too; None writes nothing.
+        model: identifies the model; None writes nothing.
     """
     import numpy as np
 
@@ -82,6 +84,8 @@ def write_npz(
     whole = {"skipped": np.array(json.dumps(list(skipped))), **(pairs or {})}
     if class_names is not None:
         whole["class_names"] = np.array(json.dumps(list(class_names)))
+    if model is not None:
+        whole["model"] = np.array(model)
     for name, array in whole.items():
         arrays[name] = Array(array.dtype, array.shape, iter([array]))
     with zipfile.ZipFile(path, "w") as archive:
@@ -123,12 +127,13 @@ def write_parquet(
     file_names: Sequence[str],
     skipped: Sequence[str],
     class_names: Sequence[str] | None = None,
+    model: str | None = None,
 ) -> None:
     """Write a row per item and a row group per part.
 
     The columns are "file_name", "label", "has_image", "has_text", and for each view a list of
     float32 of fixed size. The schema's metadata has "skipped" and, unless they are None,
-    "class_names" as JSON.
+    "class_names" as JSON and "model".
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -137,6 +142,8 @@ def write_parquet(
     metadata = {"skipped": json.dumps(list(skipped))}
     if class_names is not None:
         metadata["class_names"] = json.dumps(list(class_names))
+    if model is not None:
+        metadata["model"] = model
     schema = pa.schema(
         [
             ("file_name", pa.string()),
@@ -176,6 +183,7 @@ class Embeddings:
     skipped: list[str]
     pairs: Pairs | None = field(default=None)
     class_names: list[str] | None = None  # what the labels stand for; None if they are indices
+    model: str | None = None  # identifies the model; None in files of earlier versions
 
     @property
     def width(self) -> int:
@@ -204,6 +212,7 @@ def read_embeddings(path: Path, name: str) -> Embeddings:
     read = _read_npz if path.suffix == ".npz" else _read_parquet
     arrays = read(path, where)
     skipped = _parse_strings("skipped", arrays.pop("skipped"), where)
+    model = arrays.pop("model", None)
     names = arrays.pop("class_names", None)
     class_names = None if names is None else _parse_strings("class_names", names, where)
     pairs = _pairs_of(arrays, where) if "embedding" in arrays else None
@@ -214,7 +223,7 @@ def read_embeddings(path: Path, name: str) -> Embeddings:
             f"{where}: labels: got {int(items['labels'].max())}, expected numbers below "
             f"{len(class_names)}, the number of class_names"
         )
-    return Embeddings(items, skipped, pairs, class_names)
+    return Embeddings(items, skipped, pairs, class_names, None if model is None else str(model))
 
 
 # The kinds of numpy's dtypes and the numbers of dimensions of the arrays.
@@ -243,8 +252,9 @@ def _read_npz(path: Path, where: str) -> dict[str, np.ndarray]:
         expected = {**_COMMON, **(_PAIRS if is_pairs else _PRODUCTS)}
         for view in ["embedding"] if is_pairs else views or ["both"]:
             expected[view] = ("f", 2)
-        if not is_pairs and "class_names" in file.files:
-            expected["class_names"] = ("U", 0)
+        for key in ("class_names", "model"):
+            if key in file.files:
+                expected[key] = ("U", 0)
         missing = [key for key in expected if key not in file.files]
         if missing:
             raise ValueError(f"it lacks the arrays {', '.join(missing)}")
@@ -292,8 +302,9 @@ def _read_parquet(path: Path, where: str) -> dict[str, np.ndarray]:
         metadata = schema.metadata or {}
     arrays["labels"] = arrays.pop("label")
     arrays["skipped"] = np.array(metadata.get(b"skipped", b"null").decode())
-    if b"class_names" in metadata:
-        arrays["class_names"] = np.array(metadata[b"class_names"].decode())
+    for key in ("class_names", "model"):
+        if key.encode() in metadata:
+            arrays[key] = np.array(metadata[key.encode()].decode())
     return {key: np.array(x) for key, x in arrays.items()}
 
 

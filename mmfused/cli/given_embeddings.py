@@ -91,6 +91,11 @@ def _check_products(
                 f"{name}: got {getattr(args, name)}, which holds pairs, with two files, expected "
                 "products with labels"
             )
+    if None not in (queries.model, products.model) and queries.model != products.model:
+        raise ValueError(
+            f"products_embeddings: got {args.products_embeddings} of another model than "
+            f"{args.embeddings}, expected embeddings of the same model"
+        )
     if products.width != queries.width:
         raise ValueError(
             f"products_embeddings: got {products.width} features in {args.products_embeddings}, "

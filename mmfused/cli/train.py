@@ -178,7 +178,7 @@ def _add_data_arguments(group: Group) -> None:
 
 
 def _add_reading_arguments(group: Group) -> None:
-    add_format_arguments(group, "--data and --val", "train")
+    add_format_arguments(group, "--data and --val", "train", "those of the format")
     add_reading_arguments(group)
     group.add_argument(
         "--num-negatives",

@@ -115,7 +115,9 @@ def parse_object(text: str) -> dict[str, Any]:
     except BrokenRow:
         raise
     except json.JSONDecodeError as error:
-        raise BrokenRow(f"it is not JSON: {error.msg} at character {error.pos + 1}") from error
+        raise BrokenRow(
+            f"it is not JSON: {error.msg.removesuffix(' at')} at character {error.pos + 1}"
+        ) from error
     except RecursionError as error:
         raise BrokenRow("it is not JSON that can be read: it is nested too deeply") from error
     if not isinstance(value, dict):

@@ -116,7 +116,7 @@ def _files_with(
     folder: Path,
     keys: Sequence[str],
 ) -> list[Path]:
-    """Return the files of a folder whose rows have ``keys``, and skip those that are unreadable."""
+    """Return the files of a folder whose rows have ``keys``, and skip the others."""
     found, root = [], folder.resolve()
     for file in row_files(folder):
         name = os.path.relpath(file, folder)
@@ -125,6 +125,8 @@ def _files_with(
                 builder.skip(name, "it leads outside the folder")
             elif has_rows(file, keys):
                 found.append(file)
+            else:
+                builder.skip(name, f"its rows are of another format, without {', '.join(keys)}")
         except ValueError as error:
             builder.skip(name, error)
     return found

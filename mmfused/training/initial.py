@@ -220,9 +220,11 @@ def _source_of_tokenizer(config: TrainConfig) -> str | None:
 def train_tokenizer(config: TrainConfig, train_set: Any, products: Any = None) -> Any:
     """Return a new tokenizer, trained on texts of ``train_set`` and ``products``.
 
-    Of more than `TOKENIZER_TEXTS` texts of a set, some are taken, at equal distances.
+    Of more than `TOKENIZER_TEXTS` texts of a set, some are taken, at equal distances. If there are
+    no texts, the tokenizer knows the names of the classes, or a single word.
     """
-    texts = chain(_some(train_set.texts), () if products is None else _some(products.texts))
+    found = chain(_some(train_set.texts), () if products is None else _some(products.texts))
+    texts = [text for text in found if text] or getattr(train_set, "class_names", None) or ["none"]
     tokenizer = product_data.train_tokenizer(texts, vocab_size=config.vocab_size)
     return MODELS[config.model].config.prepare_tokenizer(tokenizer)
 

@@ -165,7 +165,11 @@ class Trained:
             columns = {"text": text_column, **(columns or {})}
         source = Source(name, data, columns=columns, **{"splits": HELD_OUT, **reading})
         if source.holds_pairs:
-            self.check_is_retrieval_model(name)
+            if self.task != "retrieval":
+                raise ValueError(
+                    f"{name}: got {data!r}, which holds pairs, with the classifier {self.name}, "
+                    "expected products with labels"
+                )
             return load_pairs(source)
         names = self.settings.get("class_names") if self.task == "classification" else None
         if self.task == "classification" and names is None:
