@@ -269,8 +269,8 @@ def test_batches_of_a_processor(with_pictures, caplog):
     (with_pictures.items.files.roots[0] / name).unlink()
     lost = batches.batch(0, 0)["candidate"]["pixel_values"].tolist()
     assert lost == [0 if row == 2 else (row + 1) * 8 * 6 * 3 for row in rows]
-    message = "images/2.png: the file does not exist"
-    assert list(batches.items.lost.values()) == [message]
+    message = "images/2.png: the image cannot be read: the file does not exist"
+    assert with_pictures.lost == [f"{message}; the item is used without it"]
     assert caplog.messages == [f"{message}; the item is used without it"]
 
 

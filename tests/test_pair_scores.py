@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from mmfused.data.ragged import Ragged
 from mmfused.training import search
 from mmfused.training.pair_metrics import (
     Pairs,
@@ -207,20 +208,57 @@ def test_sequences_go_through_embed_sequences():
     assert embed_pair_items(model, [batch], [True, False], stopped=lambda: True) is None
 
 
-def test_evaluation_of_a_pair_set():
+class PairTexts:
+    def __init__(self, texts):
+        self.texts = texts
+
+    def __len__(self):
+        return len(self.texts)
+
+
+class Batches:
+    """Batches of ITEMS, which record the rows that are read."""
+
+    batch_size = 2
+    ahead = 1
+
+    def __init__(self):
+        self.items, self.read = self, []
+
+    def start(self, rows):
+        self.read += rows.tolist()
+        return rows
+
+    def finish(self, rows):
+        return {name: x[rows] for name, x in ITEMS.items()}
+
+
+@pytest.mark.parametrize("unused", [False, True])
+def test_evaluation_of_a_pair_set(unused):
+    """An item that is neither a query nor a candidate is not embedded, even if it is positive."""
+    candidates = [0, 3] if unused else [1, 0, 3]
     pairs = SimpleNamespace(
-        items=SimpleNamespace(texts=["text" * has for has in HAS_TEXT]),
+        items=PairTexts(["text" * has for has in HAS_TEXT]),
         queries=np.array([2, 4]),
-        candidates=np.array([1, 0, 3]),
-        positives=SimpleNamespace(values=np.array([0, 1, 3]), offsets=np.array([0, 1, 3])),
+        candidates=np.array(candidates),
+        positives=Ragged(np.array([0, 1, 3]), np.array([0, 1, 3])),
         tasks=np.array([0, 0]),
         task_names=["one"],
-        corpora=np.array([0, 0, 0]),
+        corpora=np.zeros(len(candidates), np.int64),
         corpus_names=["one"],
+        searched_items=np.union1d([2, 4], candidates),
     )
     expected = make_pairs(
-        [[0], [1, 3]], [0, 0], [0, 0, 0], ["one"], ["one"], queries=[2, 4], candidates=[1, 0, 3]
+        [[0], [3] if unused else [1, 3]],
+        [0, 0],
+        [0] * len(candidates),
+        ["one"],
+        ["one"],
+        queries=[2, 4],
+        candidates=candidates,
     )
-    found = evaluate_pairs(Model(1, 1), pairs, batches(2))
-    assert found == pair_scores(torch.tensor(EMBEDDED), expected) and found["mrr"] < 1
-    assert evaluate_pairs(Model(1, 1), pairs, batches(2), stopped=lambda: True) is None
+    batches = Batches()
+    found = evaluate_pairs(Model(1, 1), pairs, batches)
+    assert found == pair_scores(torch.tensor(EMBEDDED), expected) and found["mrr"] <= 1
+    assert batches.read == ([0, 2, 3, 4] if unused else [0, 1, 2, 3, 4])
+    assert evaluate_pairs(Model(1, 1), pairs, Batches(), stopped=lambda: True) is None

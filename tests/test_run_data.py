@@ -77,8 +77,8 @@ def test_sets_that_are_searched_together_share_their_labels(tmp_path):
     assert names == [list("bcab"), list("cdc"), list("edcba")]
     assert sets[0].class_names == sets[2].class_names and sets[0].num_classes == 5
     numbers = products(tmp_path / "numbers", [("one", 1), ("two", 2)])
-    with pytest.raises(ValueError, match="products: got labels that are numbers, expected names"):
-        load_data(config(tmp_path, "uniecs", data=data, val=val, products=numbers))
+    with pytest.raises(ValueError, match="data: got labels that are numbers, expected names as in"):
+        load_data(config(tmp_path, "uniecs", data=numbers, val=val, products=catalogue))
 
 
 @pytest.mark.parametrize("model", ["fluid", "uniecs"])
@@ -99,6 +99,17 @@ def test_a_fraction_of_the_data_becomes_the_validation_set(tmp_path, model):
             load_data(config(tmp_path, model, data=data, val="0.25"))
 
 
+def test_a_part_of_pairs_searches_its_own_candidates(tmp_path):
+    """The positives and negatives of its queries, but all of a corpus that the data give."""
+    pairs = load_data(config(tmp_path, "unica", data=str(write_mmeb(tmp_path)), val="0.25"))[1]
+    own = {*pairs.positives.values.tolist(), *pairs.negatives.values.tolist()}
+    assert {*pairs.candidates.tolist()} == own and len(pairs) == 4 and len(pairs.items) > 12
+    assert {*pairs.searched_items.tolist()} == own | {*pairs.queries.tolist()}
+    webqa = str(write_webqa(tmp_path / "webqa"))
+    part = load_data(config(tmp_path, "unica", data=webqa, val="0.25"))[1]
+    assert len(part) == 2 and len(part.candidates) == 16
+
+
 @pytest.mark.parametrize("val", ["0", "1", "1.5", "-0.1", "nan"])
 def test_a_number_that_is_no_fraction_is_refused(tmp_path, val):
     with pytest.raises(ValueError, match="^val: got .*, expected a folder, or a fraction above 0"):
@@ -115,8 +126,14 @@ def test_a_validation_set_is_required_where_the_data_has_none(tmp_path):
     train_set, val_set, _ = load_data(config(tmp_path, data=str(glami)))
     assert (len(train_set), len(val_set), train_set.class_names) == (18, 6, ["7", "1532", "20117"])
     assert val_set.texts[0] == 'Šaty red červené, "krásné" mens-sneakers'
-    pairs = load_data(config(tmp_path, "unica", data=str(write_webqa(tmp_path / "webqa"))))
-    assert [len(split) for split in pairs[:2]] == [8, 8] and pairs[2] is None
+    webqa = write_webqa(tmp_path / "webqa")
+    with pytest.raises(ValueError, match="^val is required"):  # only val_query.jsonl
+        load_data(config(tmp_path, "unica", data=str(webqa)))
+    (webqa / "train_query.jsonl").write_text(
+        json.dumps({"q_text": "new", "positive": ["mm0"], "type": "mm_it"})
+    )
+    pairs = load_data(config(tmp_path, "unica", data=str(webqa)))
+    assert [len(split) for split in pairs[:2]] == [1, 8] and pairs[2] is None
 
 
 def test_what_pairs_do_not_have_is_refused(tmp_path):
@@ -262,3 +279,15 @@ def test_a_picture_that_was_resized_before_gives_the_same_patches(size):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     with pytest.raises(ValueError, match="image: got 1 x 201 pixels, expected sides whose ratio"):
         processor.resize_picture(torch.zeros(3, 1, 201, dtype=torch.uint8))
+
+
+def test_ids_are_names_where_those_of_the_training_data_are(tmp_path):
+    data = products(tmp_path / "data", [("one", 70), ("two", 900), ("three", 70)])
+    settings = {"data": data, "val": data, "products": data, "labels": "name"}
+    sets = load_data(config(tmp_path, "uniecs", **settings))
+    assert all(one.class_names == ["70", "900"] for one in sets)
+    glami = write_glami(tmp_path / "glami")
+    catalogue = products(tmp_path / "catalogue", [("bag", 1532), ("lamp", 5)])
+    sets = load_data(config(tmp_path, "uniecs", data=str(glami), products=catalogue))
+    assert sets[2].class_names == sets[0].class_names == ["7", "1532", "20117", "5"]
+    assert list(sets[2].labels) == [1, 3]

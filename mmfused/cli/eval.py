@@ -146,7 +146,12 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
     if args.products:
         columns = parse_columns(args.products_columns, "products_columns")
         products = trained.load_set(
-            args.products, name="products", columns=columns, stream=args.stream, splits=("train",)
+            args.products,
+            name="products",
+            columns=columns,
+            stream=args.stream,
+            splits=("train",),
+            like=data,
         )
     if retrieves and not holds_pairs(data):
         share_labels({"data": data, "products": products})
@@ -214,11 +219,6 @@ def _measure_pairs(
     import mmfused
     from mmfused.training.pair_metrics import evaluate_pairs
 
-    if args.products:
-        raise ValueError(
-            f"products: got {args.products!r} with {args.data!r}, which holds pairs and their "
-            "candidates, expected None"
-        )
     with mmfused.backend(args.backend):
         scored = evaluate_pairs(trained.model, pairs, batches, trained.amp)
     assert scored is not None
@@ -229,6 +229,7 @@ def _measure_pairs(
         "without_image": present.count(False),
         "without_text": sum(not text for text in pairs.items.texts),
         "skipped": pairs.skipped,
+        "unreadable": pairs.lost,
         **scored,
     }
 

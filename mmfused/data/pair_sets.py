@@ -60,6 +60,8 @@ class PairSet:
     candidates: np.ndarray  # (C,) int64, the items that are searched
     corpora: np.ndarray  # (C,) int64, the corpus of each candidate
     corpus_names: list[str]
+    # Number of corpora that the data give; the others are the positives and negatives of a task.
+    given_corpora: int
     task_corpora: list[list[int]]  # the corpora that the queries of each task search
     # (N,) int64: items with the same number are the same product, and no negatives of each other.
     products: np.ndarray
@@ -121,7 +123,9 @@ class PairSet:
     def split(self, fraction: float) -> tuple[PairSet, PairSet]:
         """Return the set in two parts, the second with ``fraction`` of the queries, at least one.
 
-        Equal sets are split alike. The sentences of ``skipped`` stay with the first part.
+        Equal sets are split alike. The sentences of ``skipped`` stay with the first part. If a task
+        searches the positives and negatives of its queries, the second part has only those of its
+        own queries.
 
         Raises:
             ValueError: the fraction is not between 0 and 1, or the set has only one query.
@@ -133,7 +137,23 @@ class PairSet:
         count = min(max(round(fraction * len(self)), 1), len(self) - 1)
         order = torch.randperm(len(self), generator=torch_generator(25)).numpy()
         second = replace(self.select(np.sort(order[:count])), skipped=[])
-        return self.select(np.sort(order[count:])), second
+        return self.select(np.sort(order[count:])), second._narrowed()
+
+    def _narrowed(self) -> PairSet:
+        """Return the set without candidates that belong to no query and are in no given corpus."""
+        corpus = np.array([corpora[0] for corpora in self.task_corpora])
+        found = [
+            corpus[self.tasks[lists.owners]] * len(self.items) + lists.values
+            for lists in (self.positives, self.negatives)
+        ]
+        keys = self.corpora * len(self.items) + self.candidates
+        kept = (self.corpora < self.given_corpora) | np.isin(keys, np.concatenate(found))
+        return replace(self, candidates=self.candidates[kept], corpora=self.corpora[kept])
+
+    @property
+    def searched_items(self) -> np.ndarray:
+        """The rows of ``items`` that are queries or candidates, in order."""
+        return np.union1d(self.queries, self.candidates)
 
 
 class PairBuilder:
@@ -231,6 +251,7 @@ class PairBuilder:
         positives = _lists(self._positives, owner, len(first))
         negatives = self._true_negatives(positives, _lists(self._negatives, owner, len(first)))
         tasks = task[first]
+        given_corpora = len(self.corpus_names)
         candidates, corpora, task_corpora = self._searched(tasks, positives, negatives)
         return PairSet(
             items,
@@ -244,6 +265,7 @@ class PairBuilder:
             candidates,
             corpora,
             self.corpus_names,
+            given_corpora,
             task_corpora,
             same_number(len(items), *(np.array(column, np.int64) for column in self._same)),
             self.skipped,

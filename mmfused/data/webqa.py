@@ -26,6 +26,12 @@ def is_webqa(path: Path) -> bool:
     return has_queries and any((path / name).is_file() for name in CORPORA.values())
 
 
+def has_both_splits(path: Path) -> bool:
+    """Return whether a folder has queries for training and others for validation."""
+    train, *others = QUERIES["train"]
+    return (path / train).is_file() and any((path / name).is_file() for name in others)
+
+
 def read_webqa(
     builder: PairBuilder,
     path: Path,

@@ -84,7 +84,7 @@ class TrainConfig:
             "coarse_label".
         products_columns: the same in ``products``.
         labels: what labels are: an "index" from 0, or a "name" of a class; "auto" is what the
-            format or the first label says.
+            format says, or most labels are.
         stream: whether pictures are decoded when a batch needs them, instead of all at the start.
             None decides by the memory that they would take.
         workers: number of threads that decode pictures; None takes the CPU's, at most 8.

@@ -14,6 +14,7 @@ from mmfused import data as product_data
 from mmfused.data import PairSet
 from mmfused.data.pair_formats import PAIR_FORMATS
 from mmfused.data.tables import splits_of
+from mmfused.data.webqa import has_both_splits
 from mmfused.models import MODELS
 from mmfused.training.config import Labels, TrainConfig
 
@@ -134,7 +135,7 @@ def load_data(
         train_set, val_set = _load_splits(config, image_size, model_config, class_names)
     products = None
     if config.products is not None:
-        source = sources(config)["products"]
+        source = as_named(sources(config)["products"], train_set)
         products = load_products(source, image_size, model_config=model_config)
     if MODELS[config.model].task == "classification":
         _check_classes(train_set, val_set, num_classes)
@@ -192,12 +193,19 @@ def _load_splits(
             )
         return rest, part
     val_set = load_products(
-        found["val"],
+        as_named(found["val"], train_set),
         image_size,
         model_config=model_config,
         class_names=train_set.class_names if is_classifier else None,
     )
     return train_set, val_set
+
+
+def as_named(source: Source, other: Any) -> Source:
+    """Return ``source``, whose labels are names if those of ``other`` are, even if they are ids."""
+    if source.labels == "auto" and other.class_names is not None and hasattr(other, "relabel"):
+        return source._replace(labels="name")
+    return source
 
 
 def _val_source(config: TrainConfig, found: Mapping[str, Source]) -> Source:
@@ -211,7 +219,7 @@ def _val_source(config: TrainConfig, found: Mapping[str, Source]) -> Source:
     if "val" in found or config.val_fraction is not None:
         return found.get("val", found["data"])
     data = found["data"]
-    if data.format_name == "webqa":
+    if data.format_name == "webqa" and has_both_splits(Path(data.path)):
         return data._replace(name="val", split="test")
     if not data.holds_pairs and data.chosen_split not in FOR_VALIDATION:
         for split in FOR_VALIDATION:

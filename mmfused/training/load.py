@@ -17,7 +17,7 @@ from mmfused.models.adapters import CONFIG, WEIGHTS
 from mmfused.models.config import meta_model
 from mmfused.models.weights import find_folder
 from mmfused.training.config import HOSTED, TrainConfig
-from mmfused.training.datasets import HELD_OUT, Source, load_pairs, load_products
+from mmfused.training.datasets import HELD_OUT, Source, as_named, load_pairs, load_products
 from mmfused.training.files import sha256
 from mmfused.training.initial import (
     build_model,
@@ -156,14 +156,17 @@ class Trained:
         num_classes: int | None = None,
         name: str = "data",
         columns: Mapping[str, str] | None = None,
+        like: Any = None,
         **reading: Any,
     ) -> Any:
-        """Return a data set; see `batches`."""
+        """Return a data set; see `batches`. If labels of ``like`` are names, its labels are too."""
         if data == "generated":
             return product_data.GeneratedProducts("val")
         if text_column != "text":
             columns = {"text": text_column, **(columns or {})}
         source = Source(name, data, columns=columns, **{"splits": HELD_OUT, **reading})
+        if isinstance(like, product_data.ProductFolder):
+            source = as_named(source, like)
         if source.holds_pairs:
             if self.task != "retrieval":
                 raise ValueError(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmfused.data.batches import Batches, read_ahead
 from mmfused.models.retrieval import evaluating
 from mmfused.training.retrieval_metrics import check_finite, mean_chance, ranking_scores
 from mmfused.training.search import CUTOFFS, found_in_first, ranges
@@ -82,14 +83,27 @@ class Pairs:
             )
 
     @classmethod
-    def of(cls, pairs: Any) -> Pairs:
-        """Return those of a `mmfused.data.PairSet`."""
+    def of(cls, pairs: Any, rows: Tensor | None = None) -> Pairs:
+        """Return those of a `mmfused.data.PairSet`.
+
+        Args:
+            pairs: the set.
+            rows: the items that are embedded, which are numbered in this order; among them all
+                queries and candidates. None numbers all items.
+        """
+        place = torch.arange(len(pairs.items))
+        if rows is not None:
+            place = torch.full_like(place, -1)
+            place[rows] = torch.arange(len(rows))
+        positives = place[torch.as_tensor(pairs.positives.values)]
+        owners = torch.as_tensor(pairs.positives.owners)[positives >= 0]
+        counts = torch.bincount(owners, minlength=len(pairs.queries))
         return cls(
-            queries=torch.as_tensor(pairs.queries),
-            positives_indptr=torch.as_tensor(pairs.positives.offsets),
-            positives_indices=torch.as_tensor(pairs.positives.values),
+            queries=place[torch.as_tensor(pairs.queries)],
+            positives_indptr=torch.cat([counts.new_zeros(1), counts.cumsum(0)]),
+            positives_indices=positives[positives >= 0],
             tasks=torch.as_tensor(pairs.tasks),
-            candidates=torch.as_tensor(pairs.candidates),
+            candidates=place[torch.as_tensor(pairs.candidates)],
             corpora=torch.as_tensor(pairs.corpora),
             task_names=pairs.task_names,
             corpus_names=pairs.corpus_names,
@@ -335,21 +349,31 @@ def _own_views(
 def evaluate_pairs(
     model: Any,
     pairs: Any,
-    batches: Iterable[Mapping[str, Tensor]],
+    batches: Batches,
     amp: bool = False,
     stopped: Callable[[], object] = lambda: False,
 ) -> dict[str, Any] | None:
     """Return :func:`pair_scores` of a model, or None if ``stopped()`` becomes true.
 
+    Only the items that are queries or candidates are embedded.
+
     Args:
         model: a retrieval model.
         pairs: a `mmfused.data.PairSet`.
-        batches: batches of all items of ``pairs``, in order.
+        batches: batches of the items of ``pairs``.
         amp: compute under bfloat16 autocast.
         stopped: called before each batch.
     """
-    has_text = [bool(text) for text in pairs.items.texts]
-    embeddings = embed_pair_items(model, batches, has_text, amp, stopped)
+    rows = torch.from_numpy(pairs.searched_items)
+    items = batches.items
+    chosen = read_ahead(
+        rows.split(batches.batch_size),
+        items.start,
+        lambda _, started: items.finish(started),
+        items.ahead,
+    )
+    has_text = [bool(pairs.items.texts[row]) for row in rows.tolist()]
+    embeddings = embed_pair_items(model, chosen, has_text, amp, stopped)
     if embeddings is None:
         return None
-    return pair_scores(embeddings, Pairs.of(pairs), next(model.parameters()).device)
+    return pair_scores(embeddings, Pairs.of(pairs, rows), next(model.parameters()).device)
