@@ -8,8 +8,8 @@ import torch
 from published_data import picture, write_glami, write_mmeb, write_webqa
 
 from mmfused.cli.data_options import check_for_pairs, parse_columns
-from mmfused.data import train_tokenizer
-from mmfused.models import UNITEConfig, UNITEProcessor
+from mmfused.data import load_picture, train_tokenizer
+from mmfused.models import UniCAConfig, UNITEConfig, UNITEProcessor
 from mmfused.training import initial
 from mmfused.training.config import TrainConfig
 from mmfused.training.datasets import check_rows, load_data, rows_digest
@@ -291,3 +291,16 @@ def test_ids_are_names_where_those_of_the_training_data_are(tmp_path):
     sets = load_data(config(tmp_path, "uniecs", data=str(glami), products=catalogue))
     assert sets[2].class_names == sets[0].class_names == ["7", "1532", "20117", "5"]
     assert list(sets[2].labels) == [1, 3]
+
+
+def test_pictures_of_pairs_are_read_as_the_model_resizes_them(tmp_path):
+    data = str(write_webqa(tmp_path))
+    task = prepare(config(tmp_path, "unica", data=data, val="0.25", image_size=32), None).task
+    picture_row = int(task.val_set.items.present.argmax())
+    found = task.val_batches.items.batch(torch.tensor([picture_row]))["pixel_values"][0]
+    name = task.val_set.items.files_of(picture_row)[0]
+    resize, resample = UniCAConfig.preset("tiny").resize, UniCAConfig.preset("tiny").resample
+    pixels = load_picture(tmp_path / "images" / name, 32, resize=resize, resample=resample)
+    collate = task.val_batches.collate
+    expected = (pixels / 255 - collate.mean[:, None, None]) / collate.std[:, None, None]
+    assert torch.allclose(found, expected, atol=1e-6) and resample == "bicubic"

@@ -9,6 +9,7 @@ import torch
 
 import mmfused
 from mmfused import data as product_data
+from mmfused.data._common import Resample
 from mmfused.models import UNITEProcessor
 from mmfused.training.config import Augment, TrainConfig
 
@@ -138,11 +139,12 @@ def make_collate(
     *,
     augment: Augment = "none",
     seed: int = 0,
+    resample: Resample = "bilinear",
 ) -> product_data.Collate:
     """Return a `Collate` that resizes and normalises pixels as ``model_config`` describes.
 
-    ``model_config.resample`` is that of picture files, which are read at the model's size. Only
-    generated pictures are resized here, always with `Collate`'s default.
+    Products are read at the model's size with ``model_config.resample``. With the ``resample`` of
+    the arguments, generated pictures are resized, and those of pairs are read.
     """
     return product_data.Collate(
         tokenizer,
@@ -155,6 +157,7 @@ def make_collate(
         format_text=model_config.format_text,
         truncation_side=model_config.truncation_side,
         resize=model_config.resize,
+        resample=resample,
     )
 
 
@@ -173,7 +176,8 @@ def make_reader(
     code at its size. Of the ``options`` of `make_collate`, these sequences use none.
     """
     if model != "unite":
-        return make_collate(tokenizer, size, max_length, model_config, **options)
+        resample = model_config.resample
+        return make_collate(tokenizer, size, max_length, model_config, resample=resample, **options)
     vision = model_config.host["vision_config"]
     side = vision.get("patch_size", 14) * vision.get("spatial_merge_size", 2)
     tokens = max(1, (size // side) ** 2)
