@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmfused.data import ProductFolder
-from mmfused.data.metadata import read_rows
+from mmfused.data import ProductFolder, open_table
 
 HEADER = "file_name,text,label\n"
 
@@ -18,12 +17,20 @@ def rows_of(tmp_path, text, encoding="utf-8"):
     return list(read_rows(tmp_path))
 
 
+def read_rows(folder):
+    """Yield the line of each row, its fields, and the reason if it is broken."""
+    table = open_table(folder)
+    columns = [table.columns[name].to_pylist() for name in ("image", "text", "label")]
+    for row, fields in enumerate(zip(*columns, strict=True)):
+        yield int(table.where(row).rpartition(" ")[2]), fields, table.broken.get(row)
+
+
 def good(rows):
-    return [(row.line, *row.fields.values()) for row in rows if row.broken is None]
+    return [(line, *fields) for line, fields, reason in rows if reason is None]
 
 
 def broken(rows):
-    return {row.line: row.broken for row in rows if row.broken is not None}
+    return {line: reason for line, _, reason in rows if reason is not None}
 
 
 def test_an_unclosed_quote_breaks_only_its_own_row(tmp_path):
@@ -90,8 +97,7 @@ def test_a_quoted_text_may_have_several_lines(tmp_path, text):
 def test_a_line_of_a_text_may_look_like_a_row(tmp_path, columns, record, text):
     (tmp_path / "0.png").touch()
     (tmp_path / "metadata.csv").write_text(f"{columns}\n{record}\n")
-    (row,) = read_rows(tmp_path)
-    assert row.broken is None and row.fields == {"file_name": "0.png", "text": text, "label": "0"}
+    assert list(read_rows(tmp_path)) == [(2, ("0.png", text, "0"), None)]
 
 
 def test_lines_that_start_with_existing_pictures_are_rows_even_inside_an_open_quote(tmp_path):

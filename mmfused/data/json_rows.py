@@ -9,7 +9,7 @@ from typing import Any, TextIO
 
 from mmfused.json_files import one_line
 
-from .metadata import BrokenRow
+from .rows import BrokenRow
 
 # Number of characters that are read at once, and the largest number of an entry.
 CHUNK = 2**22

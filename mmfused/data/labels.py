@@ -7,7 +7,8 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
-from .metadata import BrokenRow, parse_label
+from .metadata import parse_label
+from .rows import BrokenRow
 from .strings import Strings
 
 # What a label says, see :class:`mmfused.data.ProductFolder`.

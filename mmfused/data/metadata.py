@@ -9,22 +9,13 @@ from typing import NamedTuple
 
 from .lines import Lines, too_long
 from .picture_files import FilePictures
-from .rows import BrokenRow as BrokenRow  # kept importable from this module for existing callers
-from .rows import Builder, Names, Numbered, Table, fault_of, joined, listed, shown
+from .rows import BrokenRow, Builder, Names, Numbered, Table, fault_of, joined, listed, shown
 
 UNCLOSED = "it has an opening quote without a closing quote"
 # Largest number of lines of a row; it limits the search for a closing quote.
 MAX_LINES = 1000
 # A shorter line without a quote has no field that is too long for the csv module.
 MAX_PLAIN = 2**16
-
-
-class Row(NamedTuple):
-    """A row of metadata.csv."""
-
-    line: int  # number of the row's first line, counted from 1
-    fields: dict[str, str]  # by column; a broken row may lack columns
-    broken: str | None = None  # the reason why the row is broken
 
 
 class Layout(NamedTuple):
@@ -35,32 +26,6 @@ class Layout(NamedTuple):
     image: int | None  # index of the column with the names of the pictures
     label: int | None
     exists: Callable[[str], bool]  # whether such a name is that of an existing picture
-
-
-def read_rows(
-    root: Path,
-    text_column: str = "text",
-    optional: tuple[str, ...] = (),
-) -> Iterator[Row]:
-    """Yield the rows of ``root/metadata.csv`` (UTF-8) in order; see :func:`read_table`.
-
-    Args:
-        root: the folder.
-        text_column: name of the column with the texts.
-        optional: columns that may be missing.
-
-    Raises:
-        FileNotFoundError: the folder or its metadata.csv does not exist.
-        ValueError: metadata.csv cannot be read, or a column is missing or occurs twice.
-    """
-    path = find_metadata(root, ("metadata.csv",))
-    needed = ("file_name", text_column, "label")
-    names = Names("file_name", (text_column,), "label", "".join(optional[:1]), needed)
-    with Lines(path) as lines:
-        header = _read_header(path, lines, names, ",")
-        layout = _layout_of(header, names, ",", picture_exists(root))
-        for line, values, broken in _records(lines, layout):
-            yield Row(line, dict(zip(header, values, strict=False)), broken)
 
 
 def find_metadata(root: Path, files: Sequence[str]) -> Path:

@@ -16,11 +16,11 @@ import torch
 from torch.utils.data import Dataset
 
 from ._common import Resample, Resize
-from .metadata import BrokenRow
 from .pictures import MAX_BYTES, BrokenPicture, decode, picture_path, read_picture
 from .quiet import quiet
 from .ragged import PackedStrings, Ragged, offsets_of
 from .reading import Lost
+from .rows import BrokenRow
 
 IMAGE_MARK = "<|IMAGE|>"
 # The places of pictures in texts of UNITE, and in those of MMEB.

@@ -12,8 +12,8 @@ from typing import Any
 from mmfused.json_files import one_line
 
 from .json_rows import json_rows, parquet_columns
-from .metadata import BrokenRow
 from .pair_sets import MODALITIES, PairBuilder, RawItem, read_items
+from .rows import BrokenRow
 
 SUFFIXES = (".json", ".jsonl", ".parquet")
 FIRST_ROWS = 8  # number of rows that are looked at to find out what a file has

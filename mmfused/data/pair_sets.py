@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from ._common import torch_generator
-from .metadata import BrokenRow
 from .pair_items import ItemBuilder, PairItems, Spec
 from .pair_labels import same_number
 from .ragged import Ragged
+from .rows import BrokenRow
 
 # The text, the names of the picture files and the instruction of an item.
 RawItem: TypeAlias = tuple[str, Sequence[str], str]

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from .json_rows import json_rows
-from .metadata import BrokenRow
 from .pair_readers import shown, string, strings
 from .pair_sets import PairBuilder, read_items
+from .rows import BrokenRow
 
 TEXT_CORPUS, PICTURE_CORPUS = "text_corpus.jsonl", "mm_it_corpus.jsonl"
 # The corpora by the part of the name of their file.
