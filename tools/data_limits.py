@@ -176,7 +176,7 @@ def search(folder: Path) -> None:
 def speed(folder: Path) -> None:
     """Steps with the pictures of 2,000 products in memory, and streamed."""
     data = write_products(folder / "few", 2000)
-    val = write_products(folder / "val", 400)
+    val = write_products(folder / "small", 32)
     for size, model_options in ((96, ()), (224, ("--preset", "paper"))):
         for stream in ("--no-stream", "--stream"):
             out = folder / f"speed{stream}"
@@ -184,7 +184,7 @@ def speed(folder: Path) -> None:
                 f"{size} px {stream}",
                 *("train", "--model", "uniecs", "--data", data, "--val", val, "--out", out),
                 *("--image-size", size, "--overwrite", stream, "--batch-size", 32, *model_options),
-                *("--steps", 40 if size == 96 else 6),
+                *("--steps", 40 if size == 96 else 4),
             )
             summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
             print(f"  {summary['step_seconds']:.4f} s a step")
