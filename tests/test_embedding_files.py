@@ -16,6 +16,7 @@ import torch
 
 from mmfused.cli import embedding_files, main, model_source
 from mmfused.cli.embedding_files import VIEWS, read_embeddings, write_npz, write_parquet
+from mmfused.data.ragged import Ragged
 from mmfused.training.pair_metrics import Pairs, pair_scores
 from mmfused.training.retrieval_metrics import mean_scores, retrieval_scores
 
@@ -286,13 +287,15 @@ class Things:
 THINGS = SimpleNamespace(
     items=Things(),
     queries=np.array([0, 2]),
-    positives=SimpleNamespace(values=np.array([1, 3, 4]), offsets=np.array([0, 2, 3])),
+    positives=Ragged(np.array([1, 3, 4]), np.array([0, 2, 3])),
     tasks=np.array([0, 1]),
     task_names=["text", "mm"],
     candidates=np.array([1, 3, 4]),
     corpora=np.array([0, 0, 1]),
     corpus_names=["text", "mm"],
+    searched_items=np.arange(5),
     skipped=SKIPPED,
+    lost=[],
     digest="digest",
 )
 

@@ -97,3 +97,18 @@ def test_names_of_data_are_no_classes_of_a_model_without_names(root, capsys):
     assert main([*command, "--labels", "name"]) == 2
     assert "labels: got 'name' with" in capsys.readouterr().err
     assert main([*command[:4], str(root / "numbered")]) == 0
+
+
+@pytest.mark.parametrize("suffix", ["npz", "parquet"])
+def test_embeddings_of_two_models_are_not_compared(root, suffix, capsys):
+    other = root / "other"
+    if not other.exists():
+        seed = ["--seed", "1", *STEPS]
+        run("train", "--model", "uniecs", "--data", "generated", *seed, "--out", other)
+    file = root / f"other.{suffix}"
+    run("embed", "--checkpoint", other, "--data", root / "products", "--out", file)
+    assert read_embeddings(file, "embeddings").model
+    both = ["--embeddings", root / f"queries.{suffix}", "--products-embeddings"]
+    assert main([str(part) for part in ("eval", *both, file)]) == 2
+    assert "of another model than" in capsys.readouterr().err
+    assert main([str(part) for part in ("eval", *both, root / f"products.{suffix}")]) == 0
