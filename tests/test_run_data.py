@@ -97,6 +97,7 @@ def test_a_fraction_of_the_data_becomes_the_validation_set(tmp_path, model):
     if model == "uniecs":
         with pytest.raises(ValueError, match="^val: got 0.25, which leaves items of one label for"):
             load_data(config(tmp_path, model, data=data, val="0.25"))
+        assert len(load_data(config(tmp_path, model, data=data, val="0.25", products=data))[1]) == 4
 
 
 def test_a_part_of_pairs_searches_its_own_candidates(tmp_path):

@@ -186,7 +186,7 @@ def _load_splits(
     if config.val_fraction is not None:
         by = "row" if is_classifier else "label"
         rest, part = _split(train_set, config.val_fraction, by=by)
-        if not is_classifier and len({*part.labels}) < 2:
+        if not is_classifier and config.products is None and len({*part.labels}) < 2:
             raise ValueError(
                 f"val: got {config.val}, which leaves items of one label for validation, expected "
                 "a larger fraction: items of one label stay together, and are searched for"
