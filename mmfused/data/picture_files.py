@@ -172,7 +172,8 @@ class _Opened:
 
 def _read_at(file: int, start: int, count: int) -> bytes:
     try:
-        data = os.pread(file, count, start)
+        os.lseek(file, start, os.SEEK_SET)  # not pread, which Windows lacks
+        data = os.read(file, count)
     except OSError as error:
         raise BrokenPicture(_reason(error)) from error
     if len(data) < count:

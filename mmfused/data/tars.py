@@ -92,28 +92,29 @@ class _Reader:
     def read(self, index: int, path: Path) -> None:
         """Add the rows of a tar."""
         try:
-            file = open(path, "rb")
+            # Texts are read at their places while the members are listed from the other file.
+            file, texts = open(path, "rb"), open(path, "rb", buffering=0)
         except OSError as error:
             self._add_cut(index, f"the tar cannot be read: {error.strerror}")
             return
-        with file:
+        with file, texts:
             if COMPRESSED.match(file.read(10)):
                 raise ValueError(f"{path}: got a compressed tar, expected one without compression")
             sample = None
             try:
                 for key, suffix, span, fault in members(file):
                     if sample is None or key != sample.key:
-                        self._add(index, file.fileno(), sample)
+                        self._add(index, texts.fileno(), sample)
                         sample = Sample(key)
                     if suffix in sample.spans:
                         sample.fault = sample.fault or f"it has two members .{suffix}"
                     sample.fault = sample.fault or fault
                     sample.spans[suffix] = span
-                self._add(index, file.fileno(), sample)
+                self._add(index, texts.fileno(), sample)
             except CutTar as error:
                 # Other members of the last row may be lost.
-                if sample is not None and self._is_whole(file.fileno(), sample):
-                    self._add(index, file.fileno(), sample)
+                if sample is not None and self._is_whole(texts.fileno(), sample):
+                    self._add(index, texts.fileno(), sample)
                 self._add_cut(index, str(error))
 
     def _add_cut(self, index: int, reason: str) -> None:
@@ -220,7 +221,8 @@ def _text_at(file: int, span: tuple[int, int]) -> str:
     if size > MAX_LINE:
         raise BrokenRow(f"it has a text of more than {MAX_LINE} bytes")
     try:
-        return os.pread(file, size, start).decode("utf-8-sig")
+        os.lseek(file, start, os.SEEK_SET)  # not pread, which Windows lacks
+        return os.read(file, size).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise BrokenRow("it holds bytes that are not UTF-8") from error
     except OSError as error:
