@@ -60,7 +60,7 @@ class Items:
     def _keep(self, present: Sequence[bool], texts: Sequence[str], labels: Sequence[int]) -> None:
         self.present: Tensor = torch.tensor(present, dtype=torch.bool)
         self.labels: Tensor = torch.tensor(labels, dtype=torch.int64)
-        self.tokens = Tokens(texts, self.collate)
+        self.tokens: Tokens = Tokens(texts, self.collate)
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -63,7 +63,7 @@ class ObjectRows:
     def __init__(self, names: Names, sparse: bool = False) -> None:
         self.names = names
         self._sparse = sparse
-        self.builder = Builder()
+        self.builder: Builder = Builder()
         self.image = ""  # of the last row, as far as it was read
         self._found: dict[str, None] = {}  # columns of the first row, and others that are read
         self._is_noted = False

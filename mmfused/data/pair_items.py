@@ -56,9 +56,9 @@ class PictureFiles:
 
     def __init__(self) -> None:
         self.roots: list[Path] = []
-        self.names = PackedStrings()  # relative to the root
-        self.root_of = array("i")  # index of the root of each file
-        self.sizes = array("q")  # in bytes
+        self.names: PackedStrings = PackedStrings()  # relative to the root
+        self.root_of: array[int] = array("i")  # index of the root of each file
+        self.sizes: array[int] = array("q")  # in bytes
 
 
 class PairItems(Dataset[dict[str, Any]]):
@@ -228,7 +228,7 @@ class ItemBuilder:
     """
 
     def __init__(self) -> None:
-        self.files = PictureFiles()
+        self.files: PictureFiles = PictureFiles()
         self._texts = PackedStrings()
         self._instructions = PackedStrings()
         self._pictures = array("i")  # the files of all items, one item after the other

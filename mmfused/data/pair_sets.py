@@ -165,7 +165,7 @@ class PairBuilder:
 
     def __init__(self, where: Path) -> None:
         self.where = where
-        self.items = ItemBuilder()
+        self.items: ItemBuilder = ItemBuilder()
         self.skipped: list[str] = []
         self.task_names: list[str] = []
         self.task_weights: list[float] = []

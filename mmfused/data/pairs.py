@@ -241,7 +241,7 @@ class Pool:
         self.order: np.ndarray = np.argsort(labels, kind="stable")
         self.place: np.ndarray = _inverse(self.order)  # of a row in `order`
         self.sorted_labels: np.ndarray = labels[self.order]
-        self.runs = Runs(self.sorted_labels)
+        self.runs: Runs = Runs(self.sorted_labels)
         self.has_two_labels: bool = len(self.runs.bounds) > 2
         # Without coarse labels, all items have the same one.
         self.hard_order, self.hard_place = self.order, self.place
@@ -249,10 +249,11 @@ class Pool:
         coarse = getattr(dataset, "coarse_labels", None)
         if coarse is not None:
             coarse = np.asarray(coarse, dtype=np.int64)
-            self.hard_order = np.lexsort((labels, coarse))
-            self.hard_place = _inverse(self.hard_order)
+            self.hard_order: np.ndarray = np.lexsort((labels, coarse))
+            self.hard_place: np.ndarray = _inverse(self.hard_order)
             coarse, labels = coarse[self.hard_order], labels[self.hard_order]
-            self.outer, self.inner = Runs(coarse), Runs(coarse, labels)
+            self.outer: Runs = Runs(coarse)
+            self.inner: Runs = Runs(coarse, labels)
 
     def draw_negatives(
         self,

@@ -178,7 +178,7 @@ class Builder:
 
     def __init__(self) -> None:
         self.broken: dict[int, str] = {}
-        self.numbers = array("q")  # of the rows' lines, if they have any
+        self.numbers: array[int] = array("q")  # of the rows' lines, if they have any
         self._values: tuple[list[str], ...] = ([], [], [], [])
         self._chunks: list[Any] = []
         self._rows = 0  # in the chunks

@@ -293,9 +293,9 @@ def read_settings(folder: Path) -> dict[str, Any]:
     _refuse_pickles(folder)
     if not (folder / "config.json").is_file():
         unfinished = any(folder.glob("checkpoints/step-*"))
-        if not folder.is_dir():
-            raise FileNotFoundError(f"{folder} holds no finished run: it is no folder")
         hint = " (the run is not finished; use one of its checkpoints)" if unfinished else ""
+        if not folder.is_dir():
+            hint = " (there is no such folder)"
         raise FileNotFoundError(f"{folder} holds no finished run: config.json is missing{hint}")
     settings = read_json(path_inside(folder, "config.json"))
     _check_settings(settings, folder / "config.json")
