@@ -18,7 +18,7 @@ from ._common import Resample, Resize, check_choice, check_int
 from .folder_rows import FolderRows, shared_ints, source_columns
 from .labels import LabelKind
 from .picture_files import FilePictures
-from .pictures import BrokenPicture, decode, short_side
+from .pictures import BrokenPicture, decode, read_header
 
 # Kept importable from this module for existing callers.
 from .pictures import load_rgb as load_rgb
@@ -414,7 +414,8 @@ def first_side(
     for row, name in enumerate(Strings(table.columns["image"])):
         if name and row not in table.broken:
             try:
-                return short_side(table.pictures.read(row))
+                with quiet():
+                    return min(read_header(table.pictures.read(row))[1:])
             except BrokenPicture:
                 continue
     return None

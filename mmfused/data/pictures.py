@@ -419,12 +419,6 @@ def _sentence(error: BaseException, most: int = 200) -> str:
     return f"Pillow cannot read it ({type(error).__name__}{': ' if text else ''}{text})"
 
 
-def short_side(source: str | os.PathLike[str] | bytes) -> int:
-    """Return the short side of a picture from its header; raise like :func:`load_picture`."""
-    with quiet():
-        return min(read_header(read_picture(source))[1:])
-
-
 def read_header(data: bytes) -> tuple[str, int, int]:
     """Return the format, width and height of a picture, upright; call within ``quiet()``.
 
