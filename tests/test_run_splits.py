@@ -4,13 +4,15 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from format_folders import dataset_of, make_products
-from published_data import write_glami, write_mmeb
+from published_data import picture, write_glami, write_mmeb
 from test_run_data import config, named, products
 
 from mmfused.cli import main
 from mmfused.training.datasets import load_data, resuming
-from mmfused.training.run import prepare
+from mmfused.training.load import load_trained
+from mmfused.training.run import prepare, train
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +97,14 @@ def test_embed_and_eval_take_the_columns_of_the_training(tmp_path, capsys):
     assert np.load(out)["labels"].tolist() == [0, 1] * 4
     assert main(["eval", "--checkpoint", run, "--data", str(data)]) == 0
     assert "text->text" in capsys.readouterr().out
+    # Numbers of a catalogue are names where the labels of the queries are.
+    trained = load_trained(run, device="cpu")
+    numbers = products(tmp_path / "numbers", [("cup", 70), ("mug", 900)])
+    named_set = trained.load_set(
+        str(data), columns={"image": "", "text": "title", "label": "class"}
+    )
+    assert trained.load_set(numbers, like=named_set).class_names == ["70", "900"]
+    assert trained.load_set(numbers).class_names is None
 
 
 def test_a_run_of_an_earlier_version_decodes_all_pictures_at_the_start(tmp_path):
@@ -122,6 +132,18 @@ def test_unite_gets_sequences_and_the_settings_of_negatives(tmp_path):
     assert not none.has_negatives
 
 
+def test_a_picture_that_sequences_cannot_hold_is_named(tmp_path):
+    data = str(write_mmeb(tmp_path))
+    picture(tmp_path / "images" / "2.jpg", 1, size=(601, 2))  # written again, 300 times as wide
+    task = prepare(config(tmp_path, "unite", data=data, val="0.2"), None).task
+    pairs = task.batches.pair_set
+    rows = [row for row in range(len(pairs.items)) if "2.jpg" in str(pairs.items.files_of(row))]
+    batch = task.batches.items.batch(torch.tensor(rows))
+    assert len(batch["input_ids"]) == len(rows) == 2
+    assert len(pairs.lost) == 1
+    assert pairs.lost[0].startswith("images/2.jpg: the image cannot be used: image: got 2 x 601")
+
+
 def test_a_set_without_texts_trains(tmp_path):
     data = products(tmp_path / "data", [("", 0)])
     rows = "".join(f"{row}.png,,{'ab'[row % 2]}\n" for row in range(4))
@@ -131,3 +153,19 @@ def test_a_set_without_texts_trains(tmp_path):
     settings = config(tmp_path, data=data, val=data, modalities="image", image_size=16)
     training = prepare(settings, None)
     assert {"a", "b"} <= training.tokenizer.get_vocab().keys()
+
+
+def test_a_run_tells_which_streamed_pictures_could_not_be_decoded(tmp_path):
+    rows = "".join(f"{row}.png,text {row},{row % 2}\n" for row in range(4))
+    for row in range(4):
+        picture(tmp_path / "data" / f"{row}.png", row)
+    (tmp_path / "data" / "metadata.csv").write_text("file_name,text,label\n" + rows)
+    cut = tmp_path / "data" / "2.png"
+    cut.write_bytes(cut.read_bytes()[:600])
+    data = str(tmp_path / "data")
+    summary = train(
+        config(tmp_path, data=data, val=data, modalities="both", image_size=16, stream=True)
+    )
+    assert not summary["skipped"] and len(summary["unreadable"]) == 2  # of data and of val
+    start = "metadata.csv line 4 (2.png): the image cannot be read: "
+    assert all(sentence.startswith(start) for sentence in summary["unreadable"])
