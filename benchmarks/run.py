@@ -161,13 +161,14 @@ def measured_record(
 def is_result(record: dict[str, Any], case: Any, settings: Settings, facts: dict[str, Any]) -> bool:
     """Return whether ``record`` is a complete and accurate result of this case.
 
-    The record must have these settings, and the device, versions and source hash of ``facts``.
+    The record must have these settings, and the device, versions, source hash and tuned plans of
+    ``facts``.
     """
-    op, same = load_op(record["op"]), ("device", "versions", "source")
+    op, same = load_op(record["op"]), ("device", "versions", "source", "tuned")
     return (
         record["case"] == asdict(case)
         and record.get("settings") == settings.facts()
-        and all(record["environment"].get(name) == facts[name] for name in same)
+        and all(record["environment"].get(name) == facts.get(name) for name in same)
         and record["providers"].keys() == {label for label, *_ in variants(op, case, settings)}
         and not faults_of(op, record)
         and all(found["gate"] != "skipped" for found in record["providers"].values())

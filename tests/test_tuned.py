@@ -44,6 +44,12 @@ def entry_for(call, change):
     return tuned.Entry(reached.op, reached.arguments, reached.default, change(reached.default))
 
 
+def forget():
+    """Let files be read again."""
+    tuned_file.of_device.cache_clear()
+    tuned_file._read_once.cache_clear()
+
+
 @pytest.fixture
 def on_gpu(monkeypatch, tmp_path):
     """Pretend that this process launches on an H200, whose files are in a folder; return it."""
@@ -53,12 +59,9 @@ def on_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=0: CARD)
     monkeypatch.setattr(tuned.tiles, "INTERPRETED", False)
     monkeypatch.setattr(tuned.tiles, "pretended_arch", None)
-    caches = (tuned_file.of_device, tuned_file._read_once)
-    for cached in caches:
-        cached.cache_clear()
+    forget()
     yield tmp_path
-    for cached in caches:
-        cached.cache_clear()
+    forget()
 
 
 def written(folder, *entries, **settings):
@@ -238,7 +241,7 @@ def test_a_damaged_file_is_refused_if_named_and_else_told_and_ignored(name, on_g
     write(path)
     with pytest.warns(UserWarning, match=message):
         assert tuned_file.current() is None
-    tuned_file._read_once.cache_clear(), tuned_file.of_device.cache_clear()
+    forget()
     monkeypatch.setenv("MMFUSED_TUNED", str(path))
     with pytest.raises(
         ValueError, match=rf"^MMFUSED_TUNED: got '.*', expected .* or off: .*{message}"
@@ -270,7 +273,7 @@ def test_without_a_gpu_a_named_file_serves_launches_that_are_only_recorded(on_gp
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with tuned.from_file():  # a folder does not say which GPU
         assert pooling_plan() == entry.default
-    tuned_file._read_once.cache_clear(), tuned_file.of_device.cache_clear()
+    forget()
     monkeypatch.setenv("MMFUSED_TUNED", str(on_gpu / tuned_file.file_name(CARD, TRITON)))
     with tuned.from_file():
         assert pooling_plan() == entry.plan
@@ -304,7 +307,7 @@ def test_the_tuned_factor_decides_which_form_auto_picks(on_gpu):
     )
     assert composed.cheaper_form(x, q, w, w, 1) == "absorbed"
     assert composed.absorbed_must_save("cuda") == composed.ABSORBED_MUST_SAVE["cuda"]
-    tuned_file._read_once.cache_clear(), tuned_file.of_device.cache_clear()
+    forget()
     written(on_gpu, absorbed_must_save=50.0)
     assert composed.cheaper_form(x, q, w, w, 1) == "projected"
     assert composed.cheaper_form(x, q, w, w, 1, explicit=True) == "absorbed"
@@ -337,3 +340,35 @@ def test_torch_compile_traces_the_choices_as_constants():
         x = torch.randn(3, length, 16)
         torch.testing.assert_close(traced(x), step(x))
     torch._dynamo.reset()
+
+
+# ---- what is told about it -----------------------------------------------------------------------
+
+
+def test_env_tells_what_is_tuned_or_why_it_is_not(on_gpu, monkeypatch):
+    from mmfused.cli import env
+
+    device = torch.device("cuda", 0)
+    assert env._tuned(device).startswith("nothing (`mmfused tune` has not run on this GPU")
+    forget()
+    entry = entry_for(pooling_plan, slower)
+    found = written(on_gpu, entry, entry, router="cuda")
+    expected = "plans: query_pooling 2; absorbed_must_save: as usual; router: cuda; in "
+    assert env._tuned(device) == f"{expected}{found.path}"
+    forget()
+    monkeypatch.setenv("MMFUSED_TUNED", "nowhere")
+    assert env._tuned(device).startswith("MMFUSED_TUNED: got 'nowhere'")
+
+
+def test_a_benchmark_records_the_tuned_file_and_is_not_resumed_with_another(on_gpu):
+    from mmfused.benchmarks import report
+
+    device = torch.device("cuda", 0)
+    assert report.tuned_facts(device) is None
+    names = set()
+    for factor in (1.0, 2.0):
+        forget()
+        written(on_gpu, absorbed_must_save=factor)
+        names.add(report.tuned_facts(device))
+    assert len(names) == 2
+    assert all(name.startswith(tuned_file.file_name(CARD, TRITON) + ", ") for name in names)
