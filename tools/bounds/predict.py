@@ -27,6 +27,16 @@ _ARITHMETIC = ("fma", "alu", "integer")
 _LEAST_SCALE, _MOST_SCALE = 0.7, 1.6
 _RESERVED_SHARED = 1024  # bytes of each block
 _REGISTERS_GRANULE = 256  # of a warp
+# What uses shared memory, by the first letters of the opcode; the first that fits.
+SHARED_KINDS = {
+    "load": ("ld.", "ldmatrix"),
+    "store": ("st.", "stmatrix"),
+    "bulk load": ("cp.async.bulk.load", "cp.async.bulk.tensor.load"),  # by TMA
+    "bulk store": ("cp.async.bulk",),
+    "copy": ("cp.async",),
+    "wgmma": ("wgmma",),  # its operands in shared memory
+    "other": ("",),  # atomics and mbarriers
+}
 _PLAYED_ROUNDS = (2, 6)  # blocks in turn on a multiprocessor, from which the rest is extrapolated
 
 
@@ -48,6 +58,8 @@ class Prediction:
         barrier: share of a warp's time at barriers.
         slots: issue slots by the unit of the instruction, one of trace.py's UNITS.
         wavefronts: cycles of shared memory for loads and stores.
+        shared: wavefronts by what makes them, one of SHARED_KINDS; wgmma's are not in
+            ``wavefronts``.
         conflicts: those among them that bank conflicts cost.
         l2_bytes: through L2.
         dram_bytes: through DRAM.
@@ -68,6 +80,7 @@ class Prediction:
     barrier: float
     slots: dict[str, float]
     wavefronts: float
+    shared: dict[str, float]
     conflicts: float
     l2_bytes: float
     dram_bytes: float
@@ -124,6 +137,7 @@ def predict(traced: Traced, card: Card) -> Prediction:
         barrier=played.barrier / a_block,
         slots=_slots(traced, cycles),
         wavefronts=scale * float(trace.wavefronts.sum()),
+        shared=_shared(traced, cycles),
         conflicts=scale * float(trace.conflicts.sum()),
         l2_bytes=scale * float(trace.sectors.sum()) * SECTOR,
         dram_bytes=float(traced.dram_sectors().sum()) * SECTOR,
@@ -137,6 +151,17 @@ def _slots(traced: Traced, cycles: list[Cost]) -> dict[str, float]:
     for cost, times in zip(cycles, traced.trace.executed.tolist(), strict=True):
         slots[cost.unit] += cost.issue * times * traced.scale
     return {unit: number for unit, number in slots.most_common() if number}
+
+
+def _shared(traced: Traced, cycles: list[Cost]) -> dict[str, float]:
+    found: Counter[str] = Counter()
+    trace, code = traced.trace, traced.program.code
+    for step, cost, wavefronts, executed in zip(
+        code, cycles, trace.wavefronts.tolist(), trace.executed.tolist(), strict=True
+    ):
+        kind = next(kind for kind, words in SHARED_KINDS.items() if step.opcode.startswith(words))
+        found[kind] += traced.scale * (wavefronts + executed * cost.shared)
+    return {kind: number for kind, number in found.items() if number}
 
 
 def _flops(traced: Traced) -> float:
