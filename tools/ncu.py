@@ -272,7 +272,8 @@ def _why(code: int | None, text: str, limit: float) -> str:
     marks = ("==ERROR==", "==WARNING==")
     errors = [line for mark in marks for line in text.splitlines() if line.startswith(mark)]
     last = next((line for line in reversed(text.splitlines()) if line.strip()), "nothing printed")
-    return f"ncu read no launches, exit code {code}: {(errors or [last])[0].strip('= ')}"
+    message = re.sub(r"^==\w+== ", "", (errors or [last])[0])
+    return f"ncu read no launches, exit code {code}: {message}"
 
 
 # ---- what it writes ------------------------------------------------------------------------------
