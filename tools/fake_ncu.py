@@ -39,7 +39,7 @@ METRICS: dict[str, tuple[str, Callable[[dict[str, Any]], float]]] = {
     "l1tex__data_bank_conflicts_pipe_lsu_mem_shared": ("", lambda x: x["conflicts"]),
     "l1tex__m_xbar2l1tex_read_bytes_mem_global_op_tma_ld": (
         "byte",
-        lambda x: 128 * x["shared"].get("bulk load", 0.0),
+        lambda x: x["bulk_bytes"],
     ),
     "lts__t_sectors_srcunit_tex": ("sector", lambda x: x["l2_bytes"] / 32),
     "dram__bytes_read": ("byte", lambda x: 0.75 * x["dram_bytes"]),

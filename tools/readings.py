@@ -87,7 +87,7 @@ def child(row: str, tiny: bool) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Read the rows; return 1 if one failed, UNFINISHED if the budget ran out, else 0."""
-    rows = requested(args.row)
+    rows = requested(args.row, args.dry_run)
     program = FAKE_NCU if args.dry_run else [ncu.find()]
     if not args.dry_run and not torch.cuda.is_available():
         raise ValueError("readings need a CUDA GPU, but torch finds none; --dry-run needs none")
@@ -111,12 +111,16 @@ def run(args: argparse.Namespace) -> int:
     return 1 if 1 in states else max(states, default=0)
 
 
-def requested(rows: list[str]) -> list[str]:
+def requested(rows: list[str], dry: bool) -> list[str]:
+    """Return the rows to read; a dry run needs their counts."""
     known = [f"{row.op}/{row.case}" for row in targets.ROWS if row.device == "cuda"]
     for row in rows:
         if row not in known:
             names = ", ".join(dict.fromkeys(known))
             raise ValueError(f"row: got {row!r}, expected some of {names}")
+        if dry and row not in (counted := kernel_counts.read()):
+            names = ", ".join(counted)
+            raise ValueError(f"row: got {row!r} with --dry-run, expected one of {names}")
     return rows or list(kernel_counts.ROWS)
 
 

@@ -149,9 +149,7 @@ PARTS = (
 )
 L2 = Quantity("L2 bytes", _times("l2_sectors", SECTOR), lambda g: g.count("l2_bytes"), 1e6)
 DRAM = Quantity("DRAM bytes", _dram, lambda g: g.count("dram_bytes"), 1e6)
-TMA = Quantity(
-    "bytes loaded by TMA", _times("bulk_bytes"), lambda g: 128 * g.shared("bulk load"), 1e6
-)
+TMA = Quantity("bytes loaded by TMA", _times("bulk_bytes"), lambda g: g.count("bulk_bytes"), 1e6)
 
 
 # ---- pairing -------------------------------------------------------------------------------------

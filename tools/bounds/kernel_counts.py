@@ -39,7 +39,7 @@ print(json.dumps(count(*sys.argv[1:])))
 """
 # Parts of a Prediction that are the same on all cards of an architecture.
 _SAME = ("blocks", "resident", "slots", "wavefronts", "shared", "conflicts", "l2_bytes")
-_SAME += ("dram_bytes", "flops")
+_SAME += ("bulk_bytes", "dram_bytes", "flops")
 
 # counts[row][version of Triton] = launches in order
 Counts = dict[str, dict[str, list[dict[str, Any]]]]

@@ -31,7 +31,8 @@ _REGISTERS_GRANULE = 256  # of a warp
 SHARED_KINDS = {
     "load": ("ld.", "ldmatrix"),
     "store": ("st.", "stmatrix"),
-    "bulk load": ("cp.async.bulk.load", "cp.async.bulk.tensor.load"),  # by TMA
+    # By TMA: whole boxes, of which what is outside of the tensor is filled with zeros.
+    "bulk load": ("cp.async.bulk.load", "cp.async.bulk.tensor.load"),
     "bulk store": ("cp.async.bulk",),
     "copy": ("cp.async",),
     "wgmma": ("wgmma",),  # its operands in shared memory
@@ -62,6 +63,7 @@ class Prediction:
             ``wavefronts``.
         conflicts: those among them that bank conflicts cost.
         l2_bytes: through L2.
+        bulk_bytes: those among them that TMA loads.
         dram_bytes: through DRAM.
         flops: of matrix instructions.
         lines: shares of source lines in the time of the warps, the largest first.
@@ -83,6 +85,7 @@ class Prediction:
     shared: dict[str, float]
     conflicts: float
     l2_bytes: float
+    bulk_bytes: float
     dram_bytes: float
     flops: float
     lines: dict[str, float]
@@ -140,6 +143,7 @@ def predict(traced: Traced, card: Card) -> Prediction:
         shared=_shared(traced, cycles),
         conflicts=scale * float(trace.conflicts.sum()),
         l2_bytes=scale * float(trace.sectors.sum()) * SECTOR,
+        bulk_bytes=_bulk_bytes(traced),
         dram_bytes=float(traced.dram_sectors().sum()) * SECTOR,
         flops=_flops(traced),
         lines=_lines(traced.program, spent),
@@ -162,6 +166,13 @@ def _shared(traced: Traced, cycles: list[Cost]) -> dict[str, float]:
         kind = next(kind for kind, words in SHARED_KINDS.items() if step.opcode.startswith(words))
         found[kind] += traced.scale * (wavefronts + executed * cost.shared)
     return {kind: number for kind, number in found.items() if number}
+
+
+def _bulk_bytes(traced: Traced) -> float:
+    steps = zip(traced.program.code, traced.trace.sectors.tolist(), strict=True)
+    loads = SHARED_KINDS["bulk load"]
+    sectors = (number for step, number in steps if step.opcode.startswith(loads))
+    return traced.scale * float(sum(sectors)) * SECTOR
 
 
 def _flops(traced: Traced) -> float:
