@@ -62,6 +62,12 @@ def test_tables_of_ncu_are_read_in_base_units(text):
     assert second.values[SECONDS] == pytest.approx(992e-9)
 
 
+def test_a_table_without_units_is_read_as_it_is():
+    lines = BASE.splitlines()
+    (launch, _) = ncu.parse("\n".join(line for line in lines if line != lines[3]))
+    assert launch.values[SECONDS] == 12512
+
+
 def test_output_without_a_table_has_no_launches():
     assert ncu.parse("==PROF== Connected\n==WARNING== No kernels were profiled.\n") == []
     assert ncu.parse(f"{HEAD},{SECONDS!r}\n") == []
@@ -219,6 +225,8 @@ def test_metrics_that_ncu_refuses_do_not_lose_the_others(tmp_path):
     assert found.names == {"seconds": SECONDS, "dram_read": "dram__bytes_op_read.sum"}
     assert "instructions" in found.missing and "dram_read" not in found.missing
     assert len(found.launches) == 2 and found.output == "launched null\n"
+    # The table is kept without the lines that have paths of the machine.
+    assert found.table.splitlines() == BASE.splitlines()[2:6]
     first, *_, last = calls.read_text().splitlines()
     assert last.endswith(" step it") and len(calls.read_text().splitlines()) == 3
     for words in (

@@ -16,7 +16,6 @@ from mmfused.tools import fake_ncu, gpu, ncu, readings, readings_table
 from mmfused.tools.bounds import kernel_counts, table
 from mmfused.tools.targets import ROWS
 
-ROOT = Path(__file__).resolve().parents[1]
 COUNTS = kernel_counts.read()
 ROW = "topk_routing/x-32768-e128"
 SECONDS = "gpu__time_duration.sum"
@@ -260,6 +259,8 @@ def test_a_dry_run_reads_a_row_resumes_and_makes_the_table_again(tmp_path, capsy
     assert record["csv"] == f"{name}.csv" and versions["triton"] == triton.__version__
     assert record["environment"].keys() >= {"device", "commit", "dirty", "ncu", "source"}
     assert record["metrics"]["seconds"] == SECONDS and "wgmma" in record["missing"]
+    assert (tmp_path / f"{name}.csv").read_text().startswith('"ID",')
+    assert {path.suffix for path in tmp_path.iterdir()} == {".csv", ".json", ".md"}
     assert readings.main(command) == 0 and f"{ROW}: read before" in capsys.readouterr().out
     # The tables follow the counts of today.
     now = copy.deepcopy(COUNTS)
@@ -284,15 +285,19 @@ def test_the_profiled_step_launches_the_kernels_that_are_counted(name, capsys):
 
 
 def test_a_row_that_fails_does_not_stop_the_others(tmp_path, capsys, monkeypatch):
-    environments, text = [], fake_ncu.table(COUNTS[ROW]["3.8.0"][:2], [SECONDS])
+    environments, asked, text = [], [], fake_ncu.table(COUNTS[ROW]["3.8.0"][:2], [SECONDS])
 
     def profile(program, names, command, log, limit, environment):
         environments.append(environment)
         if command[-2] == kernel_counts.ROWS[0]:
             raise ncu.Failed("killed after 200 s")
-        log.write_text(text)
         output = "" if command[-2] == kernel_counts.ROWS[1] else readings.MARK
-        return ncu.Profile(ncu.parse(text), {"seconds": SECONDS}, [], output)
+        asked.append(set(names))
+        return ncu.Profile(text, ncu.parse(text), {"seconds": SECONDS}, [], output)
+
+    def failing(program, names, command, log, *_):
+        log.unlink(missing_ok=True)
+        raise ncu.Failed("no permission")
 
     monkeypatch.setenv("MMFUSED_BACKEND", "reference")
     monkeypatch.setattr(ncu, "profile", profile)
@@ -302,12 +307,18 @@ def test_a_row_that_fails_does_not_stop_the_others(tmp_path, capsys, monkeypatch
     assert f"{kernel_counts.ROWS[0]}: FAILED: killed after 200 s" in printed
     assert f"{kernel_counts.ROWS[1]}: FAILED: the step did not finish" in printed
     assert printed.count(": 2 launches\n") == len(kernel_counts.ROWS) - 2
+    assert len(asked[0]) > 10 and asked[-1] == {"seconds"}
     assert {each["MMFUSED_TUNED"] for each in environments} == {"off"}
     assert not any("MMFUSED_BACKEND" in each for each in environments)
     # The next run reads only what is missing, and a failure is told before what is left.
     assert readings.main([*command, "--budget-seconds", "100"]) == 1 and len(environments) == 5
     monkeypatch.setattr(ncu, "profile", lambda *_: pytest.fail("read again"))
     assert readings.main([*command, *kernel_counts.ROWS[2:]]) == 0
+    # Readings of older sources stay until there are new ones.
+    monkeypatch.setattr(readings, "source_hash", lambda op: "newer")
+    monkeypatch.setattr(ncu, "profile", failing)
+    assert readings.main(command) == 1
+    assert capsys.readouterr().out.count("\n### ") == 3 * (len(kernel_counts.ROWS) - 2)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import re
 import shutil
 import signal
 import subprocess
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -87,12 +88,14 @@ class Profile(NamedTuple):
     """What a run of ncu gave.
 
     Attributes:
+        table: the CSV, without the other lines that ncu writes.
         launches: in order.
         names: the metric that each key of METRICS was read from.
         missing: keys of METRICS that this ncu cannot read.
         output: of the command.
     """
 
+    table: str
     launches: list[Launch]
     names: dict[str, str]
     missing: list[str]
@@ -182,25 +185,28 @@ def profile(
         program: ncu.
         names: the metric to read for each key of METRICS, of :func:`chosen`.
         command: the profiled program.
-        log: file for what ncu writes, which is kept.
-        limit: seconds after which the run is killed.
+        log: file for what ncu writes.
+        limit: seconds after which the run is killed, of all runs if ncu refuses metrics.
         environment: of both.
 
     Raises:
         Failed: there is no launch to read.
     """
+    until = time.monotonic() + limit
     while True:
         log.unlink(missing_ok=True)
-        code, output = _run([*program, *options(names.values(), log), *command], limit, environment)
+        whole = [*program, *options(names.values(), log), *command]
+        code, output = _run(whole, max(0.1, until - time.monotonic()), environment)
         written = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
         refused = refused_metrics(output + written, names)
         if not refused:
             break
         names = without(names, refused)
-    launches = parse(written)
+    text = table(written)
+    launches = parse(text)
     if code != 0 or not launches:
         raise Failed(_why(code, output + written, limit))
-    return Profile(launches, names, sorted(METRICS.keys() - names.keys()), output)
+    return Profile(text, launches, names, sorted(METRICS.keys() - names.keys()), output)
 
 
 def options(names: Any, log: Path) -> list[str]:
@@ -279,18 +285,23 @@ def _why(code: int | None, text: str, limit: float) -> str:
 # ---- what it writes ------------------------------------------------------------------------------
 
 
-def parse(text: str) -> list[Launch]:
-    """Return the launches in a CSV of ncu's raw page.
-
-    The table may stand between other lines. Below its names is a line of units, with an empty ID.
-    """
-    lines = text.splitlines()
+def table(text: str) -> str:
+    """Return the lines of the CSV in what ncu wrote; "" if there is none."""
+    lines = text.splitlines(keepends=True)
     starts = (k for k, x in enumerate(lines) if x.startswith('"ID",') and '"Kernel Name"' in x)
-    start = next(starts, None)
-    if start is None:
+    start = next(starts, len(lines))
+    return "".join(line for line in lines[start:] if line.startswith('"'))
+
+
+def parse(text: str) -> list[Launch]:
+    """Return the launches in a CSV of ncu's raw page, which may stand between other lines.
+
+    Below its names is a line of units, with an empty ID.
+    """
+    found = table(text)
+    if not found:
         return []
-    table = [line for line in lines[start:] if line.startswith('"')]
-    names, *rows = csv.reader(io.StringIO("\n".join(table)))
+    names, *rows = csv.reader(io.StringIO(found))
     units = dict.fromkeys(names, "")
     launches = []
     for row in rows:

@@ -106,7 +106,9 @@ def run(args: argparse.Namespace) -> int:
             print(f"{row}: left for another run", flush=True)
             states.append(UNFINISHED)
             continue
-        states.append(read(row, program, names, folder, facts | {"source": source}, args))
+        found = read(row, program, names, folder, facts | {"source": source}, args)
+        names = found or names  # what ncu refused once is not asked for again
+        states.append(1 if found is None else 0)
     show(folder)
     return 1 if 1 in states else max(states, default=0)
 
@@ -154,8 +156,8 @@ def read(
     folder: Path,
     facts: dict[str, Any],
     args: argparse.Namespace,
-) -> int:
-    """Read a row and write its record; return 1 if that failed, else 0."""
+) -> dict[str, str] | None:
+    """Read a row and write its record; return the metrics that were read, or None if it failed."""
     folder.mkdir(parents=True, exist_ok=True)
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     command = [sys.executable, str(Path(__file__).resolve()), "--child", row]
@@ -164,15 +166,14 @@ def read(
     environment = {k: v for k, v in os.environ.items() if not k.startswith(hidden)}
     environment["MMFUSED_TUNED"] = "off"  # the counts are of the plans that the library chooses
     environment |= {"TRITON_INTERPRET": "1"} if args.dry_run else {}
-    begun = time.monotonic()
+    begun, log = time.monotonic(), folder / f"{stem(row)}.log"  # stays if the run fails
     try:
-        log = folder / f"{stem(row)}.csv"
         found = ncu.profile(program, names, command, log, args.limit_seconds, environment)
         if MARK not in found.output:
             raise ncu.Failed("the step did not finish")
     except ncu.Failed as why:
         print(f"{row}: FAILED: {why}", flush=True)
-        return 1
+        return None
     op, case = row.split("/")
     record = {
         "op": op,
@@ -184,12 +185,15 @@ def read(
         "missing": found.missing,
         "took_seconds": round(time.monotonic() - begun, 1),
         "launches": len(found.launches),
-        "csv": log.name,
+        "csv": f"{stem(row)}.csv",
     }
+    csv = folder / record["csv"]
+    report.write(csv, lambda path: path.write_text(found.table, encoding="utf-8"))
     report.write_json(record, folder / f"{stem(row)}.json")
+    log.unlink(missing_ok=True)
     missing = f"; this ncu does not know {', '.join(found.missing)}" if found.missing else ""
     print(f"{row}: {len(found.launches)} launches{missing}", flush=True)
-    return 0
+    return found.names
 
 
 def launches_of(record: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
