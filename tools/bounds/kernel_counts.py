@@ -117,8 +117,9 @@ def main() -> None:
     parser.add_argument("--row", action="append", metavar="OP/CASE", help="may be repeated")
     args = parser.parse_args()
     from mmfused.tools.bounds.rows import ROWS as TARGETS
+    from mmfused.tools.bounds.rows import SCALED
 
-    known = [f"{op}/{case}" for op, case in TARGETS]
+    known = [f"{op}/{case}" for op, case in TARGETS if (op, case) not in SCALED]
     for row in args.row or ():
         if row not in known:
             parser.error(f"--row: got {row!r}, expected some of {', '.join(known)}")
