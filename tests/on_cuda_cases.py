@@ -214,9 +214,7 @@ def pooling_module(transform: bool):
     return make
 
 
-def attention(
-    both=True, dropout=0.0, context=None, masked=True, size=(197, 64, 256, 8), **options
-):
+def attention(both=True, dropout=0.0, context=None, masked=True, size=(197, 64, 256, 8), **options):
     """Return a function that makes a problem; ``size``: tokens of both sides, width and heads."""
 
     def make(tiny: bool) -> Problem:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from mmfused.benchmarks import masked_info_nce, report, run
-from mmfused.tools import choices, gpu, variants
+from mmfused.tools import choices, gpu, gpu_tests, targets, variants
 from mmfused.tools.patching import replaced
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -150,9 +150,83 @@ def test_slices_contain_the_whole_suite_and_all_benchmarks():
     for dry in (False, True):
         parts = gpu.slices(Path("out"), dry)
         names = [part.name for part in parts]
-        assert len(set(names)) == len(names) and {f"bench-{op}" for op in run.OPS} <= set(names)
+        assert len(set(names)) == len(names)
+        benches = {f"bench-{op}{more}" for op in run.OPS for more in ("", "-more")}
+        assert {name for name in names if name.startswith("bench-")} == benches
         for command in (part.command for part in parts):
             assert command[0].startswith("-") or (ROOT / command[0]).is_file(), command
+
+
+def test_what_matters_most_runs_first():
+    names = [part.name for part in gpu.slices(Path("out"), dry=False)]
+    assert names[:4] == ["build", "test-card", "sanitize", "bench-query_pooling"]
+    assert names[-2:] == ["test-rest", "report"]
+    assert names.index("bench-models") < names.index("test-query_pooling")
+    assert names.index("test-models") < names.index("bench-query_pooling-more")
+
+
+def test_the_first_benchmarks_measure_the_targets_and_later_ones_the_rest():
+    parts = {part.name: part.command for part in gpu.slices(Path("out"), dry=False)}
+    for op in run.OPS:
+        command = parts[f"bench-{op}"]
+        cases = [command[i + 1] for i, word in enumerate(command) if word == "--case"]
+        wanted = {row.case for row in targets.ROWS if (row.op, row.device) == (op, "cuda")}
+        assert wanted and set(cases) == wanted and len(cases) == len(wanted)
+        assert wanted <= {case.name for case in run.load_op(op).cases("cuda", False)}
+        assert "--case" not in parts[f"bench-{op}-more"] and "--resume" in command
+
+
+# ---- test files ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run_tests(tmp_path, monkeypatch):
+    """Return a function that runs gpu_tests on made-up files, and returns exit code and states."""
+    monkeypatch.setattr(gpu_tests, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_tests, "source_hash", lambda: "one")
+    monkeypatch.setattr(gpu_tests, "PARTS", {"parted.py": 2})
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # of the plugin
+    bodies = {
+        "good.py": "def test(): open('ran', 'a').write('g')",
+        "bad.py": "def test(): assert False, 'the reason'",
+        "parted.py": "import pytest\n@pytest.mark.parametrize('name', list('abcdef'))\n"
+        "@pytest.mark.parametrize('way', [1, 2])\n"
+        "def test(name, way): open(f'{name}{way}', 'a').write('p')",
+    }
+    for name, body in bodies.items():
+        (tmp_path / name).write_text(body)
+
+    def call(*arguments):
+        code = gpu_tests.main(["--state", str(tmp_path / "state.json"), "--jobs", "2", *arguments])
+        path = tmp_path / "state.json"
+        return code, json.loads(path.read_text()) if path.exists() else {}
+
+    return call
+
+
+def test_test_files_that_passed_are_not_run_again(run_tests, tmp_path, capsys, monkeypatch):
+    code, states = run_tests("good.py", "bad.py", "parted.py")
+    assert code == 1 and "the reason" in capsys.readouterr().out
+    assert {name: state["passed"] for name, state in states.items()} == {
+        "good.py": True,
+        "bad.py": False,
+        "parted.py 1/2": True,
+        "parted.py 2/2": True,
+    }
+    # Every test ran once, and those of a case in one part.
+    assert all(
+        (tmp_path / f"{name}{way}").read_text() == "p" for name in "abcdef" for way in (1, 2)
+    )
+    counts = [int(states[f"parted.py {part}/2"]["last"].split()[0]) for part in (1, 2)]
+    assert sum(counts) == 12 and all(count % 2 == 0 and count for count in counts)
+    assert run_tests("good.py") == (0, states) and (tmp_path / "ran").read_text() == "g"
+    monkeypatch.setattr(gpu_tests, "source_hash", lambda: "two")
+    assert run_tests("good.py")[0] == 0 and (tmp_path / "ran").read_text() == "gg"
+
+
+def test_no_test_file_begins_after_the_budget(run_tests, tmp_path, capsys):
+    assert run_tests("good.py", "--budget-seconds", "-1") == (run.UNFINISHED, {})
+    assert "1 left" in capsys.readouterr().out and not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(
@@ -160,7 +234,7 @@ def test_slices_contain_the_whole_suite_and_all_benchmarks():
     [
         (
             ["--dry-run", "bench-nothing"],
-            "slice: got 'bench-nothing', expected one of build, test-query_pooling",
+            "slice: got 'bench-nothing', expected one of build, test-card, sanitize-query_pooling",
         ),
         (
             [],

@@ -2,16 +2,20 @@
 
     make gpu        or        python tools/gpu.py [SLICE ...]
 
-    build      compile the CUDA C++ kernels
-    test-*     run the tests of one op or subject
-    sanitize   run compute-sanitizer on small launches of every kernel
-    bench-*    measure accuracy, time and memory of one op, or of the models
-    choices    time the forms and tile sizes that the library chooses, and their alternatives
-    test-rest  run the remaining tests, which depend least on the GPU
-    report     list which performance targets are met
+    build         compile the CUDA C++ kernels
+    test-card     check every kernel on the card: accuracy, repeats, CUDA graphs, host syncs
+    sanitize      run compute-sanitizer on small launches of every kernel
+    bench-*       measure accuracy, time and memory of the targets of one op, or of the models
+    choices       time the forms and tile sizes that the library chooses, and their alternatives
+    test-*        run the tests of one op or subject
+    bench-*-more  measure the cases that have no target
+    test-rest     run the remaining tests, which depend least on the GPU
+    report        list which performance targets are met
 
 A slice is green if it succeeds and red if it fails. A red slice does not stop the run. Later runs
 with the same sources and versions skip green slices, except the report and slices named by SLICE.
+A slice that takes too long is stopped, and goes on in a later run: after the last test file, or
+after the last case, that was finished. benchmarks/NOTES.md estimates the time of each slice.
 Results, logs and the state of the slices are written to a folder named after the GPU.
 """
 
@@ -20,7 +24,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fnmatch
-import importlib.util
 import json
 import os
 import signal
@@ -38,14 +41,23 @@ if not __package__:  # run as a script: import mmfused from this checkout
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from mmfused.benchmarks import report
-from mmfused.benchmarks.run import BUDGET_SECONDS, RESULTS, UNFINISHED
-from mmfused.benchmarks.run import OPS as BENCHES
+from mmfused.benchmarks.run import BUDGET_SECONDS, RESULTS, UNFINISHED, load_op
 from mmfused.benchmarks.sources import ROOT, source_hash
 from mmfused.ops import OPS
+from mmfused.tools import targets
 
 DRY_OUT = "runs/gpu-dry-run"
 LIMIT_SECONDS = 540.0  # maximum duration of a slice
 RESERVE_SECONDS = 120.0  # no slice or case starts in this last part of a budget
+# In the order in which they run: what a card is asked about first.
+BENCHES = (
+    "query_pooling",
+    "masked_info_nce",
+    "gated_cross_attention",
+    "grouped_mlp",
+    "topk_routing",
+    "models",
+)
 # Slice -> patterns of its test files. Files that match no pattern belong to the slice "rest".
 TESTS = {op: (f"{op}*",) for op in OPS} | {
     "losses": ("contrastive_losses*", "dual_alignment*"),
@@ -77,12 +89,20 @@ def slices(out: Path, dry: bool) -> list[Slice]:
     size = ("--quick",) if dry else ("--budget-seconds", "{budget}")
 
     def tests(name):
-        options = ("--collect-only", "-p", "no:xdist") if dry else workers()
-        return Slice(f"test-{name}", ("-m", "pytest", "-q", *options, *files[name]), all_sources)
+        if dry:
+            return Slice(
+                f"test-{name}",
+                ("-m", "pytest", "-q", "--collect-only", "-p", "no:xdist", *files[name]),
+                all_sources,
+            )
+        state = ("--state", str(out / f"tests-{name}.json"))
+        command = ("tools/gpu_tests.py", *state, "--budget-seconds", "{budget}", *files[name])
+        return Slice(f"test-{name}", command, all_sources)
 
-    def bench(op):
-        command = ("benchmarks/run.py", op, "--resume", *to_out, *size)
-        return Slice(f"bench-{op}", command, source_hash(op))
+    def bench(op, more=False):
+        cases = () if more else target_cases(op, dry)
+        command = ("benchmarks/run.py", op, "--resume", *to_out, *size, *cases)
+        return Slice(f"bench-{op}{'-more' if more else ''}", command, source_hash(op))
 
     if dry:  # launch the kernels without compute-sanitizer
         sanitize = [
@@ -96,10 +116,12 @@ def slices(out: Path, dry: bool) -> list[Slice]:
     build = ("-c", "from mmfused import extension; print(extension.load())")
     return [
         Slice("build", build, all_sources),
-        *(tests(name) for name in TESTS),
+        tests("card"),
         *sanitize,
         *(bench(op) for op in BENCHES),
         Slice("choices", ("tools/choices.py", *to_out, *size), all_sources, interpreted),
+        *(tests(name) for name in TESTS if name != "card"),
+        *(bench(op, more=True) for op in BENCHES),
         tests("rest"),
         Slice("report", ("tools/targets.py", "--results", str(out)), ""),
     ]
@@ -118,17 +140,13 @@ def test_files() -> dict[str, list[str]]:
     return found
 
 
-def workers() -> tuple[str, ...]:
-    """Return pytest's options for parallel workers, if pytest-xdist is installed.
-
-    Each test file runs in one worker. The workers share one GPU.
-    """
-    count = min(8, os.cpu_count() or 1)
-    return (
-        ("-n", str(count), "--dist", "loadfile")
-        if importlib.util.find_spec("xdist") and count > 1
-        else ()
-    )
+def target_cases(op: str, dry: bool) -> tuple[str, ...]:
+    """Return options that select the cases of the targets; in a dry run, those that a CPU runs."""
+    names = dict.fromkeys(row.case for row in targets.ROWS if (row.op, row.device) == (op, "cuda"))
+    if dry:
+        known = {case.name for case in load_op(op).cases("cpu", True)}
+        names = [name for name in names if name in known]
+    return tuple(word for name in names for word in ("--case", name))
 
 
 # ---- running -------------------------------------------------------------------------------------
