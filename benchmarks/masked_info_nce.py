@@ -278,6 +278,19 @@ def inf_cl(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
     return Provider(Head(case, device, dtype, head), LAYOUT)
 
 
+def quack(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
+    need_cuda(device)
+    try:
+        from quack.linear_cross_entropy import chunked_linear_cross_entropy
+    except ImportError as error:
+        raise Unavailable("quack is not installed") from error
+
+    def head(query: Tensor, candidate: Tensor, target: Tensor) -> Tensor:
+        return chunked_linear_cross_entropy(query, candidate, target)
+
+    return Provider(Head(case, device, dtype, head), LAYOUT)
+
+
 def gemms(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
     if case.K > 1:
         raise Unavailable("with masks, a loss needs fewer products")
@@ -309,6 +322,7 @@ PROVIDERS: dict[str, Callable[[Case, torch.device, torch.dtype], Provider]] = {
     "Cut Cross-Entropy, exact": cut_cross_entropy,
     "Liger, float32 accumulation": liger,
     "Inf-CL": inf_cl,
+    "QuACK": quack,
     "bare GEMMs": gemms,
     "composed": composed,
     "fused": fused,
