@@ -6,6 +6,7 @@
     test-card     check every kernel on the card: accuracy, repeats, CUDA graphs, host syncs
     sanitize      run compute-sanitizer on small launches of every kernel
     bench-*       measure accuracy, time and memory of the targets of one op, or of the models
+    bench-*-long  measure the targets that take minutes
     choices       time the forms and tile sizes that the library chooses, and their alternatives
     test-*        run the tests of one op or subject
     bench-*-more  measure the cases that have no target
@@ -49,6 +50,8 @@ from mmfused.tools import targets
 DRY_OUT = "runs/gpu-dry-run"
 LIMIT_SECONDS = 540.0  # maximum duration of a slice
 RESERVE_SECONDS = 120.0  # no slice or case starts in this last part of a budget
+# Cases that fill a slice of their own.
+LONG = {"masked_info_nce": ("clip-262144",)}
 # In the order in which they run: what a card is asked about first.
 BENCHES = (
     "query_pooling",
@@ -99,10 +102,11 @@ def slices(out: Path, dry: bool) -> list[Slice]:
         command = ("tools/gpu_tests.py", *state, "--budget-seconds", "{budget}", *files[name])
         return Slice(f"test-{name}", command, all_sources)
 
-    def bench(op, more=False):
-        cases = () if more else target_cases(op, dry)
-        command = ("benchmarks/run.py", op, "--resume", *to_out, *size, *cases)
-        return Slice(f"bench-{op}{'-more' if more else ''}", command, source_hash(op))
+    def bench(op, part=""):
+        cases = {"": target_cases(op, dry), "-long": LONG.get(op, ()), "-more": ()}[part]
+        chosen = (word for name in cases for word in ("--case", name))
+        command = ("benchmarks/run.py", op, "--resume", *to_out, *size, *chosen)
+        return Slice(f"bench-{op}{part}", command, source_hash(op))
 
     if dry:  # launch the kernels without compute-sanitizer
         sanitize = [
@@ -119,9 +123,10 @@ def slices(out: Path, dry: bool) -> list[Slice]:
         tests("card"),
         *sanitize,
         *(bench(op) for op in BENCHES),
+        *(bench(op, "-long") for op in (() if dry else LONG)),
         Slice("choices", ("tools/choices.py", *to_out, *size), all_sources, interpreted),
         *(tests(name) for name in TESTS if name != "card"),
-        *(bench(op, more=True) for op in BENCHES),
+        *(bench(op, "-more") for op in BENCHES),
         tests("rest"),
         Slice("report", ("tools/targets.py", "--results", str(out)), ""),
     ]
@@ -141,12 +146,12 @@ def test_files() -> dict[str, list[str]]:
 
 
 def target_cases(op: str, dry: bool) -> tuple[str, ...]:
-    """Return options that select the cases of the targets; in a dry run, those that a CPU runs."""
+    """Return the cases of the targets, except long ones; in a dry run, those that a CPU runs."""
     names = dict.fromkeys(row.case for row in targets.ROWS if (row.op, row.device) == (op, "cuda"))
     if dry:
         known = {case.name for case in load_op(op).cases("cpu", True)}
         names = [name for name in names if name in known]
-    return tuple(word for name in names for word in ("--case", name))
+    return tuple(name for name in names if name not in LONG.get(op, ()))
 
 
 # ---- running -------------------------------------------------------------------------------------
