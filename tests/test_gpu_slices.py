@@ -151,7 +151,7 @@ def test_slices_contain_the_whole_suite_and_all_benchmarks():
         parts = gpu.slices(Path("out"), dry)
         names = [part.name for part in parts]
         assert len(set(names)) == len(names)
-        benches = {f"bench-{op}{more}" for op in run.OPS for more in ("", "-more")}
+        benches = {f"bench-{op}{more}" for op in run.OPS for more in ("", "-eager", "-more")}
         benches |= set() if dry else {"bench-masked_info_nce-long"}
         assert {name for name in names if name.startswith("bench-")} == benches
         for command in (part.command for part in parts):
@@ -160,7 +160,9 @@ def test_slices_contain_the_whole_suite_and_all_benchmarks():
 
 def test_what_matters_most_runs_first():
     names = [part.name for part in gpu.slices(Path("out"), dry=False)]
-    assert names[:4] == ["build", "test-card", "sanitize", "bench-query_pooling"]
+    assert names[:3] == ["build", "test-card", "bench-query_pooling-eager"]
+    assert names[names.index("sanitize") + 1] == "bench-query_pooling"
+    assert names.index("bench-models-eager") < names.index("sanitize")
     assert names[-2:] == ["test-rest", "report"]
     assert names.index("bench-models") < names.index("test-query_pooling")
     assert names.index("test-models") < names.index("bench-query_pooling-more")
@@ -175,6 +177,8 @@ def test_the_first_benchmarks_measure_the_targets_and_later_ones_the_rest():
         assert wanted and set(cases) == wanted and len(cases) == len(wanted)
         assert wanted <= {case.name for case in run.load_op(op).cases("cuda", False)}
         assert "--case" not in parts[f"bench-{op}-more"] and "--resume" in command
+        eager = parts[f"bench-{op}-eager"]
+        assert "--no-compile" in eager and "--no-compile" not in command
 
 
 # ---- test files ----------------------------------------------------------------------------------
@@ -186,9 +190,7 @@ def run_tests(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_tests, "ROOT", tmp_path)
     monkeypatch.setattr(gpu_tests, "source_hash", lambda: "one")
     monkeypatch.setattr(gpu_tests, "PARTS", {"parted.py": 2})
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # of the plugin
     bodies = {
-        "good.py": "def test(): open('ran', 'a').write('g')",
         "bad.py": "def test(): assert False, 'the reason'",
         "parted.py": "import pytest\n@pytest.mark.parametrize('name', list('abcdef'))\n"
         "@pytest.mark.parametrize('way', [1, 2])\n"
@@ -206,28 +208,27 @@ def run_tests(tmp_path, monkeypatch):
 
 
 def test_test_files_that_passed_are_not_run_again(run_tests, tmp_path, capsys, monkeypatch):
-    code, states = run_tests("good.py", "bad.py", "parted.py")
+    code, states = run_tests("bad.py", "parted.py")
     assert code == 1 and "the reason" in capsys.readouterr().out
     assert {name: state["passed"] for name, state in states.items()} == {
-        "good.py": True,
         "bad.py": False,
         "parted.py 1/2": True,
         "parted.py 2/2": True,
     }
     # Every test ran once, and those of a case in one part.
-    assert all(
-        (tmp_path / f"{name}{way}").read_text() == "p" for name in "abcdef" for way in (1, 2)
-    )
+    ran = {path.name for path in tmp_path.glob("[a-f][12]") if path.read_text() == "p"}
+    assert len(ran) == 12
     counts = [int(states[f"parted.py {part}/2"]["last"].split()[0]) for part in (1, 2)]
     assert sum(counts) == 12 and all(count % 2 == 0 and count for count in counts)
-    assert run_tests("good.py") == (0, states) and (tmp_path / "ran").read_text() == "g"
+    assert run_tests("parted.py") == (0, states) and (tmp_path / "a1").read_text() == "p"
     monkeypatch.setattr(gpu_tests, "source_hash", lambda: "two")
-    assert run_tests("good.py")[0] == 0 and (tmp_path / "ran").read_text() == "gg"
+    now = gpu_tests.Run(tmp_path / "state.json", 0.0)
+    assert not now.passed("parted.py 1/2") and not now.passed("bad.py")
 
 
 def test_no_test_file_begins_after_the_budget(run_tests, tmp_path, capsys):
-    assert run_tests("good.py", "--budget-seconds", "-1") == (run.UNFINISHED, {})
-    assert "1 left" in capsys.readouterr().out and not (tmp_path / "ran").exists()
+    assert run_tests("parted.py", "--budget-seconds", "-1") == (run.UNFINISHED, {})
+    assert "2 left" in capsys.readouterr().out and not list(tmp_path.glob("[a-f][12]"))
 
 
 @pytest.mark.parametrize(
@@ -235,7 +236,7 @@ def test_no_test_file_begins_after_the_budget(run_tests, tmp_path, capsys):
     [
         (
             ["--dry-run", "bench-nothing"],
-            "slice: got 'bench-nothing', expected one of build, test-card, sanitize-query_pooling",
+            "slice: got 'bench-nothing', expected one of build, test-card, bench-query_pooling",
         ),
         (
             [],

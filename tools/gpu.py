@@ -4,8 +4,10 @@
 
     build         compile the CUDA C++ kernels
     test-card     check every kernel on the card: accuracy, repeats, CUDA graphs, host syncs
+    bench-*-eager measure accuracy, time and memory of the targets of an op, or of the models,
+                  without torch.compile, which takes most of the time
     sanitize      run compute-sanitizer on small launches of every kernel
-    bench-*       measure accuracy, time and memory of the targets of one op, or of the models
+    bench-*       measure the same with torch.compile too
     bench-*-long  measure the targets that take minutes
     choices       time the forms and tile sizes that the library chooses, and their alternatives
     test-*        run the tests of one op or subject
@@ -103,8 +105,9 @@ def slices(out: Path, dry: bool) -> list[Slice]:
         return Slice(f"test-{name}", command, all_sources)
 
     def bench(op, part=""):
-        cases = {"": target_cases(op, dry), "-long": LONG.get(op, ()), "-more": ()}[part]
-        chosen = (word for name in cases for word in ("--case", name))
+        cases = {"-long": LONG.get(op, ()), "-more": ()}.get(part, target_cases(op, dry))
+        chosen = [word for name in cases for word in ("--case", name)]
+        chosen += ["--no-compile"] if part == "-eager" else []
         command = ("benchmarks/run.py", op, "--resume", *to_out, *size, *chosen)
         return Slice(f"bench-{op}{part}", command, source_hash(op))
 
@@ -121,6 +124,7 @@ def slices(out: Path, dry: bool) -> list[Slice]:
     return [
         Slice("build", build, all_sources),
         tests("card"),
+        *(bench(op, "-eager") for op in BENCHES),
         *sanitize,
         *(bench(op) for op in BENCHES),
         *(bench(op, "-long") for op in (() if dry else LONG)),

@@ -17,7 +17,6 @@ import subprocess
 import sys
 import threading
 import time
-import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -36,32 +35,7 @@ from mmfused.benchmarks.sources import ROOT, source_hash
 # a second each: four minutes in one process.
 PARTS = {"tests/test_on_cuda.py": 6}
 NO_TESTS = 5  # pytest's exit status if no test was selected
-PLUGIN = "mmfused.tools.gpu_tests"
-
-
-# ---- a part of a file's tests (a plugin of pytest) -----------------------------------------------
-
-
-def pytest_addoption(parser: Any) -> None:
-    parser.addoption("--part", metavar="I/N", help="run only the I-th of N parts of the tests")
-
-
-def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
-    """Keep the tests of one part; tests of one case share kernels, and so share a part."""
-    part = config.getoption("--part")
-    if part is None:
-        return
-    index, count = map(int, part.split("/"))
-    kept = [item for item in items if part_of(item) % count == index - 1]
-    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-    items[:] = kept
-
-
-def part_of(item: Any) -> int:
-    """Return a number that is the same for all tests of a case."""
-    parameters = getattr(item, "callspec", None)
-    case = parameters and parameters.params.get("name")
-    return zlib.crc32(str(case or item.nodeid).encode())
+PLUGIN = Path(__file__).with_name("pytest_part.py")
 
 
 # ---- running -------------------------------------------------------------------------------------
@@ -74,7 +48,7 @@ def units(files: list[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
     ):
         count = PARTS.get(file, 1)
         for part in range(1, count + 1):
-            chosen = ("-p", PLUGIN, "--part", f"{part}/{count}") if count > 1 else ()
+            chosen = ("-p", PLUGIN.stem, "--part", f"{part}/{count}") if count > 1 else ()
             yield f"{file} {part}/{count}" if count > 1 else file, (*chosen, file)
 
 
@@ -113,7 +87,9 @@ class Run:
         if begun > self.ends:
             return None
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", *arguments]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, errors="replace")
+        path = os.pathsep.join(filter(None, (str(PLUGIN.parent), os.environ.get("PYTHONPATH"))))
+        pipes = {"capture_output": True, "text": True, "errors": "replace"}
+        done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, **pipes)
         passed = done.returncode in (0, NO_TESTS)
         last = (done.stdout.strip().splitlines() or ["no output"])[-1]
         with self.lock:
