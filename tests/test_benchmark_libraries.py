@@ -247,3 +247,9 @@ def test_every_loss_of_a_language_model_computes_the_contrastive_loss(
     assert results.keys() == check.exact.keys()
     for key, want in check.exact.items():
         assert relative_error(results[key], want) < 1e-5, key
+
+
+def test_a_loss_of_many_blocks_is_not_compiled():
+    for size, compiled in ((4096, True), (65536, False)):
+        provider = masked_info_nce.chunked(masked_info_nce.custom({"B": size}), CPU, torch.float32)
+        assert (provider.uncompiled is None) == compiled

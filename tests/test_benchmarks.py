@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -592,3 +593,17 @@ def test_long_cases_have_fewer_samples_on_a_gpu(call_seconds, on_cuda, samples, 
     bursts = {("one", which): list for which in ("forward", "both")} | {("two", "forward"): list}
     found = measure.seconds(bursts, 1, 31)
     assert len(found["one"]["both"]) == samples and rounds == [(1, 0), (samples, 1)]
+
+
+@pytest.mark.parametrize("seconds, launches", [(0.05, {"eager", "graph"}), (0.2, {"eager"})])
+def test_cases_of_long_calls_have_no_graphs(seconds, launches, monkeypatch):
+    def timed(*arguments):
+        return {"one": {"forward": [seconds, 2 * seconds], "both": [0.3]}}
+
+    monkeypatch.setattr(measure, "eager_seconds", timed)
+    monkeypatch.setattr(measure, "graph_seconds", lambda *arguments: (timed(), {}))
+    monkeypatch.setattr(run, "footprint", lambda provider, problem: {})
+    settings = SimpleNamespace(device=torch.device("cuda"), repeats=1, backward=True)
+    found = {"one": {"reasons": []}}
+    run.time_providers({"one": None}, found, None, settings)
+    assert set(found["one"]["seconds"]) == launches

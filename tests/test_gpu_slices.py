@@ -189,12 +189,12 @@ def run_tests(tmp_path, monkeypatch):
     """Return a function that runs gpu_tests on made-up files, and returns exit code and states."""
     monkeypatch.setattr(gpu_tests, "ROOT", tmp_path)
     monkeypatch.setattr(gpu_tests, "source_hash", lambda: "one")
-    monkeypatch.setattr(gpu_tests, "PARTS", {"parted.py": 2})
+    monkeypatch.setattr(gpu_tests, "PARTS", {"parted.py": 3})
     bodies = {
         "bad.py": "def test(): assert False, 'the reason'",
-        "parted.py": "import pytest\n@pytest.mark.parametrize('name', list('abcdef'))\n"
+        "parted.py": "import os, pytest\n@pytest.mark.parametrize('name', list('abcdef'))\n"
         "@pytest.mark.parametrize('way', [1, 2])\n"
-        "def test(name, way): open(f'{name}{way}', 'a').write('p')",
+        "def test(name, way): open(f'{name}{way}', 'a').write(f'{os.getpid()} ')",
     }
     for name, body in bodies.items():
         (tmp_path / name).write_text(body)
@@ -212,23 +212,25 @@ def test_test_files_that_passed_are_not_run_again(run_tests, tmp_path, capsys, m
     assert code == 1 and "the reason" in capsys.readouterr().out
     assert {name: state["passed"] for name, state in states.items()} == {
         "bad.py": False,
-        "parted.py 1/2": True,
-        "parted.py 2/2": True,
+        "parted.py 1/3": True,
+        "parted.py 2/3": True,
+        "parted.py 3/3": True,
     }
     # Every test ran once, and those of a case in one part.
-    ran = {path.name for path in tmp_path.glob("[a-f][12]") if path.read_text() == "p"}
-    assert len(ran) == 12
-    counts = [int(states[f"parted.py {part}/2"]["last"].split()[0]) for part in (1, 2)]
-    assert sum(counts) == 12 and all(count % 2 == 0 and count for count in counts)
-    assert run_tests("parted.py") == (0, states) and (tmp_path / "a1").read_text() == "p"
+    ran = {path.name: path.read_text().split() for path in sorted(tmp_path.glob("[a-f][12]"))}
+    assert len(ran) == 12 and all(len(processes) == 1 for processes in ran.values())
+    assert all(ran[f"{name}1"] == ran[f"{name}2"] for name in "abcdef")
+    assert len({process for (process,) in ran.values()}) > 1
+    assert run_tests("parted.py") == (0, states)
+    assert (tmp_path / "a1").read_text().split() == ran["a1"]
     monkeypatch.setattr(gpu_tests, "source_hash", lambda: "two")
     now = gpu_tests.Run(tmp_path / "state.json", 0.0)
-    assert not now.passed("parted.py 1/2") and not now.passed("bad.py")
+    assert not now.passed("parted.py 1/3") and not now.passed("bad.py")
 
 
 def test_no_test_file_begins_after_the_budget(run_tests, tmp_path, capsys):
     assert run_tests("parted.py", "--budget-seconds", "-1") == (run.UNFINISHED, {})
-    assert "2 left" in capsys.readouterr().out and not list(tmp_path.glob("[a-f][12]"))
+    assert "3 left" in capsys.readouterr().out and not list(tmp_path.glob("[a-f][12]"))
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from mmfused.benchmarks import report, run
-from mmfused.tools import comparison, conditions, grocery, results_pages, targets
+from mmfused.tools import comparison, conditions, grocery, outcome, results_pages, targets
 from mmfused.tools.bounds.work import microseconds
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -454,6 +454,11 @@ def test_notes_compare_what_was_counted_with_what_was_measured(checkout):
     assert f"| {near[0]:.2f} / {near[1]:.2f} | 125% / 83% | 5.00 x projected KV + SDPA |" in line
     assert f"/ **{far:.2f}** | 62% / 42% |" in made
     assert "clip-16384" not in made and "0123456 |" in line
+
+
+def test_a_measurement_within_the_range_of_a_count_agrees_with_it():
+    assert outcome.ratios([1e-4, 3e-4], [(5e-5, 1.2e-4), (1e-4, 2e-4)]) == "1.00 / **1.50**"
+    assert outcome.ratios([1e-4], [(1.1e-4, 1.2e-4)]) == "0.91" and outcome.ratios([1e-4], []) == ""
 
 
 def test_a_slower_row_of_any_card_is_explained_in_readme_too(checkout, monkeypatch):

@@ -198,7 +198,7 @@ def run(args: argparse.Namespace) -> int:
             text = json.dumps(states, indent=1) + "\n"
             report.write(journal, lambda path, text=text: path.write_text(text, encoding="utf-8"))
     for name, state in shown.items():
-        print(f"{name:32}{state:20}{states[name]['seconds'] if name in states else 0:8.1f} s")
+        print(f"{name:36}{state:20}{states[name]['seconds'] if name in states else 0:8.1f} s")
     print(f"Results, logs and make-gpu.json, which has the states above, are in {out}.")
     red = {"RED", "killed by its limit"} & set(shown.values())
     return 1 if red else UNFINISHED if {"not started", "unfinished"} & set(shown.values()) else 0
