@@ -9,6 +9,7 @@
     sanitize      run compute-sanitizer on small launches of every kernel
     bench-*       measure the same with torch.compile too
     bench-*-long  measure the targets that take minutes
+    readings      read the counters of some kernels with ncu, beside what was counted
     choices       time the forms and tile sizes that the library chooses, and their alternatives
     test-*        run the tests of one op or subject
     bench-*-more  measure the cases that have no target
@@ -128,6 +129,11 @@ def slices(out: Path, dry: bool) -> list[Slice]:
         *sanitize,
         *(bench(op) for op in BENCHES),
         *(bench(op, "-long") for op in (() if dry else LONG)),
+        Slice(
+            "readings",
+            ("tools/readings.py", *to_out, *(("--dry-run",) if dry else size)),
+            all_sources,
+        ),
         Slice("choices", ("tools/choices.py", *to_out, *size), all_sources, interpreted),
         *(tests(name) for name in TESTS if name != "card"),
         *(bench(op, "-more") for op in BENCHES),
