@@ -28,8 +28,8 @@ _CUDA = torch._C.DispatchKey.CUDA  # type: ignore[attr-defined]
 # Sizes that change no plan. Without a GPU these are reduced, because all tensors are on the CPU.
 _SMALL = {
     "query_pooling": {"B": 8},
-    "gated_cross_attention": {"B": 6},
-    "masked_info_nce": {"B": 512},
+    "gated_cross_attention": {"B": 256},  # programs walk over many tiles
+    "masked_info_nce": {"B": 65536},  # chunks of dS
     "grouped_mlp": {},
     "topk_routing": {"T": 512},
 }
@@ -41,6 +41,13 @@ class Call(NamedTuple):
     function: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+
+class Launches(NamedTuple):
+    """Launches, and a text with all that they depend on, grids included."""
+
+    made: list[Launch]
+    text: str
 
 
 class Plans:
@@ -84,7 +91,7 @@ class Problem:
         """Return the library's own plans."""
         return Plans(call.default for call in self.reached)
 
-    def launches(self, plans: Plans) -> list[Launch]:
+    def launches(self, plans: Plans) -> Launches:
         """Return what the calls launch with these plans; no kernel runs."""
         return replayed(self.calls, self.entries(plans), self.arch)[0]
 
@@ -142,7 +149,7 @@ def replayed(
     calls: Iterable[Call],
     entries: Iterable[Entry],
     arch: int,
-) -> tuple[list[Launch], list[Reached]]:
+) -> tuple[Launches, list[Reached]]:
     """Return the launches of the calls with tuned plans, and the plans that they reach."""
     from mmfused.kernels import tuned
     from mmfused.kernels.recording import launches_for
@@ -152,10 +159,35 @@ def replayed(
         tuned.forced(entries),
         tuned.observed() as reached,
         launches_for(arch) as launches,
+        _grids() as grids,
     ):
         for call in calls:
             call.function._op_dk(_CUDA, *call.args, **call.kwargs)
-    return launches, reached
+    texts = (
+        f"{launch.name} {grid} {tree_map_only(torch.Tensor, _shape, tuple(launch[1:]))}"
+        for launch, grid in zip(launches, grids, strict=True)
+    )
+    return Launches(launches, "\n".join(texts)), reached
+
+
+@contextlib.contextmanager
+def _grids() -> Iterator[list[Any]]:
+    """Collect the grids of launches."""
+    from triton import KernelInterface
+
+    grids: list[Any] = []
+    original = KernelInterface.__getitem__
+
+    def noting(kernel: Any, grid: Any) -> Any:
+        grids.append(grid)
+        return original(kernel, grid)
+
+    with mock.patch.object(KernelInterface, "__getitem__", noting):
+        yield grids
+
+
+def _shape(x: torch.Tensor) -> tuple[Any, ...]:
+    return x.dtype, tuple(x.shape), x.stride()
 
 
 class _Recorder(TorchDispatchMode):

@@ -21,7 +21,7 @@ from .. import tuned_file
 from ..library import INTERPRETED
 from ..tuned_file import Tuned
 from . import settings
-from .calls import Plans, problem_of
+from .calls import Plans, Problem, problem_of
 from .case import CaseTuner, Key, key_of
 from .compile import Compiler
 from .dry import dropped_of, dry_run
@@ -105,7 +105,9 @@ class Tuning:
         self.environment: dict[str, Any] = report.environment(device)
         self.card: str = self.environment["device"]
         triton = tuned_file.triton_version() or "none"
-        self.path: Path = options.out or tuned_file.default_path(self.card, triton)
+        self.path: Path = options.out or tuned_file.default_folder()
+        if options.out is None or self.path.is_dir():
+            self.path /= tuned_file.file_name(self.card, triton)
         self.file: Tuned = self._file(triton)
         self.records: list[dict[str, Any]] = []
         self.left: list[str] = []
@@ -138,14 +140,11 @@ class Tuning:
     # ---- one case --------------------------------------------------------------------------------
 
     def _tune_case(self, chosen: Chosen, case: Any, decided: Decided) -> None:
-        name, journal = (
-            f"{chosen.op} {case.name}",
-            self._journal(chosen.op, case.name, asdict(case)),
-        )
+        name = f"{chosen.op} {case.name}"
+        arguments = (self.device, self.options.dtype, self.options.arch)
         try:
-            problem = problem_of(
-                chosen.op, chosen.module, case, self.device, self.options.dtype, self.options.arch
-            )
+            problem = problem_of(chosen.op, chosen.module, case, *arguments)
+            journal = self._journal(chosen.op, case.name, asdict(case), base_of(problem, decided))
             if not journal.finished and self.spent():
                 self.left.append(name)
                 return
@@ -153,7 +152,9 @@ class Tuning:
                 print(f"{name}: tuning", flush=True)
                 self._search(chosen, case, decided, journal, problem)
         except (measure.Unavailable, torch.OutOfMemoryError) as error:
-            journal.write(finished=True, skipped=measure.first_line(error))
+            facts = self._facts(chosen.op, case.name, asdict(case), None)
+            self.records.append({"facts": facts, "skipped": measure.first_line(error)})
+            return
         finally:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -170,7 +171,7 @@ class Tuning:
         case: Any,
         decided: Decided,
         journal: Journal,
-        problem: Any,
+        problem: Problem,
     ) -> None:
         """Tune a case, and write its journal."""
         verifier = Verifier(chosen.op, chosen.module, case, self.device, self.options.dtype)
@@ -188,6 +189,10 @@ class Tuning:
             self.options.repeats,
             lambda plans: journal.note_running(problem, plans),
         )
+
+        if not timer({"": problem.default()}):
+            journal.write(finished=True, skipped="the library's own plans cannot be timed")
+            return
 
         def why_dropped(best: Plans, plans: Any) -> dict[str, str]:
             if self.compiler is None:
@@ -211,7 +216,7 @@ class Tuning:
         self,
         op: str,
         case: Any,
-        problem: Any,
+        problem: Problem,
         journal: Journal,
         decided: Decided,
     ) -> None:
@@ -275,7 +280,7 @@ class Tuning:
     ) -> dict[str, dict[str, list[float]]] | None:
         """Time the cases that the journal lacks; return all times, None if the budget is spent."""
         facts = {"cases": [asdict(case) for case in cases]}
-        journal = self._journal(chosen.op, f"setting-{name}", facts)
+        journal = self._journal(chosen.op, f"setting-{name}", facts, None)
         times = dict(journal.record.get("seconds", {}))
         for case in (case for case in cases if case.name not in times):
             if self.left or self.spent():
@@ -291,21 +296,26 @@ class Tuning:
 
     # ---- files -----------------------------------------------------------------------------------
 
-    def _journal(self, op: str, name: str, case: dict[str, Any]) -> Journal:
-        dtype = str(self.options.dtype).removeprefix("torch.")
-        facts = {
+    def _journal(self, op: str, name: str, shape: dict[str, Any], base: Any) -> Journal:
+        facts = self._facts(op, name, shape, base)
+        started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        path = self.path.with_suffix("") / f"{op}-{name}-{facts['dtype']}.json"
+        return Journal(path, facts, self.environment | {"started": started})
+
+    def _facts(self, op: str, name: str, shape: dict[str, Any], base: Any) -> dict[str, Any]:
+        """Return what a record must have in common with this run to be continued."""
+        versions = self.environment["versions"]
+        return {
             "op": op,
-            "case": case.get("name", name),
-            "shape": case,
-            "dtype": dtype,
+            "case": name,
+            "shape": shape,
+            "dtype": str(self.options.dtype).removeprefix("torch."),
             "repeats": self.options.repeats,
             "device": self.card,
-            "versions": self.environment["versions"],
+            "versions": {package: versions[package] for package in ("torch", "triton")},
             "source": tuned_file.sources_of(op),
+            "base": base,
         }
-        started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        path = self.path.with_suffix("") / f"{op}-{name}-{dtype}.json"
-        return Journal(path, facts, self.environment | {"started": started})
 
     def _file(self, triton: str) -> Tuned:
         """Return what the file to write holds already."""
@@ -318,6 +328,15 @@ class Tuning:
                 f"{found.triton}, expected a file for {self.card} and Triton {triton}"
             )
         return found
+
+
+def base_of(problem: Problem, decided: Decided) -> list[dict[str, Any]]:
+    """Return the plans of a case that earlier cases have decided, for its journal."""
+    return [
+        {"call": i, "plan": tuned_file.encode(decided.plans[key_of(call)])}
+        for i, call in enumerate(problem.reached)
+        if key_of(call) in decided.plans
+    ]
 
 
 def merge(file: Tuned, op: str, decided: Decided) -> None:

@@ -93,9 +93,11 @@ class Compiler:
         if self._pool is None:
             if self._folder is None and not self.for_this_gpu:
                 self._folder = tempfile.TemporaryDirectory()
+            context = multiprocessing.get_context("forkserver")  # a fork would share CUDA's state
+            context.set_forkserver_preload([__name__])
             self._pool = ProcessPoolExecutor(
                 self.workers,
-                mp_context=multiprocessing.get_context("spawn"),  # a fork would share CUDA's state
+                mp_context=context,
                 initializer=_begin,
                 initargs=(self._folder.name if self._folder else None,),
             )
@@ -177,9 +179,7 @@ def why_dropped(
     dropped = {}
     for label, jobs in new.items():
         reasons = [_fault(job, outcomes[key]) for key, job in jobs.items()]
-        if not jobs and candidates[label].keys() == base.keys():
-            dropped[label] = "changes no launch"
-        elif found := [reason for reason in reasons if reason]:
+        if found := [reason for reason in reasons if reason]:
             dropped[label] = "; ".join(dict.fromkeys(found))
     return dropped
 

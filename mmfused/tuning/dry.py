@@ -83,14 +83,16 @@ def dropped_of(
 ) -> dict[str, str]:
     """Return why plans need not run beside the best ones, by label; compile what is needed."""
 
-    def jobs(given: Plans):
-        return jobs_of(problem.op, name, problem.arch, problem.launches(given))
-
-    candidates = {}
-    refused = {}
+    base, refused, candidates = problem.launches(best), {}, {}
     for label, plan in plans.items():
         try:
-            candidates[label] = jobs(plan)
+            launches = problem.launches(plan)
         except Exception as error:  # such as an assertion of a launcher
             refused[label] = f"cannot be launched: {type(error).__name__}: {error}"
-    return refused | why_dropped(jobs(best), candidates, compiler)
+            continue
+        if launches.text == base.text:
+            refused[label] = "changes no launch"
+        else:
+            candidates[label] = jobs_of(problem.op, name, problem.arch, launches.made)
+    base_jobs = jobs_of(problem.op, name, problem.arch, base.made)
+    return refused | why_dropped(base_jobs, candidates, compiler)

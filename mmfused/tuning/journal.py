@@ -67,17 +67,7 @@ class Journal:
                 {"arguments": dict(call.arguments), "default": tuned_file.encode(call.default)}
                 for call in problem.reached
             ],
-            candidates=[
-                {
-                    "label": one.label,
-                    "plans": _encoded(problem, one.plan),
-                    "state": one.state,
-                    "reason": one.reason,
-                    "seconds": one.seconds,
-                    "beside": one.beside,
-                }
-                for one in search.tried
-            ],
+            candidates=_candidates(problem, search.tried),
             best=_encoded(problem, search.best),
             steps=search.steps,
         )
@@ -122,7 +112,9 @@ class Journal:
                 plans = _decoded(problem, json.loads(self._running.read_text(encoding="utf-8")))
                 if plans != problem.default():
                     found.append(Tried("a plan of an earlier run", plans, "dropped", ENDED))
-            self._running.unlink()
+        # Written first, so that the plan is not forgotten if this run ends in the same way.
+        self.write(candidates=_candidates(problem, found))
+        self._running.unlink(missing_ok=True)
         return found
 
     def plans(self, problem: Problem, name: str) -> Plans | None:
@@ -136,6 +128,20 @@ def _read(path: Path) -> dict[str, Any] | None:
         if isinstance(found, dict) and "finished" in found:
             return found
     return None
+
+
+def _candidates(problem: Problem, tried: Iterable[Tried[Plans]]) -> list[dict[str, Any]]:
+    return [
+        {
+            "label": one.label,
+            "plans": _encoded(problem, one.plan),
+            "state": one.state,
+            "reason": one.reason,
+            "seconds": one.seconds,
+            "beside": one.beside,
+        }
+        for one in tried
+    ]
 
 
 def _encoded(problem: Problem, plans: Plans) -> list[dict[str, Any]]:

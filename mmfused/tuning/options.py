@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +14,7 @@ import torch
 from mmfused.benchmarks import run as benchmarks  # pyright: ignore[reportMissingImports]
 
 from ..ops import OPS
+from ..tuned_file import VARIABLE
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Options:
         dtype: of the cases.
         repeats: samples of each plan.
         budget_seconds: after which nothing new begins; None: no limit.
-        out: the file to write; None: the one that the library reads.
+        out: the file to write, or its folder; None: in the folder that the library reads.
         jobs: processes that compile.
         dry_run: whether to compile only.
         arch: the architecture of a dry run, such as 90.
@@ -67,9 +69,7 @@ def options_of(args: argparse.Namespace) -> Options:
         names = ", ".join(benchmarks.DTYPES)
         raise ValueError(f"--dtype: got {args.dtype!r}, expected one of {names}")
     if args.dry_run and args.out:
-        raise ValueError(
-            f"--out: got {args.out!r}, expected none, because --dry-run writes nothing"
-        )
+        raise ValueError(f"--out: got {args.out!r}, expected none with --dry-run")
     chosen = _chosen(args)
     return Options(
         chosen=chosen,
@@ -77,7 +77,7 @@ def options_of(args: argparse.Namespace) -> Options:
         dtype=benchmarks.DTYPES[args.dtype],
         repeats=args.repeats,
         budget_seconds=args.budget_seconds,
-        out=_out(args.out),
+        out=_out(args.out or None),
         jobs=args.jobs,
         dry_run=args.dry_run,
         arch=_arch(args),
@@ -113,8 +113,10 @@ def _order(case: Any) -> bool:
 
 
 def _out(text: str | None) -> Path | None:
+    """Return the file or folder to write to: that of the option, or the one that is read."""
     if text is None:
-        return None
+        named = os.environ.get(VARIABLE, "off")
+        return None if named in ("", "off") else Path(named)
     path = Path(text)
     if path.suffix != ".json" or path.is_dir():
         raise ValueError(f"--out: got {text!r}, expected a file with the suffix .json")
@@ -132,7 +134,10 @@ def _arch(args: argparse.Namespace) -> int:
         if args.arch not in supported:
             raise ValueError(f"--arch: got {args.arch!r}, expected one of {', '.join(supported)}")
         return supported[args.arch]
-    if torch.cuda.is_available():
-        major, minor = torch.cuda.get_device_capability()
-        return 10 * major + minor
-    return 90
+    if not torch.cuda.is_available():
+        return 90
+    major, minor = torch.cuda.get_device_capability()
+    if 10 * major + minor not in SHARED_MEMORY:
+        names = ", ".join(f"sm_{number}" for number in SHARED_MEMORY)
+        raise ValueError(f"tune: got a GPU of sm_{major}{minor}, expected one of {names}")
+    return 10 * major + minor

@@ -11,6 +11,7 @@ import torch
 
 from mmfused.benchmarks import measure  # pyright: ignore[reportMissingImports]
 
+from ..testing import interleaved_seconds
 from .calls import Plans, Problem, kernels_allowed
 
 if TYPE_CHECKING:
@@ -51,8 +52,7 @@ class Timer:
                 for label, provider in providers.items()
                 if self._runs(provider, plans[label])
             }
-            times = self._times(runs)
-        return {label: passes["both"] for label, passes in times.items()}
+            return self._times(runs)
 
     def _provider(self, plans: Plans) -> Any:
         provider = self.module.PROVIDERS["fused"](self.case, self.device, self.dtype)
@@ -77,14 +77,39 @@ class Timer:
         self.note_running(None)
         return True
 
-    def _times(self, providers: dict[str, Any]) -> dict[str, Any]:
-        arguments = (providers, self._tensors, self.repeats, True)
+    def _times(self, providers: dict[str, Any]) -> dict[str, list[float]]:
+        copies = measure.rotation(self._tensors)
+        bursts: dict[str, Callable[[], object]] = {}
         if not self.eager:
-            times, without_graph = measure.graph_seconds(*arguments)
-            if "" not in without_graph and "" in times:
-                return times
+            bursts = self._graphs(providers, copies)
+        if "" in providers and "" not in bursts:
             self.eager = True
-        return measure.eager_seconds(*arguments)
+        if self.eager:
+            bursts = {label: self._burst(provider, copies) for label, provider in providers.items()}
+        times = interleaved_seconds(bursts, self.repeats) if bursts else {}
+        return {label: [s / len(copies) for s in samples] for label, samples in times.items()}
+
+    def _graphs(
+        self, providers: dict[str, Any], copies: list[Any]
+    ) -> dict[str, Callable[[], object]]:
+        """Return the replays of the providers that can be captured in a CUDA graph."""
+        found, pool = {}, torch.cuda.graph_pool_handle()
+        for label, provider in providers.items():
+            with contextlib.suppress(RuntimeError):
+                found[label] = measure.capture(self._step(provider), copies, pool).replay
+        return found
+
+    def _burst(self, provider: Any, copies: list[Any]) -> Callable[[], object]:
+        step = self._step(provider)
+
+        def burst() -> None:
+            for inputs in copies:
+                step(inputs)
+
+        return burst
+
+    def _step(self, provider: Any) -> Callable[[Any], Any]:
+        return lambda inputs: provider.both(inputs, self._tensors.upstream)
 
 
 @contextlib.contextmanager

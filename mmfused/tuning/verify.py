@@ -21,6 +21,12 @@ from .calls import kernels_allowed
 if TYPE_CHECKING:
     from mmfused.kernels.tuned import Entry
 
+
+def _fewer(size: int, most: int) -> int:
+    """Return an odd number below ``size``, at most ``most``, and at least 1."""
+    return max(1, min(most, (size - 2) | 1))
+
+
 # Op -> functions from a case to sizes of an odd case.
 _ODD: dict[str, tuple[Callable[[Any], dict[str, int]], ...]] = {
     "query_pooling": (
@@ -34,8 +40,8 @@ _ODD: dict[str, tuple[Callable[[Any], dict[str, int]], ...]] = {
         lambda case: {"B": 3, "N": 1, "M": case.M},
     ),
     "masked_info_nce": (
-        lambda case: {"B": min(case.B, 333)},
-        lambda case: {"B": min(case.B, 37)},
+        lambda case: {"B": _fewer(case.B, 333)},
+        lambda case: {"B": _fewer(case.B // 2, 37)},
         lambda case: {"B": 1},
     ),
     "grouped_mlp": (
@@ -44,8 +50,8 @@ _ODD: dict[str, tuple[Callable[[Any], dict[str, int]], ...]] = {
         lambda case: {"T": (case.T // 2 + 1) | 1},
     ),
     "topk_routing": (
-        lambda case: {"T": min(case.T, 1001)},
-        lambda case: {"T": min(case.T, 37)},
+        lambda case: {"T": _fewer(case.T, 1001)},
+        lambda case: {"T": _fewer(case.T // 2, 37)},
         lambda case: {"T": 1},
     ),
 }
