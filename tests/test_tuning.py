@@ -22,7 +22,7 @@ from mmfused.cli.compiling import Measured
 from mmfused.kernels import tuned
 from mmfused.tuning import command as commands
 from mmfused.tuning import compile as compilers
-from mmfused.tuning import dry, options, verify
+from mmfused.tuning import dry, options, timing, verify
 from mmfused.tuning.calls import Plans, problem_of
 from mmfused.tuning.command import Decided, Tuning, library_only, merge
 from mmfused.tuning.journal import ENDED, Journal, table
@@ -222,6 +222,60 @@ def test_timer_times_plans_in_turn_and_leaves_out_those_that_fail():
     assert noted == [usual, None, changed, None, broken, None]
 
 
+def test_long_cases_have_fewer_samples(monkeypatch):
+    problem = problem_of("masked_info_nce", masked_info_nce, CASE, CPU, FLOAT, 90)
+    timer = Timer(masked_info_nce, CASE, CPU, FLOAT, problem, 9)
+    monkeypatch.setattr(timing, "SECONDS", 0.0)
+    assert len(timer({"": problem.default()})[""]) == timing.LEAST < 9
+
+
+def tune_settings(monkeypatch, path, op, seconds, cases=()):
+    module = run.load_op(op)
+    chosen = [options.Chosen(op, module, list(cases))]
+    asked = []
+
+    def timed(module, case, device, dtype, repeats):
+        asked.append(case.name)
+        return seconds(case)
+
+    monkeypatch.setattr(commands.settings, "form_seconds", timed)
+    monkeypatch.setattr(commands.settings, "router_seconds", timed)
+    monkeypatch.setattr(Tuning, "_tune_case", lambda *_: None)
+    made = Tuning(settings(path, chosen=chosen, whole=True), CPU, None)
+    assert made.run() == 0
+    return tuned_file.read(path), asked
+
+
+def test_form_and_router_are_tuned_and_not_timed_twice(tmp_path, monkeypatch, capsys):
+    def forms(case):  # the projected form is faster, unless it needs nine times the FLOPs
+        faster = commands.settings.saving(case) < 9
+        return {"absorbed": [2.0 if faster else 0.5] * 3, "projected": [1.0] * 3}
+
+    path = tmp_path / "card.json"
+    file, asked = tune_settings(monkeypatch, path, "query_pooling", forms)
+    assert file.absorbed_must_save is not None and 2.0 < file.absorbed_must_save < 9
+    assert len(asked) == len(commands.settings.POOLED)
+    again, asked = tune_settings(monkeypatch, path, "query_pooling", forms)
+    assert not asked and again.absorbed_must_save == file.absorbed_must_save
+    routing = run.load_op("topk_routing").CASES
+    faster = lambda case: {"triton": [1.0] * 3, "cuda": [0.9] * 3}  # noqa: E731
+    file, asked = tune_settings(monkeypatch, path, "topk_routing", faster, routing)
+    assert file.router == "cuda" and file.absorbed_must_save == again.absorbed_must_save
+    assert asked == [case.name for case in routing if not case.D]
+    assert "topk_routing: router: cuda" in capsys.readouterr().out
+
+
+def test_forms_are_timed_after_the_accuracy_check():
+    module = run.load_op("query_pooling")
+    case = module.custom({"B": 2, "N": 5, "D": 16, "L": 2, "H": 2})
+    times = commands.settings.form_seconds(module, case, CPU, torch.float32, 3)
+    assert times.keys() == {"absorbed", "projected"} and len(times["projected"]) == 3
+    assert commands.settings.saving(case) > 0
+    module = run.load_op("topk_routing")
+    times = commands.settings.router_seconds(module, module.CASES[0], CPU, torch.float32, 3)
+    assert times == {}  # no kernels to time on a CPU
+
+
 # ---- checks --------------------------------------------------------------------------------------
 
 
@@ -273,6 +327,14 @@ def test_plan_whose_bits_change_is_refused(entries):
     assert reason is not None and "two calls give different bits" in reason
 
 
+def test_plan_whose_check_cannot_run_is_refused(entries):
+    def fails(case, out):
+        raise RuntimeError("out of resources\nmore")
+
+    reason = verifier_of(spoilt(fails)).why_refused(entries)
+    assert reason == "the accuracy check fails: RuntimeError: out of resources"
+
+
 def test_plan_that_no_check_reaches_is_refused(entries, monkeypatch):
     (entry,) = entries
     other = dict(entry.arguments) | {"dim": 24}
@@ -308,8 +370,8 @@ def test_routing_plan_with_a_wrong_block_is_refused():
     wrong = dataclasses.replace(plan, route=dataclasses.replace(plan.route, BN=32))
     assert plan.rows.BR == 64
     verifier = Verifier("topk_routing", module, case, CPU, FLOAT)
-    with contextlib.suppress(Exception):  # a check may also fail to run at all
-        assert verifier.why_refused(problem.entries(problem.default().with_plan(i, wrong)))
+    reason = verifier.why_refused(problem.entries(problem.default().with_plan(i, wrong)))
+    assert reason is not None and reason.startswith("at T=80 ")
 
 
 # ---- files ---------------------------------------------------------------------------------------

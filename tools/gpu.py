@@ -6,7 +6,7 @@
     test-*     run the tests of one op or subject
     sanitize   run compute-sanitizer on small launches of every kernel
     bench-*    measure accuracy, time and memory of one op, or of the models
-    choices    time the forms and tile sizes that the library chooses, and their alternatives
+    tune       time the library's plans and their alternatives, and keep what is faster
     test-rest  run the remaining tests, which depend least on the GPU
     report     list which performance targets are met
 
@@ -99,10 +99,18 @@ def slices(out: Path, dry: bool) -> list[Slice]:
         *(tests(name) for name in TESTS),
         *sanitize,
         *(bench(op) for op in BENCHES),
-        Slice("choices", ("tools/choices.py", *to_out, *size), all_sources, interpreted),
+        Slice("tune", tune_command(out, dry), all_sources),
         tests("rest"),
         Slice("report", ("tools/targets.py", "--results", str(out)), ""),
     ]
+
+
+def tune_command(out: Path, dry: bool) -> tuple[str, ...]:
+    """Return the command that tunes; in a dry run it compiles the candidates of one case."""
+    command = ("-m", "mmfused", "tune")
+    if dry:
+        return *command, "topk_routing", "--case", "logits-16384", "--dry-run", "--arch", "sm_90"
+    return *command, "--out", str(out / "tuned.json"), "--budget-seconds", "{budget}"
 
 
 def test_files() -> dict[str, list[str]]:

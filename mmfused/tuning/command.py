@@ -194,6 +194,12 @@ class Tuning:
             journal.write(finished=True, skipped="the library's own plans cannot be timed")
             return
 
+        def why_refused(plans: Plans) -> str | None:
+            journal.note_running(problem, plans)
+            reason = verifier.why_refused(problem.entries(plans))
+            journal.note_running(problem, None)
+            return reason
+
         def why_dropped(best: Plans, plans: Any) -> dict[str, str]:
             if self.compiler is None:
                 return {}
@@ -203,7 +209,7 @@ class Tuning:
             problem,
             decided.plans,
             timer,
-            lambda plans: verifier.why_refused(problem.entries(plans)),
+            why_refused,
             why_dropped,
             self.spent,
             lambda search: journal.write_search(problem, search),

@@ -17,9 +17,12 @@ from .calls import Plans, Problem, kernels_allowed
 if TYPE_CHECKING:
     from mmfused.kernels.tuned import Entry
 
+SECONDS = 60.0  # of the samples of a batch of plans; if they take longer, there are fewer
+LEAST = 5  # samples of a plan
+
 
 class Timer:
-    """Times forward and backward of one case; ``repeats`` samples of each plan.
+    """Times forward and backward of one case; ``repeats`` samples of each plan, if that is quick.
 
     A sample is a replay of a CUDA graph with a call for each copy of the inputs. If the library's
     own plans cannot be captured, all plans are timed without graphs. ``note_running`` is called
@@ -86,8 +89,13 @@ class Timer:
             self.eager = True
         if self.eager:
             bursts = {label: self._burst(provider, copies) for label, provider in providers.items()}
-        times = interleaved_seconds(bursts, self.repeats) if bursts else {}
+        times = interleaved_seconds(bursts, self._affordable(bursts)) if bursts else {}
         return {label: [s / len(copies) for s in samples] for label, samples in times.items()}
+
+    def _affordable(self, bursts: dict[str, Callable[[], object]]) -> int:
+        """Return ``repeats``, or fewer if one sample of each plan takes long."""
+        once = sum(samples[0] for samples in interleaved_seconds(bursts, 1, warmup=1).values())
+        return min(self.repeats, max(LEAST, int(SECONDS / max(once, 1e-9))))
 
     def _graphs(
         self, providers: dict[str, Any], copies: list[Any]
