@@ -34,9 +34,9 @@ CPU, FLOAT = torch.device("cpu"), torch.float16
 CASE = masked_info_nce.custom({"B": 6, "D": 16})
 
 
-def settings(out, cases=(CASE,), **changed):
+def settings(path, cases=(CASE,), **changed):
     chosen = [options.Chosen("masked_info_nce", masked_info_nce, list(cases))]
-    usual = options.Options(chosen, False, FLOAT, 3, None, Path(out), 1, False, 90)
+    usual = options.Options(chosen, False, FLOAT, 3, None, Path(path), 1, False, 90)
     return dataclasses.replace(usual, **changed)
 
 
@@ -253,10 +253,11 @@ def test_form_and_router_are_tuned_and_not_timed_twice(tmp_path, monkeypatch, ca
 
     path = tmp_path / "card.json"
     file, asked = tune_settings(monkeypatch, path, "query_pooling", forms)
-    assert file.absorbed_must_save is not None and 2.0 < file.absorbed_must_save < 9
+    assert file.absorbed_must_save is not None and 2.0 < file.absorbed_must_save < 30
     assert len(asked) == len(commands.settings.POOLED)
     again, asked = tune_settings(monkeypatch, path, "query_pooling", forms)
     assert not asked and again.absorbed_must_save == file.absorbed_must_save
+    assert file.sources.keys() == {"query_pooling"}
     routing = run.load_op("topk_routing").CASES
     faster = lambda case: {"triton": [1.0] * 3, "cuda": [0.9] * 3}  # noqa: E731
     file, asked = tune_settings(monkeypatch, path, "topk_routing", faster, routing)
@@ -388,9 +389,12 @@ def test_merging_keeps_entries_of_other_ops_and_of_calls_that_were_not_tuned(ent
     decided = Decided({key: entry.default}, {key: entry})
     merge(file, "masked_info_nce", decided)  # the library's plan is the best one now
     assert file.entries == [other, untouched] and len(file.measured) == 1
-    file.sources["masked_info_nce"] = "older kernels"
+    file.sources |= {"masked_info_nce": "older kernels", "query_pooling": "older kernels"}
+    file.absorbed_must_save, file.router = 4.0, "cuda"
     merge(file, "masked_info_nce", Decided({key: entry.plan}, {key: entry}))
-    assert file.entries == [other, entry]
+    assert file.entries == [other, entry] and file.absorbed_must_save == 4.0
+    merge(file, "query_pooling", Decided())
+    assert file.absorbed_must_save is None and file.router == "cuda"
 
 
 def test_file_of_another_card_is_not_overwritten(tmp_path, timer):
@@ -400,6 +404,22 @@ def test_file_of_another_card_is_not_overwritten(tmp_path, timer):
     with pytest.raises(ValueError, match="which is for NVIDIA H100 and Triton 3.8, expected"):
         tuning(timer, path)
     assert path.read_bytes() == before
+
+
+def test_file_of_something_else_is_overwritten_only_where_the_library_reads(
+    tmp_path, timer, few_moves, monkeypatch, capsys
+):
+    path = tmp_path / "config.json"
+    path.write_text('{"mine": 1}')
+    with pytest.raises(ValueError, match="^--out: .*config.json: format: got None, expected"):
+        tuning(timer, path)
+    assert path.read_text() == '{"mine": 1}'
+    monkeypatch.setattr(tuned_file, "default_folder", lambda: tmp_path)
+    made = tuning(timer, "x", out=None)
+    made.path.write_text("{")
+    assert tuning(timer, "x", out=None).run() == 0
+    assert "it is written again." in capsys.readouterr().out
+    assert len(tuned_file.read(made.path).entries) == 2
 
 
 def test_journal_of_other_sources_is_begun_again(tmp_path):

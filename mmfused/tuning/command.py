@@ -251,6 +251,7 @@ class Tuning:
     # ---- the form of pooling, and the router -----------------------------------------------------
 
     def _tune_settings(self, chosen: Chosen) -> None:
+        merge(self.file, chosen.op, Decided())
         if chosen.op == "query_pooling":
             cases = settings.pooling_cases(chosen.module)
             times = self._setting(chosen, "form", cases, settings.form_seconds)
@@ -325,9 +326,16 @@ class Tuning:
 
     def _file(self, triton: str) -> Tuned:
         """Return what the file to write holds already."""
+        fresh = Tuned(card=self.card, triton=triton)
         if not self.path.exists():
-            return Tuned(card=self.card, triton=triton)
-        found = tuned_file.read(self.path)
+            return fresh
+        try:
+            found = tuned_file.read(self.path)
+        except ValueError as error:
+            if self.options.out is not None:  # it may be a file of something else
+                raise ValueError(f"--out: {error}") from error
+            print(f"{error}; it is written again.", flush=True)
+            return fresh
         if (found.card, found.triton) != (self.card, triton):
             raise ValueError(
                 f"--out: got {str(self.path)!r}, which is for {found.card} and Triton "
@@ -348,7 +356,7 @@ def base_of(problem: Problem, decided: Decided) -> list[dict[str, Any]]:
 def merge(file: Tuned, op: str, decided: Decided) -> None:
     """Replace what a file says about the decided calls of an op, and keep the rest.
 
-    Entries of the op that were made with other sources of its kernels are removed.
+    What was found with other sources of the op's kernels is removed.
     """
     from mmfused.kernels.tuned import Entry
 
@@ -372,3 +380,7 @@ def merge(file: Tuned, op: str, decided: Decided) -> None:
     ]
     file.measured += decided.measured
     file.sources[op] = source
+    if stale and op == "query_pooling":
+        file.absorbed_must_save = None
+    if stale and op == "topk_routing":
+        file.router = None

@@ -114,14 +114,15 @@ def form_seconds(
     repeats: int,
 ) -> dict[str, list[float]]:
     """Return the seconds of the forms "absorbed" and "projected" that pass the accuracy check."""
-    builders = {form: functools.partial(_with_form, module, form) for form in Pair._fields[1:]}
+    composed = module.PROVIDERS["composed"]
+    builders = {form: functools.partial(_with_form, composed, form) for form in Pair._fields[1:]}
     return _seconds(module, builders, case, device, dtype, repeats)
 
 
-def _with_form(module: ModuleType, form: str, case: Any, device: Any, dtype: Any) -> Any:
+def _with_form(composed: Any, form: str, case: Any, device: Any, dtype: Any) -> Any:
     from mmfused.ops.query_pooling import functional
 
-    provider = module.PROVIDERS["composed"](case, device, dtype)
+    provider = composed(case, device, dtype)
     provider.backend = "auto"
     provider.within = lambda: mock.patch.object(functional, "cheaper_form", lambda *_: form)
     return provider
