@@ -86,6 +86,12 @@ def few_moves(monkeypatch):
     monkeypatch.setattr(candidates, "moves", moves)
 
 
+@pytest.fixture
+def unchecked(monkeypatch):
+    """Accept the results of all plans, to save the time of the check."""
+    monkeypatch.setattr(Verifier, "why_refused", lambda self, entries: None)
+
+
 def tuning(timer, *args, **changed):
     return Tuning(settings(*args, **changed), CPU, None, timer)
 
@@ -120,7 +126,7 @@ def test_loop_keeps_the_fastest_correct_plans_in_the_file(tmp_path, timer, few_m
 
 
 def test_loop_keeps_the_default_if_nothing_is_faster(
-    tmp_path, timer, few_moves, monkeypatch, capsys
+    tmp_path, timer, few_moves, unchecked, monkeypatch, capsys
 ):
     monkeypatch.setattr(timer, "seconds", lambda self, plan: 1.0)
     assert tuning(timer, tmp_path / "card.json").run() == 0
@@ -128,7 +134,7 @@ def test_loop_keeps_the_default_if_nothing_is_faster(
     assert "| nothing |" in capsys.readouterr().out
 
 
-def test_loop_stops_at_the_budget_and_goes_on(tmp_path, timer, few_moves, capsys):
+def test_loop_stops_at_the_budget_and_goes_on(tmp_path, timer, few_moves, unchecked, capsys):
     path = tmp_path / "card.json"
     cases = (CASE, masked_info_nce.custom({"B": 5, "D": 32}))
     stopped = tuning(timer, path, cases)
@@ -149,7 +155,9 @@ def test_nothing_begins_if_the_budget_is_spent(tmp_path, timer):
     assert timer.timed == 0 and not (tmp_path / "card.json").exists()
 
 
-def test_plan_that_slows_another_case_down_is_dropped(tmp_path, timer, few_moves, monkeypatch):
+def test_plan_that_slows_another_case_down_is_dropped(
+    tmp_path, timer, few_moves, unchecked, monkeypatch
+):
     """Cases of one width share their plans; the second one is slower with those of the first."""
     cases = (CASE, masked_info_nce.custom({"B": 5, "D": 16}))
 
@@ -169,7 +177,7 @@ def test_plan_that_slows_another_case_down_is_dropped(tmp_path, timer, few_moves
     assert len(tuned_file.read(tmp_path / "other.json").entries) == 2
 
 
-def test_plan_that_ended_the_process_is_left_out(tmp_path, timer, few_moves):
+def test_plan_that_ended_the_process_is_left_out(tmp_path, timer, few_moves, unchecked):
     class Ends(timer):
         def samples(self, plans):
             if any(plan.backward == "chunked" for plan in plans.plans):
@@ -407,7 +415,7 @@ def test_file_of_another_card_is_not_overwritten(tmp_path, timer):
 
 
 def test_file_of_something_else_is_overwritten_only_where_the_library_reads(
-    tmp_path, timer, few_moves, monkeypatch, capsys
+    tmp_path, timer, few_moves, unchecked, monkeypatch, capsys
 ):
     path = tmp_path / "config.json"
     path.write_text('{"mine": 1}')
@@ -533,7 +541,7 @@ def test_invalid_options_end_with_one_sentence(arguments, message, capsys):
     assert message in error and error.count("\n") == 1
 
 
-def test_file_to_write_is_the_one_that_is_read(tmp_path, timer, few_moves, monkeypatch):
+def test_file_to_write_is_the_one_that_is_read(tmp_path, timer, few_moves, unchecked, monkeypatch):
     monkeypatch.setenv("MMFUSED_TUNED", str(tmp_path))
     assert options._out(None) == tmp_path and options._out("a.json") == Path("a.json")
     name = tuned_file.file_name("GPU", tuned_file.triton_version() or "")
@@ -553,7 +561,9 @@ def test_case_whose_own_plans_fail_is_skipped(tmp_path, timer, monkeypatch, caps
     assert "not tuned: the library's own plans cannot be timed" in capsys.readouterr().out
 
 
-def test_case_is_tuned_again_beside_other_plans_of_earlier_cases(tmp_path, timer, few_moves):
+def test_case_is_tuned_again_beside_other_plans_of_earlier_cases(
+    tmp_path, timer, few_moves, unchecked
+):
     second = dataclasses.replace(CASE, name="second")
     assert tuning(timer, tmp_path / "card.json", [second]).run() == 0
     timed = timer.timed
