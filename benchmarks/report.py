@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import math
 import os
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 
 import mmfused
+from mmfused import tuned_file
 
 from .sources import source_facts
 
@@ -71,7 +73,16 @@ def cuda_facts(device: torch.device) -> dict[str, Any]:
         "cuda_driver": driver,
         "capability": capability,
         "sm_clock_mhz": clock,
+        "tuned": tuned_facts(device),
     }
+
+
+def tuned_facts(device: torch.device) -> str | None:
+    """Return the name and a hash of the file whose plans run, or None for the library's plans."""
+    found = tuned_file.of_device(device.index or 0)
+    if found is None or found.path is None:
+        return None
+    return f"{found.path.name}, {hashlib.sha256(found.path.read_bytes()).hexdigest()[:16]}"
 
 
 def slug(name: str) -> str:

@@ -162,16 +162,16 @@ def measured_record(
 def is_result(record: dict[str, Any], case: Any, settings: Settings, facts: dict[str, Any]) -> bool:
     """Return whether ``record`` is a complete and accurate result of this case.
 
-    The record must have these settings, and the device, versions and source hash of ``facts``. If
-    nothing is to be compiled, it may have compiled providers, even skipped ones.
+    The record must have these settings, and the device, versions, source hash and tuned plans of
+    ``facts``. If nothing is to be compiled, it may have compiled providers, even skipped ones.
     """
-    op, same = load_op(record["op"]), ("device", "versions", "source")
+    op, same = load_op(record["op"]), ("device", "versions", "source", "tuned")
     labels = {label for label, *_ in variants(op, case, settings)}
     found = record["providers"]
     return (
         record["case"] == asdict(case)
         and record.get("settings") in (settings.facts(), settings.facts() | {"compiled": True})
-        and all(record["environment"].get(name) == facts[name] for name in same)
+        and all(record["environment"].get(name) == facts.get(name) for name in same)
         and labels <= found.keys()
         and not faults_of(op, record)
         and all(found[label]["gate"] != "skipped" for label in labels)

@@ -22,7 +22,7 @@ from .flops import add_formula
 from .switch import Choice, Switch
 
 Backend = Literal["auto", "reference", "composed", "fused"]
-Router = Literal["triton", "cuda"]
+Router = Literal["auto", "triton", "cuda"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 ROUTERS: tuple[Router, ...] = get_args(Router)
 FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -40,7 +40,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 _backend: Switch[Backend] = Switch("backend name", BACKENDS, "MMFUSED_BACKEND", "auto")
-_router: Switch[Router] = Switch("router name", ROUTERS, "MMFUSED_ROUTER", "triton")
+_router: Switch[Router] = Switch("router name", ROUTERS, "MMFUSED_ROUTER", "auto")
 
 
 class backend(Choice[Backend]):
@@ -117,7 +117,8 @@ class router(Choice[Router]):
     """Pick the routing kernels of backend "fused": ``with router("cuda"):``.
 
     Args:
-        name: "triton", or "cuda" for the kernels written in CUDA C++.
+        name: "triton", "cuda" for the kernels written in CUDA C++, or "auto": those that ``mmfused
+            tune`` has found faster on this GPU, or else "triton".
 
     Raises:
         ValueError: the name is unknown.
@@ -135,10 +136,10 @@ class router(Choice[Router]):
 
 
 def set_router(name: Router) -> None:
-    """Set the default router of this process; initially ``MMFUSED_ROUTER``, or "triton".
+    """Set the default router of this process; initially ``MMFUSED_ROUTER``, or "auto".
 
     Args:
-        name: "triton" or "cuda", see :class:`router`.
+        name: "auto", "triton" or "cuda", see :class:`router`.
 
     Raises:
         ValueError: the name is unknown.
@@ -146,7 +147,7 @@ def set_router(name: Router) -> None:
     Examples:
         >>> from mmfused.library import set_router
         >>> set_router("cuda")
-        >>> set_router("triton")
+        >>> set_router("auto")
     """
     _router.set(name)
 

@@ -81,6 +81,12 @@ def test_resume_measures_cases_without_a_complete_and_current_result(tmp_path, c
         second.write_text(json.dumps(incomplete))
         assert run.main([*command, "--repeats", "2"]) == 0
         assert "fluid-n512: composed: passed" in capsys.readouterr().out
+    found = json.loads(first.read_text())  # measured with tuned plans
+    found["environment"]["tuned"] = "nvidia-h200-triton-3.6.0.json, 0123456789abcdef"
+    first.write_text(json.dumps(found))
+    assert run.main([*command, "--repeats", "2"]) == 0
+    assert "fluid: composed" in capsys.readouterr().out
+    assert "tuned" not in json.loads(first.read_text())["environment"]
     monkeypatch.setattr(run, "source_hash", lambda op: "another")
     assert run.main([*command, "--repeats", "2"]) == 0
     assert (

@@ -493,7 +493,9 @@ def test_the_router_is_chosen_by_name():
         with library.router("triton"):
             assert library.current_router() == "triton"
         assert library.current_router() == "cuda"
-    with pytest.raises(ValueError, match="router name: got 'metal', expected one of triton, cuda"):
+    with pytest.raises(
+        ValueError, match="router name: got 'metal', expected one of auto, triton, cuda"
+    ):
         library.router("metal")
     command = [sys.executable, "-c", "import mmfused"]
     done = subprocess.run(
@@ -505,7 +507,7 @@ def test_the_router_is_chosen_by_name():
     )
     assert (
         done.stderr.splitlines()[-1]
-        == "ValueError: MMFUSED_ROUTER: got 'metal', expected one of triton, cuda"
+        == "ValueError: MMFUSED_ROUTER: got 'metal', expected one of auto, triton, cuda"
     )
 
 

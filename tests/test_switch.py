@@ -24,7 +24,7 @@ def process_default():
 
 SWITCHES = [
     (mmfused.backend, mmfused.set_backend, current_backend, ("auto", "reference", "composed")),
-    (library.router, library.set_router, library.current_router, ("triton", "cuda", "triton")),
+    (library.router, library.set_router, library.current_router, ("auto", "cuda", "triton")),
 ]
 
 

@@ -10,7 +10,7 @@
     bench-*       measure the same with torch.compile too
     bench-*-long  measure the targets that take minutes
     readings      read the counters of some kernels with ncu, beside what was counted
-    choices       time the forms and tile sizes that the library chooses, and their alternatives
+    tune          time the library's plans and their alternatives, and keep what is faster
     test-*        run the tests of one op or subject
     bench-*-more  measure the cases that have no target
     test-rest     run the remaining tests, which depend least on the GPU
@@ -134,12 +134,20 @@ def slices(out: Path, dry: bool) -> list[Slice]:
             ("tools/readings.py", *to_out, *(("--dry-run",) if dry else size)),
             all_sources,
         ),
-        Slice("choices", ("tools/choices.py", *to_out, *size), all_sources, interpreted),
+        Slice("tune", tune_command(out, dry), all_sources),
         *(tests(name) for name in TESTS if name != "card"),
         *(bench(op, "-more") for op in BENCHES),
         tests("rest"),
         Slice("report", ("tools/targets.py", "--results", str(out)), ""),
     ]
+
+
+def tune_command(out: Path, dry: bool) -> tuple[str, ...]:
+    """Return the command that tunes; in a dry run it compiles the candidates of one case."""
+    command = ("-m", "mmfused", "tune")
+    if dry:
+        return *command, "topk_routing", "--case", "logits-16384", "--dry-run", "--arch", "sm_90"
+    return *command, "--out", str(out / "tuned.json"), "--budget-seconds", "{budget}"
 
 
 def test_files() -> dict[str, list[str]]:

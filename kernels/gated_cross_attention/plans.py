@@ -1,8 +1,8 @@
 """Tile sizes of gated cross-attention, chosen by widths, dtype and architecture.
 
-There is no autotuning. ``make compile-matrix`` checks the tiles for register spills, on every
-supported Triton and architecture. The tiles were chosen by counts (benchmarks/NOTES.md); ``make
-gpu`` times each tile and its variants.
+``make compile-matrix`` checks the tiles for register spills, on every supported Triton and
+architecture. The tiles were chosen by counts (benchmarks/NOTES.md); ``mmfused tune`` times them and
+their alternatives, and what is faster on a user's GPU replaces them there (tuned.py).
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 import triton
+
+from ..tuned import tunable
 
 # Triton's version, where it needs other tiles.
 TRITON = tuple(int(number) for number in triton.__version__.split(".")[:2])
@@ -63,6 +65,7 @@ def power(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
 
+@tunable("gated_cross_attention")
 @functools.cache
 def plan(
     dim: int,

@@ -1,7 +1,8 @@
-"""Tile sizes of grouped products, chosen by shape, dtype and architecture, without autotuning.
+"""Tile sizes of grouped products, chosen by shape, dtype and architecture.
 
 ``make compile-matrix`` checks the tiles for register spills, on every supported Triton and
-architecture. The tiles were chosen by estimates; ``make gpu`` times each tile and its variants.
+architecture. The tiles were chosen by estimates; ``mmfused tune`` times them and their
+alternatives, and what is faster on a user's GPU replaces them there (tuned.py).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from ..tiles import tile_rows
+from ..tuned import bucket, tunable
 
 KINDS = ("rows", "gated", "hidden", "gated hidden", "weights", "gathered weights")
 # Two programs for each of an H200's 132 multiprocessors. The number is the same on every GPU, so
@@ -33,6 +35,7 @@ class Tile:
     halvings: int = 0
 
 
+@tunable("grouped_mlp", rows=bucket)
 def plan(
     kind: str,
     rows: int,

@@ -1,8 +1,8 @@
 """Kernels and tile sizes of masked InfoNCE, chosen by width, dtype and architecture.
 
-There is no autotuning. ``make compile-matrix`` checks the tiles for register spills, on every
-supported Triton and architecture. The tiles were chosen by estimates; ``make gpu`` times each tile
-and its variants.
+``make compile-matrix`` checks the tiles for register spills, on every supported Triton and
+architecture. The tiles were chosen by estimates; ``mmfused tune`` times them and their
+alternatives, and what is faster on a user's GPU replaces them there (tuned.py).
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
+
+from ..tuned import tunable
 
 MIB = 2**20
 # Two programs for each of an H200's 132 multiprocessors. The number is the same on every GPU, so
@@ -66,6 +68,7 @@ class Plan:
     merge: tuple[int, int] = (16, 128)  # tile of merge_kernel: partial results, rows or columns
 
 
+@tunable("masked_info_nce")
 def plan(
     dim: int,
     dtype: torch.dtype,

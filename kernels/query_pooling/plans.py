@@ -1,8 +1,8 @@
 """Kernels and tile sizes of query pooling, chosen by shape, dtype and architecture.
 
-There is no autotuning. ``make compile-matrix`` checks the tiles for register spills, on every
-supported Triton and architecture. The tiles were chosen by estimates; ``make gpu`` times each tile
-and its variants.
+``make compile-matrix`` checks the tiles for register spills, on every supported Triton and
+architecture. The tiles were chosen by estimates; ``mmfused tune`` times them and their
+alternatives, and what is faster on a user's GPU replaces them there (tuned.py).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import triton
 
 from ...supported import TRITONS
 from ..tiles import SHARED_MEMORY, cdiv
+from ..tuned import bucket, tunable
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ def has_gluon(arch: int, dtype: torch.dtype) -> bool:
     return arch == 90 and _GLUON and dtype in (torch.float16, torch.bfloat16)
 
 
+@tunable("query_pooling", length=bucket)
 def plan(
     rows: int,
     dim: int,

@@ -1,7 +1,8 @@
-"""Tile sizes of top-k routing, chosen by shape, dtype and architecture, without autotuning.
+"""Tile sizes of top-k routing, chosen by shape, dtype and architecture.
 
 ``make compile-matrix`` checks the tiles for register spills, on every supported Triton and
-architecture. The tiles were chosen by estimates; ``make gpu`` times each tile and its variants.
+architecture. The tiles were chosen by estimates; ``mmfused tune`` times them and their
+alternatives, and what is faster on a user's GPU replaces them there (tuned.py).
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+
+from ..tuned import tunable
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ def width(num_experts: int, multiplied: bool = False) -> int:
     return max(16 if multiplied else 2, 1 << (num_experts - 1).bit_length())
 
 
+@tunable("topk_routing")
 def plan(
     num_experts: int,
     dtype: torch.dtype,

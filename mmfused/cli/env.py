@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+from collections import Counter
 from importlib import metadata
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from torch.utils import collect_env
 
 import mmfused
-from mmfused import extension
+from mmfused import extension, tuned_file
 from mmfused.benchmarks import report  # pyright: ignore[reportMissingImports]
 from mmfused.ops import OPS
 
@@ -98,6 +99,7 @@ def _settings() -> dict[str, str]:
     return {
         "backend": mmfused.library.current_backend(),
         "router": f"{mmfused.library.current_router()}; C++: {_extension_state()}",
+        **{f"tuned, {device}": _tuned(device) for device in _devices()},
         **{name: os.environ[name] for name in names},
     }
 
@@ -120,6 +122,20 @@ def _extension_state() -> str:
     if reasons:
         return f"not built ({'; '.join(reasons)})"
     return "not built yet (built at the first use)"
+
+
+def _tuned(device: torch.device) -> str:
+    """Return what `mmfused tune` has kept for a GPU."""
+    try:
+        found = tuned_file.of_device(device.index)
+    except ValueError as error:
+        return str(error)
+    if found is None:
+        return "nothing (`mmfused tune` has not run on this GPU with this Triton, or is off)"
+    counts = Counter(entry.op for entry in found.entries)
+    plans = ", ".join(f"{op} {number}" for op, number in counts.items()) or "none"
+    factor, router = found.absorbed_must_save or "as usual", found.router or "as usual"
+    return f"plans: {plans}; absorbed_must_save: {factor}; router: {router}; in {found.path}"
 
 
 def _describe(device: torch.device) -> str:

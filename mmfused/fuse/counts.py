@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..ops.query_pooling.composed import ABSORBED_MUST_SAVE, form_flops
+from ..ops.query_pooling.composed import absorbed_must_save, form_flops
 
 
 def pooling_benefit(
@@ -21,9 +21,9 @@ def pooling_benefit(
         f"by count the layer takes {ratio:.3g} times fewer FLOPs for each token, as it makes no "
         "keys and values"
     )
-    if ratio >= ABSORBED_MUST_SAVE["cuda"]:
+    if ratio >= absorbed_must_save("cuda"):
         return f"{fewer}; no benefit with few tokens"
-    if ratio >= ABSORBED_MUST_SAVE["cpu"]:
+    if ratio >= absorbed_must_save("cpu"):
         return f"on a CPU {fewer}; no benefit on a GPU, nor with few tokens"
     return (
         f"no benefit by count: with {queries} queries of {heads} heads a token would cost "
@@ -38,7 +38,7 @@ def _benefit_of_calls(
     heads: int,
 ) -> str:
     cpu, gpu = (
-        _most_queries(ABSORBED_MUST_SAVE[device], dim, k_dim, v_dim, heads)
+        _most_queries(absorbed_must_save(device), dim, k_dim, v_dim, heads)
         for device in ("cpu", "cuda")
     )
     return (

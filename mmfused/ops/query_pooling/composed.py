@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ... import tuned_file
 from ...library import active_exporter
 from ...random import keep_mask
 from .._common import masked_logsumexp, masked_softmax
@@ -22,9 +23,20 @@ from .reference import PoolingOptions, PoolingWeights, attend_reference, merge_h
 Form = Literal["absorbed", "projected"]
 
 # form="auto" picks the absorbed form if the projected form needs at least this many times the FLOPs
-# of the absorbed form. The measured break-even on a CPU is 1.2; the value for CUDA is not measured.
+# of the absorbed form. The measured break-even on a CPU is 1.2; the value for CUDA is not measured,
+# and `mmfused tune` replaces it.
 # For dropout and the log-sum-exp, the projected form cannot use torch's attention: the factor is 1.
 ABSORBED_MUST_SAVE = {"cpu": 1.25, "cuda": 2.0}
+
+
+@torch.compiler.assume_constant_result
+def absorbed_must_save(device_type: str) -> float:
+    """Return the factor of ABSORBED_MUST_SAVE for a device, or that of the GPU's tuned file."""
+    if device_type == "cpu":
+        return ABSORBED_MUST_SAVE["cpu"]
+    found = tuned_file.current()
+    factor = None if found is None else found.absorbed_must_save
+    return ABSORBED_MUST_SAVE["cuda"] if factor is None else factor
 
 
 def form_flops(
@@ -66,7 +78,7 @@ def cheaper_form(
     shared = queries.dim() == 2
     sizes = (queries.shape[-2], w_k.shape[0], w_v.shape[0], num_heads)
     flops = form_flops(batch, length, dim, *sizes, shared)
-    margin = 1.0 if explicit else ABSORBED_MUST_SAVE["cpu" if x.device.type == "cpu" else "cuda"]
+    margin = 1.0 if explicit else absorbed_must_save(x.device.type)
     return "absorbed" if flops["absorbed"] * margin <= flops["projected"] else "projected"
 
 

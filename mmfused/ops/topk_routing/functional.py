@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Literal
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Unpack
 
+from ... import extension, tuned_file
 from ...library import (
+    KERNELS_ON_CPU,
     autocast_dtype,
     choose,
     current_router,
@@ -188,7 +193,8 @@ def _routing(
     with no_autocast(source.device.type):
         backend = choose(op, source.device, dtype, None, ("export", "onnx"))
         router = current_router()
-        # Only the Triton kernels accept x.
+        if router == "auto":  # only the Triton kernels accept x
+            router = "triton" if router_weight is not None else _faster_router()
         if router_weight is not None and (backend != "fused" or router == "cuda"):
             source = _logits(source, router_weight, router_bias, mask)
             router_weight = router_bias = None
@@ -205,6 +211,19 @@ def _routing(
             return routing
         inside = inputs.indices.clamp(0, routing.counts.shape[1] - 1)
         return routing._replace(indices=inside)
+
+
+@torch.compiler.assume_constant_result
+def _faster_router() -> Literal["triton", "cuda"]:
+    """Return the router that ``mmfused tune`` has found faster from logits, if it can run."""
+    found = None if KERNELS_ON_CPU else tuned_file.current()
+    is_cuda = found is not None and found.router == "cuda" and _cpp_can_run()
+    return "cuda" if is_cuda else "triton"
+
+
+@functools.cache
+def _cpp_can_run() -> bool:
+    return not extension.why_not()
 
 
 def _logits(
