@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from . import attention
 from .gated_cross_attention_cases import Case, cases, custom, make
 from .gated_cross_attention_modules import Merged, Ours, Plain, WithMultiheadAttention
 from .measure import Problem, Provider, Unavailable, need_kernels
@@ -122,18 +120,6 @@ def merged(
     return Provider(module, layout, uncompiled=uncompiled, drops=case.p > 0)
 
 
-def attend_sdpa(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    p: float,
-    backend: SDPBackend | None = None,
-) -> Tensor:
-    q, k, v = (y.transpose(1, 2) for y in (q, k, v))
-    with nullcontext() if backend is None else sdpa_kernel(backend):
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=p).transpose(1, 2)
-
-
 def sdpa_gathered(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
     if not case.missing:
         raise Unavailable("every sample has both modalities")
@@ -141,7 +127,7 @@ def sdpa_gathered(case: Case, device: torch.device, dtype: torch.dtype) -> Provi
         case,
         device,
         dtype,
-        attend_sdpa,
+        attention.sdpa,
         gathered=True,
         uncompiled="the number of samples with both modalities depends on the data",
     )
@@ -158,26 +144,29 @@ def triton_gate(case: Case, device: torch.device, dtype: torch.dtype) -> Provide
         case,
         device,
         dtype,
-        attend_sdpa,
+        attention.sdpa,
         blend=blend,
         uncompiled="torch.compile generates an equivalent kernel itself",
     )
 
 
-def forced(name: Literal["FLASH", "EFFICIENT", "CUDNN"]) -> Callable[..., Provider]:
+def forced(name: attention.Forced) -> Callable[..., Provider]:
     """Return a builder of SDPA with the given backend instead of the one that torch chooses."""
-    backend = getattr(SDPBackend, f"{name}_ATTENTION")
 
     def build(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
-        if device.type != "cuda" and name != "FLASH":
-            raise Unavailable("torch has this backend only on CUDA")
-        return merged(
-            case,
-            device,
-            dtype,
-            functools.partial(attend_sdpa, backend=backend),
-            uncompiled="SDPA is compiled only with the backend that torch chooses",
-        )
+        attend = attention.sdpa_with(name, case.H, case.D // case.H, case.p, device, dtype)
+        reason = "SDPA is compiled only with the backend that torch chooses"
+        return merged(case, device, dtype, attend, uncompiled=reason)
+
+    return build
+
+
+def flash_attention(version: Literal[2, 3]) -> Callable[..., Provider]:
+    """Return a builder of the layer with the attention of FlashAttention's own package."""
+
+    def build(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
+        attend = attention.flash_attention(version, case.D // case.H, case.p, device, dtype)
+        return merged(case, device, dtype, attend, uncompiled="its kernels are already compiled")
 
     return build
 
@@ -188,16 +177,7 @@ def flex_attention(case: Case, device: torch.device, dtype: torch.dtype) -> Prov
             "timed only in the headline case on CUDA, because it compiles for each shape and has "
             "no dropout"
         )
-    from torch.nn.attention import flex_attention as flex
-
-    # Uncompiled flex_attention would write all logits to memory.
-    compiled = torch.compile(flex.flex_attention, dynamic=False)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
-        q, k, v = (y.transpose(1, 2) for y in (q, k, v))
-        return compiled(q, k, v).transpose(1, 2)
-
-    return merged(case, device, dtype, attend)
+    return merged(case, device, dtype, attention.flex())
 
 
 def varlen(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
@@ -247,7 +227,7 @@ def fused(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
 
 
 PROVIDERS: dict[str, Callable[..., Provider]] = {
-    "SDPA": functools.partial(merged, attend=attend_sdpa),
+    "SDPA": functools.partial(merged, attend=attention.sdpa),
     "eager": eager,
     "nn.MultiheadAttention": multihead_attention,
     "SDPA, samples with both gathered": sdpa_gathered,
@@ -255,6 +235,8 @@ PROVIDERS: dict[str, Callable[..., Provider]] = {
     "SDPA flash": forced("FLASH"),
     "SDPA efficient": forced("EFFICIENT"),
     "SDPA cuDNN": forced("CUDNN"),
+    "FlashAttention 2": flash_attention(2),
+    "FlashAttention 3": flash_attention(3),
     "FlexAttention": flex_attention,
     "varlen_attn": varlen,
     "composed": composed,

@@ -2,16 +2,18 @@
 
 The experts of each token are drawn in advance and are the same for all providers. The routing
 weights are an input, so that their gradient is checked too. Sorting tokens by expert is timed in
-topk_routing.py. Here "grouped_mm pattern" gets the order of the tokens; the loop and Liger cannot
-use this order, and find the tokens of each expert in every call.
+topk_routing.py. Here "grouped_mm pattern" and ScatterMoE get the order of the tokens; the loop and
+Liger cannot use this order, and find the tokens of each expert in every call.
 
-st-moe-pytorch is not compared, because its experts drop tokens beyond a capacity.
+Not compared: st-moe-pytorch, because its experts drop tokens beyond a capacity; Transformer
+Engine's GroupedLinear, which takes the number of tokens of each expert from the host, so that every
+step of a model waits for the GPU; SonicMoE, whose releases need torch 2.9.1 or older.
 """
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass, replace
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,125 +22,28 @@ from torch import Tensor, nn
 
 import mmfused
 
+from .grouped_mlp_cases import ROUTED, Case, cases, choices, custom, make
 from .measure import Problem, Provider, Unavailable, need_kernels
+
+__all__ = [
+    "OURS",
+    "PROVIDERS",
+    "ROUTED",
+    "SIZES",
+    "Case",
+    "cases",
+    "choices",
+    "comparable",
+    "custom",
+    "exact",
+    "make",
+    "reference",
+    "work",
+]
 
 SIZES = "T, D, I, E, k"
 OURS = ("composed", "fused")
-ROUTED = ("uniform", "zipf", "hot", "one-hot", "half")
 DENSE_HIDDEN = 2**31  # largest number of hidden values for which "dense, all experts" is measured
-
-
-@dataclass(frozen=True)
-class Case:
-    """``T`` tokens of width ``D``, each routed to ``k`` of ``E`` experts of hidden width ``I``.
-
-    ``gated``: SwiGLU experts without biases, instead of GELU experts with biases.
-    ``routed``: the distribution of the experts. "uniform"; "zipf": the probability of expert e is
-    proportional to (e + 1)**-1.2; "hot": at least about 90 % of the tokens have expert 0 among
-    their k experts; "one-hot": all tokens do; "half": the last E // 2 experts get no tokens.
-    """
-
-    name: str
-    T: int
-    D: int
-    I: int  # noqa: E741
-    E: int
-    k: int
-    gated: bool = False
-    routed: str = "uniform"
-    headline: bool = False  # compiled with autotuning on CUDA
-    cpu_T: int | None = None  # number of tokens on a CPU; None: not measured on a CPU
-
-
-CASES = (
-    Case("fluid-256", 256, 768, 3072, 16, 2, cpu_T=256),
-    Case("fluid-512", 512, 768, 3072, 16, 2, headline=True),
-    Case("fluid-2048", 2048, 768, 3072, 16, 2),
-    Case("fluid-2048-half", 2048, 768, 3072, 16, 2, routed="half", cpu_T=128),
-    Case("fluid-16384", 16384, 768, 3072, 16, 2),
-    Case("fluid-16384-zipf", 16384, 768, 3072, 16, 2, routed="zipf", cpu_T=128),
-    Case("swiglu-e4", 8192, 2048, 5504, 4, 1, gated=True, headline=True),
-    Case("swiglu-e4-one-hot", 8192, 2048, 5504, 4, 1, gated=True, routed="one-hot"),
-    Case("swiglu-e8", 4096, 1024, 2816, 8, 2, gated=True, cpu_T=128),
-    Case("swiglu-e8-hot", 4096, 1024, 2816, 8, 2, gated=True, routed="hot", cpu_T=128),
-    Case("swiglu-e128", 32768, 2048, 768, 128, 8, gated=True),
-)
-
-
-def cases(device_type: str, quick: bool) -> list[Case]:
-    """Return the cases for a device.
-
-    ``quick``: at most 512 tokens on CUDA; 32 tokens and a quarter of the widths on a CPU.
-    """
-    if device_type == "cuda":
-        return [replace(case, T=min(case.T, 512)) for case in CASES] if quick else list(CASES)
-    chosen = [replace(case, T=case.cpu_T) for case in CASES if case.cpu_T]
-    return (
-        [replace(case, T=32, D=case.D // 4, I=case.I // 4) for case in chosen] if quick else chosen
-    )
-
-
-def custom(shape: dict[str, int]) -> Case:
-    """Return a case with GELU experts; sizes not in ``shape`` are FLUID's, with T = 512."""
-    defaults = {"T": 512, "D": 768, "I": 3072, "E": 16, "k": 2}
-    unknown = sorted(shape.keys() - defaults.keys())
-    if unknown:
-        raise ValueError(
-            f"grouped_mlp: shape: got {', '.join(unknown)}, expected {', '.join(defaults)}"
-        )
-    sizes = defaults | shape
-    if min(sizes.values()) < 1 or sizes["k"] > sizes["E"]:
-        raise ValueError(
-            f"grouped_mlp: shape: got {sizes}, expected positive sizes and k at most E"
-        )
-    return Case("custom-" + "-".join(f"{name}{size}" for name, size in sizes.items()), **sizes)
-
-
-@functools.cache
-def choices(case: Case) -> Tensor:
-    """Draw the experts of each token from the distribution ``case.routed``: (T, k) int64, CPU."""
-    generator = torch.Generator().manual_seed(1)
-
-    def rand(*shape):
-        return torch.rand(*shape, generator=generator).clamp(min=1e-30)
-
-    # Gumbel noise: the k largest of noise + log(probability) are k draws without replacement.
-    keys = -(-rand(case.T, case.E).log()).log()
-    if case.routed == "zipf":
-        keys -= 1.2 * torch.arange(1, case.E + 1).log()
-    elif case.routed == "half":
-        keys[:, (case.E + 1) // 2 :] = float("-inf")
-    elif case.routed != "uniform":
-        hot = rand(case.T) < {"hot": 0.9, "one-hot": 1.1}[case.routed]
-        keys[hot, 0] = float("inf")
-    return keys.topk(case.k).indices
-
-
-def make(case: Case, device: torch.device, dtype: torch.dtype) -> Problem:
-    """Draw tokens, experts, upstream gradient, and routing weights in at least float32."""
-    generator = torch.Generator(device).manual_seed(0)
-
-    def randn(*shape, std=1.0):
-        return (torch.randn(*shape, generator=generator, device=device) * std).to(dtype)
-
-    rows = (2 if case.gated else 1) * case.I
-    parameters = {
-        "w_up": randn(case.E, rows, case.D, std=case.D**-0.5),
-        "w_down": randn(case.E, case.D, case.I, std=case.I**-0.5),
-    }
-    if not case.gated:
-        parameters |= {
-            "b_up": randn(case.E, rows, std=0.1),
-            "b_down": randn(case.E, case.D, std=0.1),
-        }
-    x, scores = randn(case.T, case.D).requires_grad_(), randn(case.T, case.k + 1)
-    weights = (
-        scores.to(torch.promote_types(dtype, torch.float32))
-        .softmax(-1)[:, : case.k]
-        .clone()
-        .requires_grad_()
-    )
-    return Problem({"x": x, "weights": weights}, parameters, randn(case.T, case.D))
 
 
 # ---- providers -----------------------------------------------------------------------------------
@@ -246,6 +151,42 @@ class Liger(Experts):
         return self.function.apply(x, self.w_up, self.w_down, self.indices, weights)
 
 
+class ScatterMoE(Experts):
+    """Experts of two calls of scattermoe's ``parallel_linear``, which sorts while it multiplies.
+
+    Its routing weights have the dtype of the tokens.
+    """
+
+    def __init__(
+        self,
+        case: Case,
+        device: torch.device,
+        dtype: torch.dtype,
+        linear: Callable[..., Tensor],
+    ) -> None:
+        super().__init__(case, device, dtype)
+        self.linear: Callable[..., Tensor] = linear
+        expert, order = self.indices.flatten().sort(stable=True)
+        ends = torch.bincount(expert, minlength=case.E).cumsum(0)
+        for name, tensor in {"expert": expert, "order": order, "ends": ends}.items():
+            self.register_buffer(name, tensor)
+
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        sorted_by = (self.expert, self.order, self.ends)
+        hidden = self.linear(
+            x, self.w_up.mT, self.k, *sorted_by, expert_biases=self.b_up, grouped_out=True
+        )
+        return self.linear(
+            self.activate(hidden),
+            self.w_down.mT,
+            1,
+            *sorted_by,
+            expert_biases=self.b_down,
+            gates=weights.to(x.dtype),
+            grouped_in=True,
+        )
+
+
 class Ours(Experts):
     """The library's experts. The routing is computed in advance, but its weights are an input."""
 
@@ -310,6 +251,18 @@ def liger(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
     return Provider(Liger(case, device, dtype, LigerFusedMoEFunction), layout(case))
 
 
+def scatter_moe(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
+    if device.type != "cuda":
+        raise Unavailable("its kernels need CUDA")
+    try:
+        from scattermoe import parallel_linear
+    except ImportError as error:
+        raise Unavailable("scattermoe is not installed") from error
+    if "expert_biases" not in inspect.signature(parallel_linear).parameters:
+        raise Unavailable("this scattermoe has no biases; version 0.3 has")
+    return Provider(ScatterMoE(case, device, dtype, parallel_linear), layout(case))
+
+
 def _ours(backend: str, case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
     return Provider(Ours(case, device, dtype, backend), layout(case), backend)
 
@@ -329,6 +282,7 @@ PROVIDERS = {
     "dense, all experts": dense,
     "grouped_mm pattern": grouped_mm,
     "Liger fused_moe": liger,
+    "ScatterMoE": scatter_moe,
     "composed": composed,
     "fused": fused,
 }

@@ -39,6 +39,7 @@ __all__ = [
 
 SIZES = "B, D, K"
 OURS = ("composed", "fused")
+OWN_KERNELS = "its kernels are already compiled"
 ROWS = 4096  # rows of logits computed at a time
 MAX_LOGITS = 2**31  # providers that store all logits skip larger cases
 
@@ -216,7 +217,9 @@ def with_all_logits(
 
 
 def chunked(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
-    return Provider(Chunked(case, device, dtype), LAYOUT)
+    blocks = "torch.compile would compile each of its blocks of rows"
+    uncompiled = None if case.B <= 4 * ROWS else blocks
+    return Provider(Chunked(case, device, dtype), LAYOUT, uncompiled=uncompiled)
 
 
 def torch_head(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
@@ -248,7 +251,7 @@ def cut_cross_entropy(case: Case, device: torch.device, dtype: torch.dtype) -> P
     def head(query: Tensor, candidate: Tensor, target: Tensor) -> Tensor:
         return linear_cross_entropy(query, candidate, target, **exact)
 
-    return Provider(Head(case, device, dtype, head), LAYOUT)
+    return Provider(Head(case, device, dtype, head), LAYOUT, uncompiled=OWN_KERNELS)
 
 
 def liger(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
@@ -262,7 +265,7 @@ def liger(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
     def head(query: Tensor, candidate: Tensor, target: Tensor) -> Tensor:
         return loss(candidate, query, target)
 
-    return Provider(Head(case, device, dtype, head), LAYOUT)
+    return Provider(Head(case, device, dtype, head), LAYOUT, uncompiled=OWN_KERNELS)
 
 
 def inf_cl(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
@@ -275,7 +278,20 @@ def inf_cl(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
     def head(query: Tensor, candidate: Tensor, target: Tensor) -> Tensor:
         return cal_flash_loss(query, candidate, target).mean()
 
-    return Provider(Head(case, device, dtype, head), LAYOUT)
+    return Provider(Head(case, device, dtype, head), LAYOUT, uncompiled=OWN_KERNELS)
+
+
+def quack(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
+    need_cuda(device)
+    try:
+        from quack.linear_cross_entropy import chunked_linear_cross_entropy
+    except ImportError as error:
+        raise Unavailable("quack is not installed") from error
+
+    def head(query: Tensor, candidate: Tensor, target: Tensor) -> Tensor:
+        return chunked_linear_cross_entropy(query, candidate, target)
+
+    return Provider(Head(case, device, dtype, head), LAYOUT, uncompiled=OWN_KERNELS)
 
 
 def gemms(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
@@ -309,6 +325,7 @@ PROVIDERS: dict[str, Callable[[Case, torch.device, torch.dtype], Provider]] = {
     "Cut Cross-Entropy, exact": cut_cross_entropy,
     "Liger, float32 accumulation": liger,
     "Inf-CL": inf_cl,
+    "QuACK": quack,
     "bare GEMMs": gemms,
     "composed": composed,
     "fused": fused,

@@ -35,6 +35,8 @@ from mmfused.library import Backend, why_not_fused
 from mmfused.testing import interleaved_seconds, over_budget, relative_error
 
 MAX_COPIES = 64  # maximum length of the list that rotation() returns
+SAMPLING_SECONDS = 60.0  # of a case, on CUDA: longer cases have fewer samples, but LEAST_SAMPLES
+LEAST_SAMPLES = 3
 
 
 class Unavailable(RuntimeError):
@@ -259,13 +261,22 @@ def seconds(
     are those of "both" minus those of "forward" in the same round.
     """
     samples: dict[str, dict[str, list[float]]] = {}
-    for (name, which), values in interleaved_seconds(bursts, repeats).items():
+    repeats = affordable(bursts, repeats)  # also the first of two rounds that are not measured
+    for (name, which), values in interleaved_seconds(bursts, repeats, warmup=1).items():
         samples.setdefault(name, {})[which] = [value / calls for value in values]
     for passes in samples.values():
         if "both" in passes:
             pairs = zip(passes["both"], passes["forward"], strict=True)
             passes["backward"] = [both - forward for both, forward in pairs]
     return samples
+
+
+def affordable(bursts: dict[tuple[str, str], Callable], repeats: int) -> int:
+    """Call each burst once; return ``repeats``, or fewer on CUDA if that would take too long."""
+    once = sum(seconds[0] for seconds in interleaved_seconds(bursts, 1, warmup=0).values())
+    if not torch.cuda.is_available() or repeats * once <= SAMPLING_SECONDS:
+        return repeats
+    return min(repeats, max(LEAST_SAMPLES, int(SAMPLING_SECONDS / once)))
 
 
 def eager_seconds(

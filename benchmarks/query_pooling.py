@@ -5,21 +5,22 @@ of nn.MultiheadAttention; without it they have only queries, W_K and W_V. All pr
 compute the same function of the same parameters.
 
 FLUID has one head, so SDPA's head_dim is 768. The flash and cuDNN backends support head_dim only up
-to 256, so torch uses a slower backend. The cases with 8 heads have head_dim 96.
+to 256, so torch uses a slower backend. With 8 heads, head_dim is 96; with 12 it is 64.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mmfused
 
+from . import attention
 from .measure import Problem, Provider, Unavailable, need_kernels
 
 SIZES = "B, N, D, L queries, H heads"
@@ -115,10 +116,21 @@ class MultiheadAttention(nn.Module):
 
 
 class ProjectedSDPA(nn.Module):
-    """SDPA with one GEMM for keys and values, and with queries that are projected only once."""
+    """Attention with one GEMM for keys and values, and queries that are projected only once.
 
-    def __init__(self, dim: int, num_queries: int, num_heads: int, block: bool) -> None:
+    ``attend(q, k, v, p)``: attention on tensors (B, tokens, H, D / H), by default torch's SDPA.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_queries: int,
+        num_heads: int,
+        block: bool,
+        attend: attention.Attend = attention.sdpa,
+    ) -> None:
         super().__init__()
+        self.attend: attention.Attend = attend
         self.num_heads = num_heads
         self.queries = nn.Parameter(torch.empty(num_queries, dim))
         self.q_proj = nn.Linear(dim, dim) if block else nn.Identity()
@@ -126,12 +138,11 @@ class ProjectedSDPA(nn.Module):
         self.out_proj = nn.Linear(dim, dim) if block else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        q = self.q_proj(self.queries).unflatten(-1, (self.num_heads, -1))
-        q = q.transpose(0, 1)  # (H, L, D/H)
+        q = self.q_proj(self.queries).unflatten(-1, (self.num_heads, -1))  # (L, H, D/H)
         kv = self.kv_proj(x).unflatten(-1, (2, self.num_heads, -1))
-        k, v = kv.permute(2, 0, 3, 1, 4)  # (B, H, N, D/H)
-        out = F.scaled_dot_product_attention(q.expand(x.shape[0], -1, -1, -1), k, v)
-        return self.out_proj(out.transpose(1, 2).flatten(2))
+        k, v = kv.unbind(2)  # (B, N, H, D/H)
+        out = self.attend(q.expand(x.shape[0], -1, -1, -1), k, v, 0.0)
+        return self.out_proj(out.flatten(2))
 
 
 def linears(block: bool, **names: str) -> dict[str, tuple[str, ...]]:
@@ -178,10 +189,45 @@ def attention_pool_latent(case: Case, device: torch.device, dtype: torch.dtype) 
     return Provider(module, {"latent": ("queries",)} | linears(case.block, **names))
 
 
-def projected_sdpa(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
-    module = ProjectedSDPA(case.D, case.L, case.H, case.block).to(device, dtype)
+def projected_sdpa(
+    case: Case,
+    device: torch.device,
+    dtype: torch.dtype,
+    attend: attention.Attend = attention.sdpa,
+    uncompiled: str | None = None,
+) -> Provider:
+    module = ProjectedSDPA(case.D, case.L, case.H, case.block, attend).to(device, dtype)
     names = {"q_proj": "q", "kv_proj": "kv", "out_proj": "o"} if case.block else {"kv_proj": "kv"}
-    return Provider(module, {"queries": ("queries",)} | linears(case.block, **names))
+    layout = {"queries": ("queries",)} | linears(case.block, **names)
+    return Provider(module, layout, uncompiled=uncompiled)
+
+
+def forced(name: attention.Forced) -> Callable[..., Provider]:
+    """Return a builder of SDPA with the given backend instead of the one that torch chooses."""
+
+    def build(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
+        attend = attention.sdpa_with(name, case.H, case.D // case.H, 0.0, device, dtype)
+        reason = "SDPA is compiled only with the backend that torch chooses"
+        return projected_sdpa(case, device, dtype, attend, reason)
+
+    return build
+
+
+def flash_attention(version: Literal[2, 3]) -> Callable[..., Provider]:
+    """Return a builder with the attention of FlashAttention's own package."""
+
+    def build(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
+        attend = attention.flash_attention(version, case.D // case.H, 0.0, device, dtype)
+        return projected_sdpa(case, device, dtype, attend, "its kernels are already compiled")
+
+    return build
+
+
+def flex_attention(case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
+    if device.type != "cuda" or case.H == 1:
+        raise Unavailable("timed only on CUDA, and not with a head of all channels")
+    reason = "the attention is compiled in any case"
+    return projected_sdpa(case, device, dtype, attention.flex(), reason)
 
 
 def _ours(backend: str, case: Case, device: torch.device, dtype: torch.dtype) -> Provider:
@@ -210,6 +256,12 @@ PROVIDERS = {
     "nn.MultiheadAttention": multihead_attention,
     "timm AttentionPoolLatent": attention_pool_latent,
     "projected KV + SDPA": projected_sdpa,
+    "projected KV + SDPA flash": forced("FLASH"),
+    "projected KV + SDPA efficient": forced("EFFICIENT"),
+    "projected KV + SDPA cuDNN": forced("CUDNN"),
+    "projected KV + FlashAttention 2": flash_attention(2),
+    "projected KV + FlashAttention 3": flash_attention(3),
+    "projected KV + FlexAttention": flex_attention,
     "composed": composed,
     "fused": fused,
 }

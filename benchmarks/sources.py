@@ -60,7 +60,7 @@ def affects(name: Path, op: str) -> bool:
     if "models" in folders:
         return op == "models"
     if "benchmarks" in folders:
-        shared = ("measure", "footprint", "run")
+        shared = ("measure", "footprint", "run", "attention")
         if op == "models":
             shared += ("model_step", "model_steps", "hosted_model_steps")
             shared += ("torch_modules", "torch_functions")

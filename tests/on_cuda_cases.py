@@ -84,6 +84,7 @@ class Case:
     ``waits``: whether the composed backend synchronizes with the GPU by design.
     ``dtypes``: whether the accuracy is tested in every dtype.
     ``module``: whether the case tests a public module.
+    ``large``: whether the case runs only on a GPU, because its kernels need large tensors.
     """
 
     make: Callable[[bool], Problem]
@@ -92,6 +93,7 @@ class Case:
     waits: bool = False
     dtypes: bool = False
     module: bool = False
+    large: bool = False
 
 
 class Call(nn.Module):
@@ -152,9 +154,12 @@ def pooling(
     per_sample=False,
     pooling_form="absorbed",
     return_lse=False,
+    size=(197, 768),
 ):
+    """Return a function that makes a pooling problem; ``size``: tokens of a sample, and width."""
+
     def make(tiny: bool) -> Problem:
-        batch, length, dim, rows = (3, 21, 24, 3) if tiny else (64, 197, 768, queries)
+        batch, length, dim, rows = (3, 21, 24, 3) if tiny else (64, *size, queries)
         packed = padding == "packed"
         lengths = torch.randint(1, length + 1, (batch,))
         offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
@@ -209,9 +214,12 @@ def pooling_module(transform: bool):
     return make
 
 
-def attention(both=True, dropout=0.0, context=None, masked=True, **options):
+def attention(both=True, dropout=0.0, context=None, masked=True, size=(197, 64, 256, 8), **options):
+    """Return a function that makes a problem; ``size``: tokens of both sides, width and heads."""
+
     def make(tiny: bool) -> Problem:
-        batch, lengths, dim, heads = (3, (7, 5), 24, 3) if tiny else (64, (197, 64), 256, 8)
+        *lengths, dim, heads = (7, 5, 24, 3) if tiny else size
+        batch = 3 if tiny else 64
         width = dim if both else (36 if tiny else context or dim)
         kind = mmfused.BidirectionalGatedCrossAttention if both else mmfused.GatedCrossAttention
         module = kind(
@@ -394,10 +402,19 @@ CASES = {
     "query_pooling, packed, few queries and dropout": Case(
         pooling(padding="packed", queries=2, dropout=0.1)
     ),
+    "query_pooling, many rows": Case(pooling(heads=8), large=True),
+    "query_pooling, short samples": Case(pooling(queries=2, size=(32, 768)), large=True),
+    "query_pooling, wide": Case(
+        pooling(queries=64, norm=True, padding="mask", size=(197, 2048)), large=True
+    ),
     "QueryPooling": Case(pooling_module(transform=False), module=True),
     "QTransform": Case(pooling_module(transform=True), module=True),
     "both directions": Case(attention(), dtypes=True, module=True),
     "both directions, dropout": Case(attention(dropout=0.1)),
+    "both directions, heads of 64": Case(attention(size=(197, 128, 768, 12)), large=True),
+    "both directions, many tokens, dropout": Case(
+        attention(dropout=0.1, size=(197, 200, 256, 8)), large=True
+    ),
     "one direction": Case(
         attention(both=False, context=768, gate="token", missing="zero"), module=True
     ),
@@ -418,6 +435,7 @@ CASES = {
     "topk_routing in C++": Case(routing(False, router="cuda"), composed=False),
     "topk_routing_from_input": Case(routing(True)),
     "grouped_mlp": Case(experts(), waits=True, dtypes=True),
+    "grouped_mlp, relu": Case(experts("relu"), waits=True),
     "grouped_mlp, swiglu": Case(experts("swiglu"), waits=True),
     "grouped_mlp, packed": Case(experts("swiglu", packed=True), waits=True),
     "grouped_linear": Case(linear, waits=True),

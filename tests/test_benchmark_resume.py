@@ -142,3 +142,19 @@ def test_source_hash_changes_with_a_source(tmp_path, monkeypatch):
     after = {op: sources.source_hash(op) for op in before}
     assert [after[op] == before[op] for op in before] == [False, True, False]
     assert sources.source_facts() == {"commit": "abc", "dirty": None}  # ROOT has no .git
+
+
+@pytest.mark.parametrize("skipped", [False, True])
+def test_results_with_torch_compile_are_not_replaced_by_some_without(skipped, tmp_path, capsys):
+    command = ["query_pooling", "--shape", "B=1,N=5,D=24,L=2", "--forward", "--repeats", "1"]
+    command += ["--resume", "--out", str(tmp_path)]
+    assert run.main(command) == 0
+    (path,) = tmp_path.glob("*.json")
+    record = json.loads(path.read_text())
+    record["settings"]["compiled"] = True
+    entry = {"gate": "skipped", "reasons": ["the budget"]} if skipped else {"gate": "passed"}
+    record["providers"] |= {f"{name}, compiled": entry for name in query_pooling.PROVIDERS}
+    path.write_text(json.dumps(record))
+    capsys.readouterr()
+    assert run.main([*command, "--no-compile"]) == 0
+    assert "have results" in capsys.readouterr().out and json.loads(path.read_text()) == record

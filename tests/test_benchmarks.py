@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -573,3 +574,36 @@ def test_cross_attention_reads_and_writes_every_token_once():
         stages = gated_cross_attention.work(case, itemsize=2)["forward"]
         assert sum(stage["bytes"] for stage in stages) / 4.3e6 == pytest.approx(expected, rel=0.02)
     assert stages[-1] == {"stage": "unchanged", "flops": 0, "bytes": 682 * 4 * 261 * 256}
+
+
+@pytest.mark.parametrize(
+    "call_seconds, on_cuda, samples",
+    [(0.001, True, 31), (1.0, True, 20), (30.0, True, 3), (30.0, False, 31)],
+)
+def test_long_cases_have_fewer_samples_on_a_gpu(call_seconds, on_cuda, samples, monkeypatch):
+    """A case of 262144 pairs would otherwise take half an hour."""
+    rounds = []
+
+    def interleaved(bursts, repeats, warmup):
+        rounds.append((repeats, warmup))
+        return {name: [call_seconds] * repeats for name in bursts}
+
+    monkeypatch.setattr(measure, "interleaved_seconds", interleaved)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_cuda)
+    bursts = {("one", which): list for which in ("forward", "both")} | {("two", "forward"): list}
+    found = measure.seconds(bursts, 1, 31)
+    assert len(found["one"]["both"]) == samples and rounds == [(1, 0), (samples, 1)]
+
+
+@pytest.mark.parametrize("seconds, launches", [(0.05, {"eager", "graph"}), (0.2, {"eager"})])
+def test_cases_of_long_calls_have_no_graphs(seconds, launches, monkeypatch):
+    def timed(*arguments):
+        return {"one": {"forward": [seconds, 2 * seconds], "both": [0.3]}}
+
+    monkeypatch.setattr(measure, "eager_seconds", timed)
+    monkeypatch.setattr(measure, "graph_seconds", lambda *arguments: (timed(), {}))
+    monkeypatch.setattr(run, "footprint", lambda provider, problem: {})
+    settings = SimpleNamespace(device=torch.device("cuda"), repeats=1, backward=True)
+    found = {"one": {"reasons": []}}
+    run.time_providers({"one": None}, found, None, settings)
+    assert set(found["one"]["seconds"]) == launches

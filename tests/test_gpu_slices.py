@@ -1,9 +1,7 @@
-"""Tests of ``make gpu``: which slices it runs, skips and stops, and the choices it compares."""
+"""Tests of ``make gpu``: which slices it runs, skips and stops."""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import json
 import re
 import time
@@ -13,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmfused.benchmarks import masked_info_nce, report, run
-from mmfused.tools import choices, gpu, variants
-from mmfused.tools.patching import replaced
+from mmfused import cli as main
+from mmfused.benchmarks import report, run
+from mmfused.tools import gpu, gpu_tests, targets
+from mmfused.tuning.options import options_of
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -150,9 +149,87 @@ def test_slices_contain_the_whole_suite_and_all_benchmarks():
     for dry in (False, True):
         parts = gpu.slices(Path("out"), dry)
         names = [part.name for part in parts]
-        assert len(set(names)) == len(names) and {f"bench-{op}" for op in run.OPS} <= set(names)
+        assert len(set(names)) == len(names)
+        benches = {f"bench-{op}{more}" for op in run.OPS for more in ("", "-eager", "-more")}
+        benches |= set() if dry else {"bench-masked_info_nce-long"}
+        assert {name for name in names if name.startswith("bench-")} == benches
         for command in (part.command for part in parts):
             assert command[0].startswith("-") or (ROOT / command[0]).is_file(), command
+
+
+def test_what_matters_most_runs_first():
+    names = [part.name for part in gpu.slices(Path("out"), dry=False)]
+    assert names[:3] == ["build", "test-card", "bench-query_pooling-eager"]
+    assert names[names.index("sanitize") + 1] == "bench-query_pooling"
+    assert names.index("bench-models-eager") < names.index("sanitize")
+    assert names[-2:] == ["test-rest", "report"]
+    assert names.index("bench-models") < names.index("test-query_pooling")
+    assert names.index("test-models") < names.index("bench-query_pooling-more")
+
+
+def test_the_first_benchmarks_measure_the_targets_and_later_ones_the_rest():
+    parts = {part.name: part.command for part in gpu.slices(Path("out"), dry=False)}
+    for op in run.OPS:
+        command = parts[f"bench-{op}"] + parts.get(f"bench-{op}-long", ())
+        cases = [command[i + 1] for i, word in enumerate(command) if word == "--case"]
+        wanted = {row.case for row in targets.ROWS if (row.op, row.device) == (op, "cuda")}
+        assert wanted and set(cases) == wanted and len(cases) == len(wanted)
+        assert wanted <= {case.name for case in run.load_op(op).cases("cuda", False)}
+        assert "--case" not in parts[f"bench-{op}-more"] and "--resume" in command
+        eager = parts[f"bench-{op}-eager"]
+        assert "--no-compile" in eager and "--no-compile" not in command
+
+
+# ---- test files ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run_tests(tmp_path, monkeypatch):
+    """Return a function that runs gpu_tests on made-up files, and returns exit code and states."""
+    monkeypatch.setattr(gpu_tests, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_tests, "source_hash", lambda: "one")
+    monkeypatch.setattr(gpu_tests, "PARTS", {"parted.py": 3})
+    bodies = {
+        "bad.py": "def test(): assert False, 'the reason'",
+        "parted.py": "import os, pytest\n@pytest.mark.parametrize('name', list('abcdef'))\n"
+        "@pytest.mark.parametrize('way', [1, 2])\n"
+        "def test(name, way): open(f'{name}{way}', 'a').write(f'{os.getpid()} ')",
+    }
+    for name, body in bodies.items():
+        (tmp_path / name).write_text(body)
+
+    def call(*arguments):
+        code = gpu_tests.main(["--state", str(tmp_path / "state.json"), "--jobs", "2", *arguments])
+        path = tmp_path / "state.json"
+        return code, json.loads(path.read_text()) if path.exists() else {}
+
+    return call
+
+
+def test_test_files_that_passed_are_not_run_again(run_tests, tmp_path, capsys, monkeypatch):
+    code, states = run_tests("bad.py", "parted.py")
+    assert code == 1 and "the reason" in capsys.readouterr().out
+    assert {name: state["passed"] for name, state in states.items()} == {
+        "bad.py": False,
+        "parted.py 1/3": True,
+        "parted.py 2/3": True,
+        "parted.py 3/3": True,
+    }
+    # Every test ran once, and those of a case in one part.
+    ran = {path.name: path.read_text().split() for path in sorted(tmp_path.glob("[a-f][12]"))}
+    assert len(ran) == 12 and all(len(processes) == 1 for processes in ran.values())
+    assert all(ran[f"{name}1"] == ran[f"{name}2"] for name in "abcdef")
+    assert len({process for (process,) in ran.values()}) > 1
+    assert run_tests("parted.py") == (0, states)
+    assert (tmp_path / "a1").read_text().split() == ran["a1"]
+    monkeypatch.setattr(gpu_tests, "source_hash", lambda: "two")
+    now = gpu_tests.Run(tmp_path / "state.json", 0.0)
+    assert not now.passed("parted.py 1/3") and not now.passed("bad.py")
+
+
+def test_no_test_file_begins_after_the_budget(run_tests, tmp_path, capsys):
+    assert run_tests("parted.py", "--budget-seconds", "-1") == (run.UNFINISHED, {})
+    assert "3 left" in capsys.readouterr().out and not list(tmp_path.glob("[a-f][12]"))
 
 
 @pytest.mark.parametrize(
@@ -160,7 +237,7 @@ def test_slices_contain_the_whole_suite_and_all_benchmarks():
     [
         (
             ["--dry-run", "bench-nothing"],
-            "slice: got 'bench-nothing', expected one of build, test-query_pooling",
+            "slice: got 'bench-nothing', expected one of build, test-card, bench-query_pooling",
         ),
         (
             [],
@@ -174,110 +251,15 @@ def test_invalid_arguments_end_with_an_error(arguments, message, monkeypatch, ca
     assert message in capsys.readouterr().err
 
 
-# ---- choices -------------------------------------------------------------------------------------
+def test_slice_that_tunes_resumes_beside_the_results_and_is_dry_without_a_card():
+    def command(dry):
+        (found,) = [p for p in gpu.slices(Path("out"), dry) if p.name == "tune"]
+        assert found.command[:3] == ("-m", "mmfused", "tune") and not found.environment
+        return found.command[3:]
 
-
-@pytest.fixture
-def tiny_loss(monkeypatch):
-    """Replace all choices by one choice with a single fast case, and hide the GPU."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    (choice,) = (c for c in choices.choices() if (c.op, c.name) == ("masked_info_nce", "backward"))
-    cases = [masked_info_nce.custom({"B": 20, "D": 16})]
-    choice = dataclasses.replace(choice, cases=lambda: cases)
-    monkeypatch.setattr(choices, "choices", lambda: [choice])
-    return choice
-
-
-def found(folder: Path, name: str) -> dict:
-    return json.loads((folder / f"choices-masked_info_nce-{name}.json").read_text())
-
-
-def test_each_variant_runs_its_own_function(tiny_loss, request):
-    from mmfused.kernels.masked_info_nce import gradients
-
-    ran = []
-    stack = contextlib.ExitStack()
-    request.addfinalizer(stack.close)
-    for way in ("owner", "chunked"):
-        before = getattr(gradients, f"{way}_gradients")
-
-        def recording(*args, way=way, before=before):
-            ran.append(way)
-            return before(*args)
-
-        stack.enter_context(replaced("mmfused.kernels.masked_info_nce", before, recording))
-    problem = masked_info_nce.make(tiny_loss.cases()[0], torch.device("cpu"), torch.float32)
-    for way, (_, wrap) in tiny_loss.variants.items():
-        ran.clear()
-        provider = masked_info_nce.composed(
-            tiny_loss.cases()[0], torch.device("cpu"), torch.float32
-        ).load(problem.parameters)
-        provider.backend, provider.within = "fused", wrap
-        provider.both(tuple(problem.inputs.values()), problem.upstream)
-        assert set(ran) == {way}
-
-
-def test_choices_resume_after_the_budget_was_spent(tiny_loss, tmp_path, capsys):
-    command = ["--quick", "--out", str(tmp_path)]
-    assert choices.main([*command, "--budget-seconds", "0"]) == run.UNFINISHED
-    assert "Left for another run: masked_info_nce backward" in capsys.readouterr().out
-    assert choices.main(command) == 0
-    printed = capsys.readouterr().out
-    assert "| case | owner | chunked |" in printed and printed.count("**") == 2
-    (entries,) = found(tmp_path, "backward")["cases"].values()
-    assert {name: v["gate"] for name, v in entries.items()} == {
-        "owner": "passed",
-        "chunked": "passed",
-    }
-    before = (tmp_path / "choices-masked_info_nce-backward.json").read_bytes()
-    assert choices.main(command) == 0
-    assert (tmp_path / "choices-masked_info_nce-backward.json").read_bytes() == before
-
-
-def test_tiles_are_changed_one_at_a_time(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(choices, "small", lambda case: masked_info_nce.custom({"B": 5, "D": 16}))
-    assert (
-        choices.main(
-            ["--op", "masked_info_nce", "--tiles", "clip-65536", "--quick", "--out", str(tmp_path)]
-        )
-        == 0
-    )
-    (entries,) = found(tmp_path, "tiles-clip-65536")["cases"].values()
-    assert entries[choices.LIBRARY]["gate"] == "passed" and len(entries) > 10
-    assert any(name.startswith("sweep: num_warps ") for name in entries)
-    assert f"| {choices.LIBRARY} |" in capsys.readouterr().out
-
-
-def test_with_field_changes_one_field_of_a_plan():
-    from mmfused.kernels.gated_cross_attention import plans as gated
-    from mmfused.kernels.grouped_mlp import plans as grouped
-    from mmfused.kernels.query_pooling import plans as pooling
-
-    plan = pooling.plan(32, 768, torch.bfloat16, 90, False)
-    changed = variants.with_field(("forward", "onepass"), "num_stages", 2, plan)
-    assert (
-        changed.forward["onepass"] == replace(plan.forward["onepass"], num_stages=2)
-        and changed.backward == plan.backward
-    )
-    plan = gated.plan(256, 256, 32, torch.bfloat16, 90)
-    assert variants.with_field(("attend",), "BM", 128, plan) == replace(
-        plan, attend=replace(plan.attend, BM=128)
-    )
-    arguments_of_plan = ("rows", 512, 16, 768, 3072, torch.bfloat16, 90)
-    tile = grouped.plan(*arguments_of_plan)
-    assert variants.with_field(("rows",), "num_warps", 8, tile, *arguments_of_plan) == replace(
-        tile, num_warps=8
-    )
-    # The field of another launch changes nothing.
-    assert variants.with_field(("gated",), "num_warps", 8, tile, *arguments_of_plan) == tile
-
-
-def test_choices_reject_invalid_arguments(capsys):
-    assert choices.main(["--tiles", "fluid"]) == 2 and "op: got None" in capsys.readouterr().err
-    assert choices.main(["--op", "query_pooling", "--tiles", "no"]) == 2
-    assert "query_pooling: tiles: got 'no', expected one of fluid" in capsys.readouterr().err
-    assert choices.main(["--op", "pool"]) == 2 and "op: got 'pool'" in capsys.readouterr().err
+    assert command(False) == ("--out", "out/tuned.json", "--budget-seconds", "{budget}")
+    args = main._make_parser(["tune"]).parse_args(["tune", *command(True)])
+    assert args.dry_run and options_of(args).arch == 90
 
 
 def test_no_shipped_file_imports_the_tools():

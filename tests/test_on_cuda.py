@@ -1,23 +1,30 @@
 """Tests on a GPU: accuracy, host syncs, CUDA graphs, streams, repeated runs, devices, memory.
 
-The cases are in on_cuda_cases.py. Without a GPU, only the tests of accuracy run, at tiny sizes.
+The cases are in on_cuda_cases.py. Without a GPU, only the tests of accuracy run, at tiny sizes, and
+launches of the real sizes are recorded: they reach every kernel, and no host waits.
 """
 
 import contextlib
 
+import on_cuda_cases
 import pytest
 import torch
-from on_cuda_cases import CASES, CUDA, HALF, info_nce, pooling
+from on_cuda_cases import CASES as ALL_CASES
+from on_cuda_cases import CUDA, HALF, info_nce, pooling
 
 import mmfused
 from mmfused import extension
+from mmfused.cli.compiling import recorded_launches
 from mmfused.library import KERNELS_ON_CPU
 from mmfused.testing import over_budget, relative_error
+from mmfused.tools.bounds.launch_cases import floats
+from mmfused.tools.bounds.launches import recorded
 
 needs_cuda = pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
 ALL_DTYPES = (
     (torch.bfloat16, torch.float16, torch.float32) if CUDA else (torch.float16, torch.float32)
 )
+CASES = {name: case for name, case in ALL_CASES.items() if CUDA or not case.large}
 FUSED = [name for name, case in CASES.items() if case.fused]
 MODULES = [name for name, case in CASES.items() if case.module]
 ON_DEVICE = [(name, "fused") for name in FUSED] + [
@@ -36,7 +43,7 @@ def make(name, tiny=not CUDA):
     if name == "topk_routing in C++" and (reasons := extension.why_not()):
         pytest.skip("; ".join(reasons))
     torch.manual_seed(0)
-    return CASES[name].make(tiny)
+    return ALL_CASES[name].make(tiny)
 
 
 @contextlib.contextmanager
@@ -140,6 +147,29 @@ def test_compiled_modules_are_as_accurate_as_plain_pytorch(name, monkeypatch):
         faults(make(name), dtype, "fused" if CASES[name].fused else "composed", name, compiler)
         == []
     )
+
+
+# ---- the kernels that the cases reach -----------------------------------------------------------
+
+
+@pytest.mark.skipif(CUDA, reason="records launches of CPU tensors")
+def test_cases_reach_every_kernel_without_a_wait(monkeypatch):
+    """What the accuracy, the graphs and the repeated runs of this file check is every kernel."""
+    monkeypatch.setattr(on_cuda_cases, "randn", lambda *shape, std=1.0: floats(*shape))
+    reached = {80: set(), 90: set()}
+    for name, case in ALL_CASES.items():
+        if not case.fused or name == "topk_routing in C++":  # its kernels are not Triton's
+            continue
+        problem = make(name, tiny=False).to(torch.bfloat16)
+        for arch, kernels in reached.items():
+            with recorded(arch=arch) as launches, mmfused.backend("fused"):
+                problem.run()
+            assert [launch.name for launch in launches if launch.waits] == [], name
+            made = [launch.kernel.kernel.fn for launch in launches if launch.kernel is not None]
+            kernels |= {f"{kernel.__module__}.{kernel.__name__}" for kernel in made}
+    for arch, kernels in reached.items():
+        wanted = {f"{job.module}.{job.kernel}" for job in recorded_launches(f"sm_{arch}")}
+        assert wanted <= kernels, sorted(wanted - kernels)
 
 
 # ---- the host, graphs, streams and devices -------------------------------------------------------

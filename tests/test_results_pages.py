@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import re
 import shutil
 import subprocess
 from dataclasses import asdict
@@ -15,15 +16,20 @@ from pathlib import Path
 
 import pytest
 
-from mmfused.benchmarks import run
-from mmfused.tools import comparison, conditions, grocery, results_pages, targets
+from mmfused.benchmarks import report, run
+from mmfused.tools import comparison, conditions, grocery, outcome, results_pages, targets
+from mmfused.tools.bounds.work import microseconds
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (
+    "benchmarks/NOTES.md",
     "README.md",
     "docs/benchmarks.md",
     "docs/end-to-end.md",
+    "docs/index.md",
     "docs/models.md",
+    "docs/platforms.md",
+    "docs/reliability.md",
     "docs/trained-models.md",
 )
 MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
@@ -398,6 +404,79 @@ def test_results_of_a_gpu_add_a_table_a_picture_and_rooflines(checkout, capsys):
         and "block cpu" not in output
         and "made-up/speedup.png differs from the files" in output
     )
+
+
+def write_two_cards(checkout: Path, **more) -> None:
+    """Write made-up results of an H200 and an H100: of a target and of a case without one."""
+    for device, speed in (("NVIDIA H200", 1.0), ("NVIDIA H100 80GB HBM3", 2.0)):
+        folder = checkout / "benchmarks" / "results" / report.slug(device)
+        folder.mkdir()
+        for op, case in (("query_pooling", "fluid"), ("masked_info_nce", "clip-16384-d256")):
+            ours = timed(eager=(speed * 8e-4, speed * 3e-4), graph=(speed * 4e-4, speed * 1.6e-4))
+            others = {"projected KV + SDPA": timed(eager=speed * 2.4e-3, graph=speed * 2e-3)}
+            record = gpu_record(op, case, others | {"fused": ours} | more, (2e-4, 2e-4))
+            record["environment"] |= {"device": device}
+            record["file"] = f"{folder.name}/{op}-{case}-bfloat16.json"
+            (folder / Path(record["file"]).name).write_text(json.dumps(record))
+
+
+def test_readme_shows_every_card_with_its_picture_table_and_rooflines(checkout):
+    write_two_cards(checkout)
+    assert results_pages.main([]) == 0
+    readme = (checkout / "README.md").read_text()
+    status = "Timed on NVIDIA H100 80GB HBM3, NVIDIA H200."
+    assert status in readme and "Nothing has been timed" not in readme
+    assert all(status in block(checkout, "status", page) for page in PAGES if "index" in page)
+    shown = block(checkout, "picture", "README.md")
+    for folder in ("nvidia-h100-80gb-hbm3", "nvidia-h200"):
+        assert f"main/benchmarks/results/{folder}/speedup.png)" in shown
+        for op in ("query_pooling", "masked_info_nce"):
+            assert f"[{op}]({results_pages.RAW}/benchmarks/results/{folder}/{op}-roof" in shown
+    for times in ("2 ms | fused | 0.4 ms | 5.00 | 100% | graph", "4 ms | fused | 0.8 ms | 5.00"):
+        assert f"fluid: B=1024 N=197 D=768 L=32 H=1 | projected KV + SDPA | {times}" in shown
+    # The table is of the targets; docs/benchmarks.md has every case, of both cards.
+    assert "clip-16384-d256" not in shown and "cpu-2-cores" not in shown
+    assert block(checkout, "gpu").count("| clip-16384-d256: B=16384") == 2
+
+
+def test_notes_compare_what_was_counted_with_what_was_measured(checkout):
+    write_two_cards(checkout)
+    assert results_pages.main([]) == 0
+    made = block(checkout, "outcome", "benchmarks/NOTES.md")
+    bounds = json.loads((ROOT / "benchmarks/bounds.json").read_text())["query_pooling/fluid"]
+    h200, h100 = (bounds["3.6.0"][card] for card in ("H200", "H100"))
+    counted = " / ".join(microseconds(h200[which]["high"]) for which in ("forward", "backward"))
+    (line,) = [line for line in made.splitlines() if "`nvidia-h200/query_pooling-fluid" in line]
+    assert line.startswith(f"| query_pooling fluid | {counted} | 160 / 240 (fused, graph) |")
+    near = [160e-6 / h200["forward"]["high"], 240e-6 / h200["backward"]["high"]]
+    far = 480e-6 / h100["backward"]["high"]
+    assert all(1 / 1.2 < ratio < 1.2 for ratio in near) and far > 1.2  # bold if off by a fifth
+    assert f"| {near[0]:.2f} / {near[1]:.2f} | 125% / 83% | 5.00 x projected KV + SDPA |" in line
+    assert f"/ **{far:.2f}** | 62% / 42% |" in made
+    assert "clip-16384" not in made and "0123456 |" in line
+
+
+def test_a_measurement_within_the_range_of_a_count_agrees_with_it():
+    assert outcome.ratios([1e-4, 3e-4], [(5e-5, 1.2e-4), (1e-4, 2e-4)]) == "1.00 / **1.50**"
+    assert outcome.ratios([1e-4], [(1.1e-4, 1.2e-4)]) == "0.91" and outcome.ratios([1e-4], []) == ""
+
+
+def test_a_slower_row_of_any_card_is_explained_in_readme_too(checkout, monkeypatch):
+    write_two_cards(checkout, composed=timed(eager=1e-5, graph=1e-5))
+    assert results_pages.main([]) == 2
+    for key in ("query_pooling/fluid", "masked_info_nce/clip-16384-d256"):
+        monkeypatch.setitem(results_pages.SLOWER, f"cuda/{key}", f"the reason for {key}.")
+    assert results_pages.main([]) == 0
+    assert block(checkout, "picture", "README.md").count("the reason for query_pooling/fluid.") == 2
+
+
+def test_readme_has_no_measured_number_outside_of_its_blocks():
+    """Numbers in the blocks come from files of results: the pages are compared with these."""
+    text = results_pages.MARKED.sub("", (ROOT / "README.md").read_text())
+    text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    units = r"x|×|times|ms|s|µs|us|seconds?|%|GB|GiB|MB|MiB|GB/s|TB/s|TFLOP/s|FLOPs"
+    found = re.findall(rf"\d[\d.,]* ?(?:{units})(?![\w/])", text)
+    assert found == ["6 GB"]  # the size of .venv, which is no result
 
 
 def test_results_of_older_sources_are_shown_with_their_commit(checkout):

@@ -2,17 +2,24 @@
 
     make gpu        or        python tools/gpu.py [SLICE ...]
 
-    build      compile the CUDA C++ kernels
-    test-*     run the tests of one op or subject
-    sanitize   run compute-sanitizer on small launches of every kernel
-    bench-*    measure accuracy, time and memory of one op, or of the models
-    readings   read the counters of some kernels with ncu, beside what was counted
-    choices    time the forms and tile sizes that the library chooses, and their alternatives
-    test-rest  run the remaining tests, which depend least on the GPU
-    report     list which performance targets are met
+    build         compile the CUDA C++ kernels
+    test-card     check every kernel on the card: accuracy, repeats, CUDA graphs, host syncs
+    bench-*-eager measure accuracy, time and memory of the targets of an op, or of the models,
+                  without torch.compile, which takes most of the time
+    sanitize      run compute-sanitizer on small launches of every kernel
+    bench-*       measure the same with torch.compile too
+    bench-*-long  measure the targets that take minutes
+    readings      read the counters of some kernels with ncu, beside what was counted
+    tune          time the library's plans and their alternatives, and keep what is faster
+    test-*        run the tests of one op or subject
+    bench-*-more  measure the cases that have no target
+    test-rest     run the remaining tests, which depend least on the GPU
+    report        list which performance targets are met
 
 A slice is green if it succeeds and red if it fails. A red slice does not stop the run. Later runs
 with the same sources and versions skip green slices, except the report and slices named by SLICE.
+A slice that takes too long is stopped, and goes on in a later run: after the last test file, or
+after the last case, that was finished. benchmarks/NOTES.md estimates the time of each slice.
 Results, logs and the state of the slices are written to a folder named after the GPU.
 """
 
@@ -21,7 +28,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fnmatch
-import importlib.util
 import json
 import os
 import signal
@@ -39,14 +45,25 @@ if not __package__:  # run as a script: import mmfused from this checkout
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from mmfused.benchmarks import report
-from mmfused.benchmarks.run import BUDGET_SECONDS, RESULTS, UNFINISHED
-from mmfused.benchmarks.run import OPS as BENCHES
+from mmfused.benchmarks.run import BUDGET_SECONDS, RESULTS, UNFINISHED, load_op
 from mmfused.benchmarks.sources import ROOT, source_hash
 from mmfused.ops import OPS
+from mmfused.tools import targets
 
 DRY_OUT = "runs/gpu-dry-run"
 LIMIT_SECONDS = 540.0  # maximum duration of a slice
 RESERVE_SECONDS = 120.0  # no slice or case starts in this last part of a budget
+# Cases that fill a slice of their own.
+LONG = {"masked_info_nce": ("clip-262144",)}
+# In the order in which they run: what a card is asked about first.
+BENCHES = (
+    "query_pooling",
+    "masked_info_nce",
+    "gated_cross_attention",
+    "grouped_mlp",
+    "topk_routing",
+    "models",
+)
 # Slice -> patterns of its test files. Files that match no pattern belong to the slice "rest".
 TESTS = {op: (f"{op}*",) for op in OPS} | {
     "losses": ("contrastive_losses*", "dual_alignment*"),
@@ -78,12 +95,22 @@ def slices(out: Path, dry: bool) -> list[Slice]:
     size = ("--quick",) if dry else ("--budget-seconds", "{budget}")
 
     def tests(name):
-        options = ("--collect-only", "-p", "no:xdist") if dry else workers()
-        return Slice(f"test-{name}", ("-m", "pytest", "-q", *options, *files[name]), all_sources)
+        if dry:
+            return Slice(
+                f"test-{name}",
+                ("-m", "pytest", "-q", "--collect-only", "-p", "no:xdist", *files[name]),
+                all_sources,
+            )
+        state = ("--state", str(out / f"tests-{name}.json"))
+        command = ("tools/gpu_tests.py", *state, "--budget-seconds", "{budget}", *files[name])
+        return Slice(f"test-{name}", command, all_sources)
 
-    def bench(op):
-        command = ("benchmarks/run.py", op, "--resume", *to_out, *size)
-        return Slice(f"bench-{op}", command, source_hash(op))
+    def bench(op, part=""):
+        cases = {"-long": LONG.get(op, ()), "-more": ()}.get(part, target_cases(op, dry))
+        chosen = [word for name in cases for word in ("--case", name)]
+        chosen += ["--no-compile"] if part == "-eager" else []
+        command = ("benchmarks/run.py", op, "--resume", *to_out, *size, *chosen)
+        return Slice(f"bench-{op}{part}", command, source_hash(op))
 
     if dry:  # launch the kernels without compute-sanitizer
         sanitize = [
@@ -97,18 +124,30 @@ def slices(out: Path, dry: bool) -> list[Slice]:
     build = ("-c", "from mmfused import extension; print(extension.load())")
     return [
         Slice("build", build, all_sources),
-        *(tests(name) for name in TESTS),
+        tests("card"),
+        *(bench(op, "-eager") for op in BENCHES),
         *sanitize,
         *(bench(op) for op in BENCHES),
+        *(bench(op, "-long") for op in (() if dry else LONG)),
         Slice(
             "readings",
             ("tools/readings.py", *to_out, *(("--dry-run",) if dry else size)),
             all_sources,
         ),
-        Slice("choices", ("tools/choices.py", *to_out, *size), all_sources, interpreted),
+        Slice("tune", tune_command(out, dry), all_sources),
+        *(tests(name) for name in TESTS if name != "card"),
+        *(bench(op, "-more") for op in BENCHES),
         tests("rest"),
         Slice("report", ("tools/targets.py", "--results", str(out)), ""),
     ]
+
+
+def tune_command(out: Path, dry: bool) -> tuple[str, ...]:
+    """Return the command that tunes; in a dry run it compiles the candidates of one case."""
+    command = ("-m", "mmfused", "tune")
+    if dry:
+        return *command, "topk_routing", "--case", "logits-16384", "--dry-run", "--arch", "sm_90"
+    return *command, "--out", str(out / "tuned.json"), "--budget-seconds", "{budget}"
 
 
 def test_files() -> dict[str, list[str]]:
@@ -124,17 +163,13 @@ def test_files() -> dict[str, list[str]]:
     return found
 
 
-def workers() -> tuple[str, ...]:
-    """Return pytest's options for parallel workers, if pytest-xdist is installed.
-
-    Each test file runs in one worker. The workers share one GPU.
-    """
-    count = min(8, os.cpu_count() or 1)
-    return (
-        ("-n", str(count), "--dist", "loadfile")
-        if importlib.util.find_spec("xdist") and count > 1
-        else ()
-    )
+def target_cases(op: str, dry: bool) -> tuple[str, ...]:
+    """Return the cases of the targets, except long ones; in a dry run, those that a CPU runs."""
+    names = dict.fromkeys(row.case for row in targets.ROWS if (row.op, row.device) == (op, "cuda"))
+    if dry:
+        known = {case.name for case in load_op(op).cases("cpu", True)}
+        names = [name for name in names if name in known]
+    return tuple(name for name in names if name not in LONG.get(op, ()))
 
 
 # ---- running -------------------------------------------------------------------------------------
@@ -177,7 +212,7 @@ def run(args: argparse.Namespace) -> int:
             text = json.dumps(states, indent=1) + "\n"
             report.write(journal, lambda path, text=text: path.write_text(text, encoding="utf-8"))
     for name, state in shown.items():
-        print(f"{name:32}{state:20}{states[name]['seconds'] if name in states else 0:8.1f} s")
+        print(f"{name:36}{state:20}{states[name]['seconds'] if name in states else 0:8.1f} s")
     print(f"Results, logs and make-gpu.json, which has the states above, are in {out}.")
     red = {"RED", "killed by its limit"} & set(shown.values())
     return 1 if red else UNFINISHED if {"not started", "unfinished"} & set(shown.values()) else 0

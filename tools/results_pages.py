@@ -18,9 +18,17 @@ if not __package__:  # run as a script: import mmfused from this checkout
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from mmfused.benchmarks import report, tables
-from mmfused.tools import comparison, end_to_end_tables, grocery, targets
+from mmfused.tools import comparison, end_to_end_tables, grocery, outcome, targets
 from mmfused.tools.comparison import Comparison, comparisons, label
 from mmfused.tools.conditions import device_type, folders, ours_of, read, with_compiled
+from mmfused.tools.results_text import (
+    how_measured,
+    in_checkout,
+    machine,
+    mebibytes,
+    milliseconds,
+    paragraphs,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 MARKED = re.compile(r"(<!-- results: begin ([\w-]+) -->)(.*?)(<!-- results: end \2 -->)", re.DOTALL)
@@ -53,56 +61,7 @@ SLOWER = {
 }
 
 
-# ---- formatting ----------------------------------------------------------------------------------
-
-
-def milliseconds(seconds: float) -> str:
-    return f"{1e3 * seconds:.0f} ms" if seconds >= 0.1 else f"{1e3 * seconds:.3g} ms"
-
-
-def mebibytes(count: int | None) -> str:
-    return (
-        ""
-        if count is None
-        else f"{count / 2**20:.0f}"
-        if count >= 100 * 2**20
-        else f"{count / 2**20:.2g}"
-    )
-
-
-def how_measured(records: list[dict]) -> str:
-    """Return a line with the devices, passes, samples, versions and commits of the records.
-
-    Commits may differ, because results of older sources stay valid.
-    """
-    facts = [record["environment"] for record in records]
-    samples = comparison.distinct(sample_count(record) for record in records)
-    source = comparison.distinct(
-        str(fact["commit"])[:7] + (" with changes" if fact["dirty"] else "") for fact in facts
-    )
-    dtypes = comparison.distinct(record["dtype"] for record in records)
-    made_with = comparison.distinct(map(comparison.versions, records))
-    timed = f"{dtypes}, {comparison.passes(records[0])}, medians of {samples} interleaved samples"
-    return f"{machine(records)}; {timed}; {made_with}; commit {source}"
-
-
-def machine(records: list[dict]) -> str:
-    """Return the devices of the records; of CPUs, with the number of threads."""
-    devices = comparison.distinct(record["environment"]["device"] for record in records)
-    if device_type(records[0]) == "cuda":
-        return devices
-    threads = (f", {record['environment']['threads']} threads" for record in records)
-    return devices + comparison.distinct(threads)
-
-
-def sample_count(record: dict) -> int:
-    which = report.longest_pass(record)
-    return max(
-        len(passes[which])
-        for provider in record["providers"].values()
-        for passes in provider.get("seconds", {}).values()
-        if which in passes
-    )
+# ---- slower rows ---------------------------------------------------------------------------------
 
 
 def reasons(rows: list[Comparison]) -> str:
@@ -126,31 +85,24 @@ def reasons(rows: list[Comparison]) -> str:
     )
 
 
-def paragraphs(*parts: str) -> str:
-    return "\n\n".join(part for part in parts if part)
-
-
 # ---- GPUs ----------------------------------------------------------------------------------------
 
 
 def gpu_block(results: Path) -> str:
     found = []
-    for folder in folders(results):
-        records = [record for record in read(folder) if device_type(record) == "cuda"]
-        if rows := comparisons(records):
-            verdicts = [
-                verdict for verdict in targets.judge(records) if verdict.row.device == "cuda"
-            ]
-            found.append(
-                paragraphs(
-                    picture(folder),
-                    f"{how_measured([row.record for row in rows])}.",
-                    gpu_table(rows),
-                    reasons(rows),
-                    f"{targets.count(verdicts)}; `python tools/targets.py` lists them.",
-                    rooflines(folder, records),
-                )
+    for folder, records in cards(results).items():
+        rows = comparisons(records)
+        verdicts = [verdict for verdict in targets.judge(records) if verdict.row.device == "cuda"]
+        found.append(
+            paragraphs(
+                picture(folder),
+                f"{how_measured([row.record for row in rows])}.",
+                gpu_table(rows),
+                reasons(rows),
+                f"{targets.count(verdicts)}; `python tools/targets.py` lists them.",
+                rooflines(folder, records),
             )
+        )
     return "\n\n".join(found) or NOTHING_ON_A_GPU
 
 
@@ -203,10 +155,6 @@ def rooflines(folder: Path, records: list[dict]) -> str:
         f"![Roofline of {path.name.removesuffix('-roofline.png')}](../{in_checkout(path)})"
         for path in drawn
     )
-
-
-def in_checkout(path: Path) -> str:
-    return f"benchmarks/results/{path.parent.name}/{path.name}"
 
 
 # ---- CPUs ----------------------------------------------------------------------------------------
@@ -272,26 +220,67 @@ def cpu_cell(provider: dict, which: str) -> str:
 # ---- README --------------------------------------------------------------------------------------
 
 
-def picture_block(results: Path) -> str:
-    """Return the speed-ups on the first GPU, or else the first CPU, with a caption."""
+def cards(results: Path) -> dict[Path, list[dict]]:
+    """Return the records of each GPU, by folder; only those in which the library was timed."""
     found = {
-        folder: [row.record for row in comparisons(read(folder)) if row.best is not None]
+        folder: [record for record in read(folder) if device_type(record) == "cuda"]
         for folder in folders(results)
     }
-    shown = [folder for folder, records in found.items() if records]
-    folder = max(shown, key=lambda folder: device_type(found[folder][0]) == "cuda")
-    records = found[folder]
+    return {folder: records for folder, records in found.items() if comparisons(records)}
+
+
+def status_line(results: Path) -> str:
+    """Return a sentence: the GPUs on which the library was timed."""
+    on = ", ".join(machine(records) for records in cards(results).values())
+    return f"Timed on {on}." if on else "Nothing has been timed on a GPU yet."
+
+
+def picture_block(results: Path) -> str:
+    """Return each GPU's picture, table and rooflines; without a GPU, the picture of the first CPU.
+
+    The table has the cases of the targets, and below it why any of them is slower.
+    """
+    shown = list(cards(results)) or [f for f in folders(results) if comparisons(read(f))][:1]
+    return "\n\n".join(readme_part(folder) for folder in shown)
+
+
+def readme_part(folder: Path) -> str:
+    rows = comparisons(read(folder))
+    address = f"{RAW}/{in_checkout(folder / 'speedup.png')}"
+    parts = [
+        f"![Speed-up of each case over its best baseline]({address})",
+        caption([row for row in rows if row.best is not None]),
+    ]
+    if device_type(rows[0].record) == "cuda":
+        wanted = {(row.op, row.case) for row in targets.ROWS}
+        aimed = [row for row in rows if (row.record["op"], row.record["case"]["name"]) in wanted]
+        parts += [gpu_table(aimed) if aimed else "", reasons(aimed), roofline_links(folder)]
+    return paragraphs(*parts)
+
+
+def caption(rows: list[Comparison]) -> str:
+    records = [row.record for row in rows]
+    if not records:
+        return ""
     where = "above the inputs" if device_type(records[0]) == "cuda" else "kept for the backward"
     dtypes = comparison.distinct(record["dtype"] for record in records)
-    speedups = [row.speedup for row in comparisons(records) if row.best is not None]
-    caption = (
+    speedups = [row.speedup for row in rows if row.speedup is not None]
+    return (
         f"{machine(records)}, {dtypes}, {comparison.passes(records[0])}: from "
         f"{min(speedups):.2f} to {max(speedups):.2f} times the speed of the fastest baseline that "
         f"passed the accuracy check. Its name is at the bar; beside it, the memory {where}. "
         f"[All results]({BENCHMARKS_PAGE})."
     )
-    address = f"{RAW}/{in_checkout(folder / 'speedup.png')}"
-    return paragraphs(f"![Speed-up of each case over its best baseline]({address})", caption)
+
+
+def roofline_links(folder: Path) -> str:
+    """Return links to the rooflines, in one line."""
+    links = (
+        f"[{path.name.removesuffix('-roofline.png')}]({RAW}/{in_checkout(path)})"
+        for path in comparison.pictures(read(folder), folder)
+        if path.name != "speedup.png"
+    )
+    return f"Rooflines: {', '.join(links)}."
 
 
 # ---- pages ---------------------------------------------------------------------------------------
@@ -299,6 +288,7 @@ def picture_block(results: Path) -> str:
 
 def pages(results: Path) -> dict[str, dict[str, str]]:
     """Return the content of each block of each page."""
+    status = {"status": status_line(results)}
     ops = {
         "gpu": gpu_block(results),
         "cpu": cpu_block(results),
@@ -306,7 +296,9 @@ def pages(results: Path) -> dict[str, dict[str, str]]:
     }
     ops |= {f"cpu-{op}": cpu_op_block(op, results) for op in comparison.OPS if op != "models"}
     return {
-        "README.md": {"picture": picture_block(results)},
+        "README.md": status | {"picture": picture_block(results)},
+        **dict.fromkeys(("docs/index.md", "docs/platforms.md", "docs/reliability.md"), status),
+        "benchmarks/NOTES.md": {"outcome": outcome.block(results)},
         "docs/benchmarks.md": ops,
         "docs/end-to-end.md": end_to_end_tables.blocks(results / "end_to_end"),
         "docs/models.md": grocery.headlines(results / "grocery"),

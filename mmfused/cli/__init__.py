@@ -26,6 +26,7 @@ COMMANDS = (
     "convert",
     "ablate",
     "bench",
+    "tune",
     "inspect",
     "env",
 )

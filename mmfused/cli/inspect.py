@@ -168,7 +168,7 @@ def report_of(job: Job, measured: Measured) -> Report:
     kernel = job.kernel.removesuffix("_kernel")
     issue = known.issue_of(job.op, kernel, job.arch, job.case)
     redundant = "; ".join(measured.redundant)
-    faults = _faults(job, measured)
+    faults = faults_of(job, measured)
     if redundant and not issue:
         faults.append(redundant)
     return Report(
@@ -187,7 +187,7 @@ def report_of(job: Job, measured: Measured) -> Report:
     )
 
 
-def _faults(job: Job, measured: Measured) -> list[str]:
+def faults_of(job: Job, measured: Measured) -> list[str]:
     """Return a sentence for each fault of a launch but redundant warps."""
     from mmfused.kernels import tiles
 
