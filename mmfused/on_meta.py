@@ -1,0 +1,211 @@
+"""Run a training step on meta tensors as it would run on a GPU, to record its launches.
+
+A meta tensor has a shape and a dtype, and no memory. On such tensors Python code takes the same
+branches as on a GPU, up to those that ask for the device or for values. What differs is replaced
+here, while :func:`as_on_gpu` is active:
+
+* the operators of this library run their launchers, whose launches the caller records;
+* autocast, which torch applies to no meta tensor, is applied to torch's operators;
+* tensors that the step makes on a GPU are made on "meta", and tensors that it holds elsewhere are
+  replaced by meta tensors where they meet one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from . import distributed
+from .library import recording_launches
+
+_CUDA_KEY = torch._C.DispatchKey.CUDA  # type: ignore[attr-defined]
+_IMPLICIT_KEY = torch._C.DispatchKey.CompositeImplicitAutograd  # type: ignore[attr-defined]
+
+# The operators that autocast on CUDA runs in its dtype, and in float32. Backward formulas run
+# without autocast; where they meet these operators, the engine casts the gradients back.
+_IN_LOW = {
+    *("mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv", "addr", "dot", "linear"),
+    *("convolution", "prelu", "_thnn_fused_gru_cell", "_thnn_fused_lstm_cell"),
+    *("_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention"),
+    *("_scaled_dot_product_cudnn_attention", "_scaled_dot_product_fused_attention_overrideable"),
+}
+_IN_FLOAT32 = {
+    *("native_layer_norm", "native_group_norm", "_softmax", "_log_softmax", "softplus", "log"),
+    *("log10", "log1p", "log2", "exp", "expm1", "pow", "reciprocal", "rsqrt", "cosh", "sinh"),
+    *("tan", "acos", "asin", "erfinv", "sum", "prod", "cumsum", "cumprod", "norm", "renorm"),
+    *("linalg_vector_norm", "cdist", "_cdist_forward", "nll_loss_forward", "nll_loss2d_forward"),
+    *("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "soft_margin_loss", "kl_div"),
+    *("binary_cross_entropy_with_logits", "poisson_nll_loss", "multi_margin_loss"),
+}
+_COLLECTIVES = (
+    (distributed, "gather_into"),
+    (distributed, "_reduce_scatter_into"),
+    (distributed.dist, "all_reduce"),
+)
+
+
+@contextlib.contextmanager
+def as_on_gpu(arch: int) -> Iterator[None]:
+    """Run operators on meta tensors as on a GPU.
+
+    Args:
+        arch: the GPU's architecture, such as 90. Without a GPU, code that asks whether there is one
+            is told that there is one of this architecture.
+    """
+    has_gpu = torch.cuda.is_available()
+    with contextlib.ExitStack() as stack:
+        for owner, name, value in _replacements(None if has_gpu else arch):
+            stack.enter_context(mock.patch.object(owner, name, value))
+        stack.enter_context(recording_launches())
+        stack.enter_context(_callers_autocast())
+        if not has_gpu:
+            stack.enter_context(_Devices())
+        stack.enter_context(_Operators())
+        yield
+
+
+def twin_of(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return a meta tensor like ``x`` that is a leaf, and a Parameter if ``x`` is one."""
+    out = torch.empty_strided(x.shape, x.stride(), dtype=dtype or x.dtype, device="meta")
+    needs = x.requires_grad and (x.is_floating_point() or x.is_complex())
+    if isinstance(x, nn.Parameter):
+        return nn.Parameter(out, requires_grad=needs)
+    return out.requires_grad_(needs)
+
+
+class _Operators(TorchDispatchMode):
+    """Runs torch's operators on meta tensors, and those of this library with their launchers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twins: dict[int, tuple[Tensor, Tensor]] = {}  # with the original, so that it lives on
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if function.has_kernel_for_dispatch_key(_IMPLICIT_KEY):  # in inference mode
+            with self:
+                return function.decompose(*args, **kwargs)
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        device = kwargs.get("device")
+        on_gpu = device is not None and torch.device(device).type == "cuda"
+        if not on_gpu and not any(x.is_meta for x in inputs):
+            return function(*args, **kwargs)  # on the host, such as a number in the code
+        if on_gpu:
+            kwargs["device"] = torch.device("meta")
+        args, kwargs = tree_map(self._on_meta, (args, kwargs))
+        if function.namespace == "mmfused" and _is_launcher(function):
+            return function._op_dk(_CUDA_KEY, *args, **kwargs)
+        if function.namespace == "aten" and torch.is_autocast_enabled("cuda"):
+            args, kwargs = _autocast(function, args, kwargs)
+        return function(*args, **kwargs)
+
+    def _on_meta(self, x: Any) -> Any:
+        if not isinstance(x, Tensor) or x.is_meta:
+            return x
+        if x.requires_grad:
+            raise ValueError(
+                f"step: got a tensor of shape {tuple(x.shape)} that requires a gradient and is not "
+                "in a module that the step reaches, expected modules as closure variables, "
+                "globals or attributes of the step"
+            )
+        if id(x) not in self.twins:
+            self.twins[id(x)] = (x, twin_of(x))
+        return self.twins[id(x)][1]
+
+
+def _is_launcher(function: Any) -> bool:
+    """Return whether an operator of this library is Python code that launches kernels.
+
+    The operators of the router in CUDA C++ are not, and the composed ones run on any device.
+    """
+    name = function._schema.name
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")
+    return has_kernel and "_cuda_" not in name
+
+
+def _autocast(function: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Return the arguments as autocast on CUDA casts them."""
+    name = function._schema.name.removeprefix("aten::")
+    if name in _IN_LOW:
+        dtype = torch.get_autocast_dtype("cuda")
+    elif name in _IN_FLOAT32:
+        dtype = torch.float32
+    else:
+        return args, kwargs
+
+    def cast(x: Any) -> Any:
+        is_cast = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
+        return x.to(dtype) if is_cast else x
+
+    return tree_map(cast, (args, kwargs))
+
+
+class _Devices(TorchFunctionMode):
+    """On a machine without a GPU, replaces devices "cuda" in calls, before torch looks for one."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if function is Tensor.cuda:
+            return args[0].to("meta")
+        args, kwargs = tree_map(_without_cuda, (args, dict(kwargs or {})))
+        return function(*args, **kwargs)
+
+
+def _without_cuda(x: Any) -> Any:
+    is_device = isinstance(x, (str, torch.device)) and str(x).split(":")[0] == "cuda"
+    return torch.device("meta") if is_device else x
+
+
+def _callers_autocast() -> contextlib.AbstractContextManager[Any]:
+    """Return autocast on CUDA if the caller's autocast is that of a CPU."""
+    if torch.is_autocast_enabled("cuda") or not torch.is_autocast_enabled("cpu"):
+        return contextlib.nullcontext()
+    return torch.autocast("cuda", torch.get_autocast_dtype("cpu"))
+
+
+def _replacements(arch: int | None) -> Iterator[tuple[Any, str, Any]]:
+    """Yield what is replaced: an object, the name of its attribute, and the new value.
+
+    Args:
+        arch: on a machine without a GPU, the architecture of the one to pretend.
+    """
+    if distributed.in_group():
+        world = distributed.dist.get_world_size()
+        yield distributed, "_exchange", lambda *_, sizes, **__: [sizes] * world
+        for owner, name in _COLLECTIVES:  # of tensors without values; all write in place
+            yield owner, name, lambda *_, **__: None
+    for name in ("is_autocast_enabled", "get_autocast_dtype"):
+        yield torch, name, _for_meta(getattr(torch, name))
+    autocast = torch.amp.autocast_mode.autocast
+    yield autocast, "__init__", _for_meta(autocast.__init__, place=1)
+    if arch is None:
+        return
+    yield torch.cuda, "is_available", lambda: True
+    yield torch.cuda, "current_device", lambda: 0
+    yield torch.cuda, "is_bf16_supported", lambda *_, **__: True
+    yield torch.cuda, "get_device_capability", lambda *_, **__: divmod(arch, 10)
+    yield torch.cuda, "synchronize", lambda *_, **__: None
+
+
+def _for_meta(original: Callable[..., Any], place: int = 0) -> Callable[..., Any]:
+    """Return a function of a device type, at ``place``, for which "meta" means "cuda"."""
+
+    def function(*args: Any, **kwargs: Any) -> Any:
+        if args[place:] and args[place] == "meta":
+            args = (*args[:place], "cuda", *args[place + 1 :])
+        if kwargs.get("device_type") == "meta":
+            kwargs["device_type"] = "cuda"
+        return original(*args, **kwargs)
+
+    return function
