@@ -7,7 +7,9 @@ here, while :func:`as_on_gpu` is active:
 * the operators of this library run their launchers, whose launches the caller records;
 * autocast, which torch applies to no meta tensor, is applied to torch's operators;
 * tensors that the step makes on a GPU are made on "meta", and tensors that it holds elsewhere are
-  replaced by meta tensors where they meet one.
+  replaced by meta tensors where they meet one;
+* values that the step was given, such as masks and lengths, and what follows from them alone, are
+  known on the host, so that code that reads them takes the right branch.
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ _IN_FLOAT32 = {
     *("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "soft_margin_loss", "kl_div"),
     *("binary_cross_entropy_with_logits", "poisson_nll_loss", "multi_margin_loss"),
 }
+_FROM_VALUES = (torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_tensor)
 _COLLECTIVES = (
     (distributed, "gather_into"),
     (distributed, "_reduce_scatter_into"),
@@ -66,9 +69,9 @@ def as_on_gpu(arch: int) -> Iterator[None]:
             stack.enter_context(mock.patch.object(owner, name, value))
         stack.enter_context(recording_launches())
         stack.enter_context(_callers_autocast())
-        if not has_gpu:
-            stack.enter_context(_Devices())
+        stack.enter_context(_Functions())
         stack.enter_context(_Operators())
+        stack.callback(_VALUES.clear)
         yield
 
 
@@ -79,6 +82,12 @@ def twin_of(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     if isinstance(x, nn.Parameter):
         return nn.Parameter(out, requires_grad=needs)
     return out.requires_grad_(needs)
+
+
+def known_twin_of(x: Tensor) -> Tensor:
+    """Return :func:`twin_of` a tensor, whose values code may read if it holds no floats."""
+    is_float = x.is_floating_point() or x.is_complex()
+    return twin_of(x) if is_float or x.is_meta else _keep(x.detach().cpu().clone())
 
 
 class _Operators(TorchDispatchMode):
@@ -97,7 +106,7 @@ class _Operators(TorchDispatchMode):
                 return function.decompose(*args, **kwargs)
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         device = kwargs.get("device")
-        on_gpu = device is not None and torch.device(device).type == "cuda"
+        on_gpu = device is not None and torch.device(device).type in ("cuda", "meta")
         if not on_gpu and not any(x.is_meta for x in inputs):
             return function(*args, **kwargs)  # on the host, such as a number in the code
         if on_gpu:
@@ -105,8 +114,12 @@ class _Operators(TorchDispatchMode):
         args, kwargs = tree_map(self._on_meta, (args, kwargs))
         if function.namespace == "mmfused" and _is_launcher(function):
             return function._op_dk(_CUDA_KEY, *args, **kwargs)
-        if function.namespace == "aten" and torch.is_autocast_enabled("cuda"):
-            args, kwargs = _autocast(function, args, kwargs)
+        if function.namespace == "aten":
+            values = _values_of(function, args, kwargs)
+            if values is not None:
+                return values
+            if torch.is_autocast_enabled("cuda"):
+                args, kwargs = _autocast(function, args, kwargs)
         return function(*args, **kwargs)
 
     def _on_meta(self, x: Any) -> Any:
@@ -119,8 +132,59 @@ class _Operators(TorchDispatchMode):
                 "globals or attributes of the step"
             )
         if id(x) not in self.twins:
-            self.twins[id(x)] = (x, twin_of(x))
+            self.twins[id(x)] = (x, known_twin_of(x))
         return self.twins[id(x)][1]
+
+
+# ---- known values --------------------------------------------------------------------------------
+
+_KNOWN = 1 << 22  # the most elements of a tensor whose values are known
+# By the storage of the meta tensor: the storage, so that it lives on, and the values.
+_VALUES: dict[int, tuple[Any, Tensor]] = {}
+
+
+def _values_of(function: Any, args: Any, kwargs: Any) -> Any:
+    """Return what an operator returns if all values in its inputs are known, or None.
+
+    Without inputs, integers such as those of ``arange`` are known, but no random ones.
+    """
+    inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    held = [_VALUES.get(x.untyped_storage()._cdata) for x in inputs]
+    is_mutable, name = function._schema.is_mutable, function._schema.name
+    if None in held or torch.Tag.nondeterministic_seeded in function.tags or "empty" in name:
+        if is_mutable:  # the values are not known any more
+            for x in inputs[:1]:
+                _VALUES.pop(x.untyped_storage()._cdata, None)
+        return None
+    if not inputs:
+        made = function(*args, **kwargs)
+        if made.is_floating_point() or made.numel() > _KNOWN:
+            return made
+
+    def known(x: Any) -> Any:
+        return _VALUES[x.untyped_storage()._cdata][1] if isinstance(x, Tensor) else x
+
+    known_args, known_kwargs = tree_map(known, (args, kwargs))
+    device = known_kwargs.get("device")
+    if device is not None:
+        known_kwargs["device"] = torch.device("cpu")
+    out = function(*known_args, **known_kwargs)
+    if device is not None and torch.device(device).type == "cpu":
+        return out
+    if is_mutable:  # the meta tensor is the result too
+        return function(*args, **kwargs)
+    return tree_map(lambda x: _keep(x) if isinstance(x, Tensor) else x, out)
+
+
+def _keep(values: Tensor) -> Tensor:
+    """Return a meta tensor whose values are known."""
+    twin = twin_of(values)
+    if values.numel() <= _KNOWN:
+        _VALUES[twin.untyped_storage()._cdata] = (twin.untyped_storage(), values)
+    return twin
+
+
+# ---- replacements --------------------------------------------------------------------------------
 
 
 def _is_launcher(function: Any) -> bool:
@@ -150,8 +214,8 @@ def _autocast(function: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
     return tree_map(cast, (args, kwargs))
 
 
-class _Devices(TorchFunctionMode):
-    """On a machine without a GPU, replaces devices "cuda" in calls, before torch looks for one."""
+class _Functions(TorchFunctionMode):
+    """Replaces devices "cuda" in calls, before torch looks for a GPU, and keeps given values."""
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -159,6 +223,17 @@ class _Devices(TorchFunctionMode):
         if function is Tensor.cuda:
             return args[0].to("meta")
         args, kwargs = tree_map(_without_cuda, (args, dict(kwargs or {})))
+        if function in _FROM_VALUES:  # on "meta", torch would drop the values
+            device = kwargs.pop("device", None)
+            return (
+                function(*args, **kwargs)
+                if device is None
+                else function(*args, **kwargs).to(device)
+            )
+        if function is Tensor.new_tensor and args[0].is_meta:
+            kwargs = {"dtype": args[0].dtype, "device": "meta", **kwargs}
+            device, grad = kwargs.pop("device"), kwargs.pop("requires_grad", False)
+            return torch.tensor(*args[1:], **kwargs).to(device).requires_grad_(grad)
         return function(*args, **kwargs)
 
 

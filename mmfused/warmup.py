@@ -17,7 +17,7 @@ from .kernels import jobs
 from .kernels.jobs import Job, Outcome
 from .library import HAS_TRITON, current_router
 from .node import all_ranks, cores, own_part
-from .on_meta import as_on_gpu, twin_of
+from .on_meta import as_on_gpu, known_twin_of
 from .steps import Batch
 
 NO_BACKWARD = (
@@ -259,7 +259,7 @@ class _Call:
         """Run the step on meta tensors, and return why that is impossible, or an empty string."""
         if any(map(steps.is_sharded, self.modules)):
             return "a model under FSDP cannot be recorded; pass it before it is wrapped"
-        steps.replace_tensors(self.modules, twin_of)
+        steps.replace_tensors(self.modules, known_twin_of)
         eager = torch.compiler.set_stance("force_eager")
         try:
             arguments = steps.arguments_of(batch, self._on_meta)
@@ -272,9 +272,12 @@ class _Call:
 
     def _on_meta(self, shape: Any, dtype: torch.dtype | None) -> Tensor:
         if isinstance(shape, Tensor):
-            return twin_of(shape)
-        x = torch.empty(shape, dtype=dtype or self.dtype, device="meta")
-        return x.requires_grad_(self.input_gradients and x.is_floating_point())
+            return known_twin_of(shape)
+        dtype = dtype or self.dtype
+        if not dtype.is_floating_point:
+            return known_twin_of(torch.zeros(shape, dtype=dtype))
+        x = torch.empty(shape, dtype=dtype, device="meta")
+        return x.requires_grad_(self.input_gradients)
 
     # ---- running ---------------------------------------------------------------------------------
 
