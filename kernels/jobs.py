@@ -50,6 +50,7 @@ class Job:
     constexprs: dict[tuple[int, ...], Any]
     attributes: dict[tuple[int, ...], list[list[Any]]]
     options: dict[str, Any]
+    source: str | None = None  # hash of the kernel's source in the process that launches it
 
     @property
     def constants(self) -> dict[str, Any]:
@@ -97,9 +98,10 @@ def job_of(
 
 
 def as_launched(job: Job) -> Job:
-    """Return the job with the options that Triton adds to those of a launch.
+    """Return the job with what else is in the key under which Triton caches a launch.
 
-    They are part of the key in Triton's cache. They come from Triton's environment variables.
+    These are options from Triton's environment variables, and the hash of the source. In Triton 3.6
+    that hash depends on which kernels were hashed before, so call this in the order of launches.
     """
     from triton import knobs
 
@@ -107,7 +109,9 @@ def as_launched(job: Job) -> Job:
         "debug": job.options.get("debug") or knobs.runtime.debug,
         "instrumentation_mode": knobs.compilation.instrumentation_mode,
     }
-    return replace(job, options=job.options | added)
+    kernel = getattr(importlib.import_module(job.module), job.kernel)
+    source = getattr(kernel, "cache_key", None)  # the interpreter's function has none
+    return replace(job, options=job.options | added, source=source)
 
 
 def compiled(job: Job) -> Any:
@@ -125,6 +129,8 @@ def _source(job: Job) -> tuple[Any, Any]:
     from triton.experimental.gluon._runtime import GluonASTSource
 
     kernel = getattr(importlib.import_module(job.module), job.kernel)
+    if job.source is not None and kernel.cache_key != job.source:
+        kernel.hash = job.source
     make = GluonASTSource if kernel.is_gluon() else ASTSource
     source = make(kernel, job.signature, job.constexprs, job.attributes)
     return source, GPUTarget("cuda", int(job.arch.removeprefix("sm_")), 32)

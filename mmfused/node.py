@@ -37,13 +37,14 @@ def all_ranks(work: Callable[[], _T]) -> list[_T]:
     return [result for _, result in everyone]
 
 
-def own_part(keys: set[str]) -> set[str]:
-    """Return the keys that this rank is to work on, of those of all ranks of its node.
+def own_part(keys_of: Callable[[], set[str]]) -> set[str]:
+    """Return the keys that this rank is to work on, of those that ``keys_of`` returns on its node.
 
     Each key goes to one of the ranks of the node that have it.
     """
     host = socket.gethostname()
-    held = [theirs if name == host else set() for name, theirs in all_ranks(lambda: (host, keys))]
+    everyone = all_ranks(lambda: (host, keys_of()))
+    held = [theirs if name == host else set() for name, theirs in everyone]
     rank = dist.get_rank() if in_group() else 0
     own = set()
     for number, key in enumerate(sorted(set().union(*held))):

@@ -258,8 +258,9 @@ def run(
             leaves = _leaves(modules, batch)
             torch.autograd.grad(outputs, leaves, upstream, allow_unused=True)
     for module in modules:
-        if hasattr(module, "reshard"):  # without a backward pass, FSDP2 leaves the root gathered
-            module.reshard()
+        reshard = getattr(module, "reshard", None)
+        if callable(reshard):  # without a backward pass, FSDP2 leaves the root gathered
+            reshard()
     return not backward or bool(outputs)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from . import extension, steps
 from .kernels import jobs
 from .kernels.jobs import Job, Outcome
-from .library import HAS_TRITON, current_router
+from .library import HAS_TRITON, INTERPRETED, current_router
 from .node import all_ranks, cores, own_part
 from .on_meta import as_on_gpu, known_twin_of
 from .steps import Batch
@@ -33,7 +33,7 @@ class WarmedKernel:
 
     op: str
     name: str
-    outcome: Outcome | None  # None: workers=0, or another process of the node compiled it
+    outcome: Outcome | None  # None: workers=0, or another rank could not compile it
     limit: int  # bytes of shared memory that a block may use
 
     @property
@@ -69,6 +69,14 @@ class WarmupReport:
         ran: whether the step also ran on the GPU.
         late: kernels that were compiled only while the step ran, because the recording missed them.
         notes: what could not be done, and why; a sentence each.
+
+    Examples:
+        >>> import mmfused
+        >>> loss = mmfused.MaskedInfoNCE()
+        >>> rows = [((64, 32), (64, 32)), ((100, 32), (100, 32))]  # two batches
+        >>> report = mmfused.warmup(loss, rows, input_gradients=True, arch="sm_80", workers=0)
+        >>> len(report.kernels) > 5, report.compiled, report.ran, report.faults
+        (True, 0, False, [])
     """
 
     arch: str
@@ -132,7 +140,9 @@ def warmup(
             closure variables, globals, or as attributes of the object it is bound to. It runs
             without the wrappers of DistributedDataParallel and, while recording, of torch.compile.
             The backward pass starts at the ``loss`` of what it returns, or without one at all
-            tensors in it that need a gradient. It must not run an optimizer.
+            tensors in it that need a gradient. It must not run an optimizer. Code that reads values
+            of tensors, such as ``mask.all()``, gets those of the tensors in ``shapes``, and of what
+            follows from them alone.
         shapes: a batch, or a list of batches. A batch is a tuple of positional arguments or a dict
             of keyword arguments, where
 
@@ -186,7 +196,7 @@ def warmup(
     if workers == 0:
         report.notes.append("workers=0: nothing was compiled")
     outcomes = {} if workers == 0 else _outcomes_of(found, workers)
-    report.kernels = [_warmed(job, outcomes.get(key)) for key, job in sorted(found.items())]
+    report.kernels = [_warmed(job, outcomes.get(key)) for key, job in found.items()]
     if call.runs:
         call.rehearse(report)
     report.seconds = time.perf_counter() - start
@@ -210,6 +220,10 @@ class _Call:
             raise TypeError(f"model: got a {type(model).__name__}, expected a module or a function")
         if workers is not None and (not isinstance(workers, int) or workers < 0):
             raise ValueError(f"workers: got {workers!r}, expected an int of 0 or more, or None")
+        if INTERPRETED and workers != 0:
+            raise ValueError(
+                "TRITON_INTERPRET: got '1', expected it unset, because it disables compilation"
+            )
         self.batches: list[Batch] = steps.batches_of(shapes)
         self.arch: str = _arch_of(arch)
         self.runs: bool = self.arch == _gpu_arch() and workers != 0
@@ -259,11 +273,10 @@ class _Call:
         """Run the step on meta tensors, and return why that is impossible, or an empty string."""
         if any(map(steps.is_sharded, self.modules)):
             return "a model under FSDP cannot be recorded; pass it before it is wrapped"
+        arguments = steps.arguments_of(batch, self._on_meta)
         steps.replace_tensors(self.modules, known_twin_of)
-        eager = torch.compiler.set_stance("force_eager")
         try:
-            arguments = steps.arguments_of(batch, self._on_meta)
-            with as_on_gpu(self.number), eager:
+            with as_on_gpu(self.number), torch.compiler.set_stance("force_eager"):
                 ran = steps.run(self.step, arguments, self.modules, self.backward)
         except Exception as error:  # of any code of the model
             line = next(iter(str(error).strip().splitlines()), "")
@@ -351,17 +364,23 @@ def _dtype_of(modules: list[nn.Module]) -> torch.dtype:
 
 
 def _outcomes_of(found: dict[str, Job], workers: int | None) -> dict[str, Outcome]:
-    """Compile what is not in Triton's cache, and return the outcomes, but not of other ranks'."""
+    """Compile what is not in Triton's cache, and return the outcomes.
+
+    Kernels that another rank of the node failed to compile have none.
+    """
     outcomes: dict[str, Outcome] = {}
 
-    def compile_own() -> None:
-        here = {key for key, job in found.items() if jobs.is_cached(job)}
-        outcomes.update((key, jobs.outcome_of(found[key])) for key in here)
+    def read_cache() -> set[str]:
+        """Note the outcomes of what is in the cache, and return the rest."""
+        for key in set(found) - set(outcomes):
+            if jobs.is_cached(found[key]):
+                outcomes[key] = jobs.outcome_of(found[key])
+        return set(found) - set(outcomes)
 
-        own = own_part(set(found) - here)
-        outcomes.update(jobs.outcomes_of({key: found[key] for key in own}, workers or cores()))
-
-    all_ranks(compile_own)
+    own = own_part(read_cache)
+    part = {key: job for key, job in found.items() if key in own}
+    all_ranks(lambda: outcomes.update(jobs.outcomes_of(part, workers or cores())))
+    read_cache()
     return outcomes
 
 
