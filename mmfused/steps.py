@@ -163,8 +163,13 @@ def _reached_by(function: Any) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def kept(modules: list[nn.Module]) -> Iterator[None]:
-    """Restore the modules, their buffers' values, the gradients and the random generators."""
+def kept(modules: list[nn.Module], with_values: bool) -> Iterator[None]:
+    """Restore the modules, the gradients and the random generators.
+
+    Args:
+        modules: the modules, with their attributes, and the dicts, lists and sets among these.
+        with_values: whether to restore the values of the buffers too, of which this makes copies.
+    """
     attributes = [(module, dict(vars(module))) for module in modules]
     containers = [
         (value, value.copy())
@@ -172,7 +177,7 @@ def kept(modules: list[nn.Module]) -> Iterator[None]:
         for value in saved.values()
         if isinstance(value, (dict, list, set))
     ]
-    buffers = {id(x): x for m in modules for x in m.buffers(recurse=False)}
+    buffers = {id(x): x for m in modules for x in m.buffers(recurse=False) if with_values}
     values = [(x, x.detach().clone()) for x in buffers.values()]
     grads = [(p, p.grad) for m in modules for p in m.parameters(recurse=False)]
     for parameter, _ in grads:

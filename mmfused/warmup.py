@@ -266,7 +266,10 @@ class _Call:
         units = dict(tiles.MULTIPROCESSORS)
         if self.arch == _gpu_arch():
             units[self.number] = torch.cuda.get_device_properties().multi_processor_count
-        with mock.patch.object(tiles, "MULTIPROCESSORS", units), steps.kept(self.modules):
+        with (
+            mock.patch.object(tiles, "MULTIPROCESSORS", units),
+            steps.kept(self.modules, with_values=False),
+        ):
             yield
 
     def _record_batch(self, batch: Batch) -> str:
@@ -329,7 +332,7 @@ class _Call:
             needs = shape.requires_grad if given else self.input_gradients
             return x.requires_grad_(needs and dtype.is_floating_point)
 
-        with steps.kept(self.modules):
+        with steps.kept(self.modules, with_values=True):
             arguments = steps.arguments_of(batch, on_device)
             steps.run(self.step, arguments, self.modules, self.backward)
 

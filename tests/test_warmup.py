@@ -9,9 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from triton import knobs
 
 import mmfused
-from mmfused import models, on_meta, steps
+from mmfused import library, models, on_meta, steps
 from mmfused.kernels import jobs, tiles
 from mmfused.kernels.recording import launches_for
 from mmfused.warmup import Outcome, WarmedKernel, WarmupReport, _Call
@@ -263,6 +264,32 @@ def test_running_uses_the_given_values_and_dense_gradients():
     call = call_of(step, shapes, input_gradients=True)
     call.run_once(call.batches[0], CPU)
     assert seen == [(torch.float32, True, [5], [0, 0], (2,)), ((4, 1), True)]
+
+
+def test_on_a_gpu_the_step_runs_and_late_kernels_are_counted(monkeypatch):
+    done, hits = [], [True, False, False]
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("synchronize"))
+    monkeypatch.setattr(warmup_module.extension, "load", lambda: done.append("load"))
+    listener = knobs.compilation.listener
+    call, report = call_of(nn.Linear(4, 4), [((6, 4),)] * 3), WarmupReport("sm_90")
+
+    def run_once(batch, device):
+        done.append((batch.args, str(device)))
+        knobs.compilation.listener(src=None, cache_hit=hits.pop())
+
+    monkeypatch.setattr(call, "run_once", run_once)
+    with library.router("cuda"):
+        call.rehearse(report)
+    assert done == ["load", *[(((6, 4),), "cuda:1")] * 3, "synchronize"]
+    assert report.ran and report.late == 2 and knobs.compilation.listener is listener
+
+
+def test_a_step_that_cannot_be_recorded_still_runs_on_a_gpu(monkeypatch):
+    call, report = call_of(lambda x: x * float(x.sum()), ((6, 4),)), WarmupReport("sm_90")
+    call.runs = True
+    assert call.record(report) == {}
+    assert "batch 0: the step cannot run on meta tensors: RuntimeError" in report.notes[0]
 
 
 def test_a_module_under_fsdp_is_not_recorded_and_its_gradients_are_not_kept():
