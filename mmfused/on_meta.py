@@ -87,7 +87,9 @@ def twin_of(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 def known_twin_of(x: Tensor) -> Tensor:
     """Return :func:`twin_of` a tensor, whose values code may read if it holds no floats."""
     is_float = x.is_floating_point() or x.is_complex()
-    return twin_of(x) if is_float or x.is_meta else _keep(x.detach().cpu().clone())
+    if is_float or x.is_meta or x.numel() > _KNOWN:
+        return twin_of(x)
+    return _keep(x.detach().cpu().clone())
 
 
 class _Operators(TorchDispatchMode):
@@ -149,17 +151,15 @@ def _values_of(function: Any, args: Any, kwargs: Any) -> Any:
     Without inputs, integers such as those of ``arange`` are known, but no random ones.
     """
     inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-    held = [_VALUES.get(x.untyped_storage()._cdata) for x in inputs]
-    is_mutable, name = function._schema.is_mutable, function._schema.name
-    if None in held or torch.Tag.nondeterministic_seeded in function.tags or "empty" in name:
-        if is_mutable:  # the values are not known any more
-            for x in inputs[:1]:
-                _VALUES.pop(x.untyped_storage()._cdata, None)
+    are_known = all(x.untyped_storage()._cdata in _VALUES for x in inputs)
+    is_random = torch.Tag.nondeterministic_seeded in function.tags
+    if not are_known or is_random or "empty" in function._schema.name:
+        _forget_written(function, args, kwargs)
         return None
-    if not inputs:
-        made = function(*args, **kwargs)
-        if made.is_floating_point() or made.numel() > _KNOWN:
-            return made
+    if not function._schema.is_mutable:
+        too_large = _without_values(function, args, kwargs, may_be_float=bool(inputs))
+        if too_large is not None:
+            return too_large
 
     def known(x: Any) -> Any:
         return _VALUES[x.untyped_storage()._cdata][1] if isinstance(x, Tensor) else x
@@ -171,16 +171,48 @@ def _values_of(function: Any, args: Any, kwargs: Any) -> Any:
     out = function(*known_args, **known_kwargs)
     if device is not None and torch.device(device).type == "cpu":
         return out
-    if is_mutable:  # the meta tensor is the result too
+    if function._schema.is_mutable:  # the meta tensor is the result too
         return function(*args, **kwargs)
     return tree_map(lambda x: _keep(x) if isinstance(x, Tensor) else x, out)
+
+
+def _without_values(function: Any, args: Any, kwargs: Any, may_be_float: bool) -> Any:
+    """Return meta tensors without values if values would take much memory, else None."""
+    try:
+        made = function(*args, **kwargs)
+    except (RuntimeError, NotImplementedError):  # the shape depends on the values
+        return None
+    tensors = [x for x in tree_leaves(made) if isinstance(x, Tensor)]
+    if all(x.numel() <= _KNOWN and (may_be_float or not x.is_floating_point()) for x in tensors):
+        return None
+    # A view would share the storage, and so the values, of its base.
+    return tree_map(lambda x: twin_of(x) if isinstance(x, Tensor) else x, made)
+
+
+def _forget_written(function: Any, args: Any, kwargs: Any) -> None:
+    """Forget the values of the tensors that an operator writes, and of views of these."""
+    for place, argument in enumerate(function._schema.arguments):
+        x = args[place] if place < len(args) else kwargs.get(argument.name)
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            for written in tree_leaves(x):
+                if isinstance(written, Tensor):
+                    _forget(written)
+
+
+def _forget(x: Tensor) -> None:
+    held = _VALUES.get(x.untyped_storage()._cdata)
+    if held is None:
+        return
+    memory = held[1].untyped_storage()._cdata
+    for key, (_, values) in list(_VALUES.items()):
+        if values.untyped_storage()._cdata == memory:
+            del _VALUES[key]
 
 
 def _keep(values: Tensor) -> Tensor:
     """Return a meta tensor whose values are known."""
     twin = twin_of(values)
-    if values.numel() <= _KNOWN:
-        _VALUES[twin.untyped_storage()._cdata] = (twin.untyped_storage(), values)
+    _VALUES[twin.untyped_storage()._cdata] = (twin.untyped_storage(), values)
     return twin
 
 

@@ -162,6 +162,19 @@ def _reached_by(function: Any) -> Iterator[Any]:
         yield value
 
 
+def dtype_of(modules: list[nn.Module]) -> torch.dtype:
+    """Return the dtype of the first floating parameter."""
+    parameters = (p for module in modules for p in module.parameters(recurse=False))
+    dtypes = (p.dtype for p in parameters if p.is_floating_point())
+    return next(dtypes, torch.get_default_dtype())
+
+
+def device_of(modules: list[nn.Module]) -> torch.device:
+    """Return the device of the first parameter, or the current GPU."""
+    devices = (p.device for module in modules for p in module.parameters(recurse=False))
+    return next(devices, None) or torch.device("cuda", torch.cuda.current_device())
+
+
 @contextlib.contextmanager
 def kept(modules: list[nn.Module], with_values: bool) -> Iterator[None]:
     """Restore the modules, the gradients and the random generators.

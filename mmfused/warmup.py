@@ -230,7 +230,7 @@ class _Call:
         self.workers: int | None = workers
         self.step: Any = steps.unwrapped(model)
         self.modules: list[nn.Module] = steps.modules_of(model)
-        self.dtype: torch.dtype = dtype or _dtype_of(self.modules)
+        self.dtype: torch.dtype = dtype or steps.dtype_of(self.modules)
         self.backward, self.input_gradients = backward, input_gradients
 
     @property
@@ -253,7 +253,10 @@ class _Call:
             if note:
                 report.notes.append(f"batch {number}: {note}")
             for launch in launches:
-                op = launch.kernel.fn.__module__.split("kernels.")[-1].split(".")[0]
+                _, ours, name = launch.kernel.fn.__module__.partition("mmfused.kernels.")
+                if not ours:  # of another library, whose options may not be in the job
+                    continue
+                op = name.split(".")[0]
                 job = jobs.as_launched(jobs.job_of(op, "", self.arch, launch))
                 found[repr(job)] = job
         return found
@@ -301,6 +304,10 @@ class _Call:
         """Run the step once for each batch, and count what is still compiled."""
         from triton import knobs
 
+        device = steps.device_of(self.modules)
+        if device.type != "cuda":
+            report.notes.append(f"the model is on {device}, so the step did not run on the GPU")
+            return
         if current_router() == "cuda":
             extension.load()
         before = knobs.compilation.listener
@@ -313,7 +320,7 @@ class _Call:
         knobs.compilation.listener = count
         try:
             for batch in self.batches:
-                self.run_once(batch, torch.device("cuda", torch.cuda.current_device()))
+                self.run_once(batch, device)
         finally:
             knobs.compilation.listener = before
         torch.cuda.synchronize()
@@ -357,13 +364,6 @@ def _arch_of(arch: str | None) -> str:
         got = "None on a machine without a GPU" if arch is None else repr(arch)
         raise ValueError(f"arch: got {got}, expected one of {', '.join(known)}")
     return arch
-
-
-def _dtype_of(modules: list[nn.Module]) -> torch.dtype:
-    """Return the dtype of the first floating parameter."""
-    parameters = (p for module in modules for p in module.parameters(recurse=False))
-    dtypes = (p.dtype for p in parameters if p.is_floating_point())
-    return next(dtypes, torch.get_default_dtype())
 
 
 def _outcomes_of(found: dict[str, Job], workers: int | None) -> dict[str, Outcome]:

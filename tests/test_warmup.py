@@ -4,10 +4,13 @@ import contextlib
 import functools
 import importlib
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import nn
 from triton import knobs
 
@@ -181,6 +184,19 @@ def test_code_that_reads_given_values_is_recorded_with_them():
         mmfused.warmup(lambda x: x * float(x.sum()), ((2, 9, 4),), **DRY)
 
 
+def test_values_that_are_overwritten_or_too_many_are_not_known():
+    def overwritten(x, flags):
+        flags[:1].copy_(x.sum() > 0)
+        return bool(flags.all())
+
+    def many(x, flags):
+        return bool(flags.expand(on_meta._KNOWN, 2).all())
+
+    for step in (overwritten, many):
+        with pytest.raises(RuntimeError, match="item\\(\\) cannot be called on meta tensors"):
+            mmfused.warmup(step, ((2, 4), torch.tensor([True, True])), **DRY)
+
+
 def test_a_step_may_make_tensors_on_a_gpu_that_is_not_there():
     def step(x):
         made = torch.zeros(4, device="cuda") + torch.arange(4, device="cuda").to("cuda:0")
@@ -206,6 +222,33 @@ def test_torch_compile_and_fuse_are_seen_through():
     mmfused.fuse(model)
     for each in (model, torch.compile(model), nn.DataParallel(model)):
         assert mmfused.warmup(each, ((8, 50, 32),), **DRY).kernels
+
+
+@triton.jit
+def kernel_of_a_user(x_ptr):
+    tl.store(x_ptr, 1.0)
+
+
+def test_kernels_of_others_are_left_to_them():
+    pool = mmfused.QueryPooling(32, num_queries=4)
+
+    def step(x):
+        kernel_of_a_user[(1,)](x)
+        return pool(x)
+
+    both, alone = (mmfused.warmup(each, ((8, 50, 32),), **DRY) for each in (step, pool))
+    assert [kernel.name for kernel in both.kernels] == [kernel.name for kernel in alone.kernels]
+
+
+def test_plans_are_chosen_for_the_multiprocessors_of_this_gpu(monkeypatch):
+    card = SimpleNamespace(multi_processor_count=7)
+    monkeypatch.setattr(warmup_module, "_gpu_arch", lambda: "sm_90")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: card)
+    call = call_of(nn.Linear(4, 4), ((6, 4),))
+    assert call.runs is False  # workers=0
+    with call._replaced():
+        assert tiles.MULTIPROCESSORS[90] == 7
+    assert tiles.MULTIPROCESSORS[90] == 132
 
 
 # ---- what stays as it was ------------------------------------------------------------------------
@@ -272,7 +315,7 @@ def test_on_a_gpu_the_step_runs_and_late_kernels_are_counted(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("synchronize"))
     monkeypatch.setattr(warmup_module.extension, "load", lambda: done.append("load"))
     listener = knobs.compilation.listener
-    call, report = call_of(nn.Linear(4, 4), [((6, 4),)] * 3), WarmupReport("sm_90")
+    call, report = call_of(F.relu, [((6, 4),)] * 3), WarmupReport("sm_90")
 
     def run_once(batch, device):
         done.append((batch.args, str(device)))
@@ -283,6 +326,13 @@ def test_on_a_gpu_the_step_runs_and_late_kernels_are_counted(monkeypatch):
         call.rehearse(report)
     assert done == ["load", *[(((6, 4),), "cuda:1")] * 3, "synchronize"]
     assert report.ran and report.late == 2 and knobs.compilation.listener is listener
+
+
+def test_a_model_on_the_host_does_not_run_on_a_gpu():
+    call, report = call_of(nn.Linear(4, 4), ((6, 4),)), WarmupReport("sm_90")
+    call.rehearse(report)
+    assert report.notes == ["the model is on cpu, so the step did not run on the GPU"]
+    assert not report.ran
 
 
 def test_a_step_that_cannot_be_recorded_still_runs_on_a_gpu(monkeypatch):
@@ -403,6 +453,13 @@ def test_the_report_shows_faults_and_counts():
     text = str(report)
     assert "6 kernels, 3 compiled, 1 in the cache" in text and "2 compiled while the step" in text
     assert all(f"<- {fault.removeprefix('op.name: ')}" in text for fault in report.faults)
+
+
+def test_a_job_has_the_options_that_a_launch_gets_from_the_environment(monkeypatch):
+    (job, *_) = call_of(pooling(), ((8, 50, 32),)).record(WarmupReport("sm_90")).values()
+    assert job.options["debug"] is False and job.options["instrumentation_mode"] == ""
+    monkeypatch.setattr(knobs.runtime, "debug", True)
+    assert jobs.as_launched(job).options["debug"] is True
 
 
 def test_an_error_of_the_compiler_is_an_outcome(monkeypatch):
