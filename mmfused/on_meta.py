@@ -20,13 +20,14 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from . import distributed
-from .library import recording_launches
+from .library import autocast_dtype, recording_launches
 
 _CUDA_KEY = torch._C.DispatchKey.CUDA  # type: ignore[attr-defined]
 _IMPLICIT_KEY = torch._C.DispatchKey.CompositeImplicitAutograd  # type: ignore[attr-defined]
@@ -46,6 +47,11 @@ _IN_FLOAT32 = {
     *("linalg_vector_norm", "cdist", "_cdist_forward", "nll_loss_forward", "nll_loss2d_forward"),
     *("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "soft_margin_loss", "kl_div"),
     *("binary_cross_entropy_with_logits", "poisson_nll_loss", "multi_margin_loss"),
+}
+# Those that compare the dtypes of their arguments before any operator runs.
+_FUNCTIONS_IN_LOW = {
+    *(torch.conv1d, torch.conv2d, torch.conv3d, F.scaled_dot_product_attention, F.bilinear),
+    *(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d, F.linear),
 }
 _FROM_VALUES = (torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_tensor)
 _COLLECTIVES = (
@@ -69,8 +75,8 @@ def as_on_gpu(arch: int) -> Iterator[None]:
             stack.enter_context(mock.patch.object(owner, name, value))
         stack.enter_context(recording_launches())
         stack.enter_context(_callers_autocast())
-        stack.enter_context(_Functions())
-        stack.enter_context(_Operators())
+        functions = stack.enter_context(_Functions())
+        stack.enter_context(_Operators(functions))
         stack.callback(_VALUES.clear)
         yield
 
@@ -95,8 +101,9 @@ def known_twin_of(x: Tensor) -> Tensor:
 class _Operators(TorchDispatchMode):
     """Runs torch's operators on meta tensors, and those of this library with their launchers."""
 
-    def __init__(self) -> None:
+    def __init__(self, functions: _Functions) -> None:
         super().__init__()
+        self.functions = functions
         self.twins: dict[int, tuple[Tensor, Tensor]] = {}  # with the original, so that it lives on
 
     def __torch_dispatch__(
@@ -120,8 +127,8 @@ class _Operators(TorchDispatchMode):
             values = _values_of(function, args, kwargs)
             if values is not None:
                 return values
-            if torch.is_autocast_enabled("cuda"):
-                args, kwargs = _autocast(function, args, kwargs)
+            if self.functions.autocast is not None:
+                args, kwargs = _autocast(function, args, kwargs, self.functions.autocast)
         return function(*args, **kwargs)
 
     def _on_meta(self, x: Any) -> Any:
@@ -229,15 +236,16 @@ def _is_launcher(function: Any) -> bool:
     return has_kernel and "_cuda_" not in name
 
 
-def _autocast(function: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
-    """Return the arguments as autocast on CUDA casts them."""
+def _autocast(function: Any, args: Any, kwargs: Any, low: torch.dtype) -> tuple[Any, Any]:
+    """Return the arguments as autocast on CUDA with the dtype ``low`` casts them."""
     name = function._schema.name.removeprefix("aten::")
     if name in _IN_LOW:
-        dtype = torch.get_autocast_dtype("cuda")
-    elif name in _IN_FLOAT32:
-        dtype = torch.float32
-    else:
-        return args, kwargs
+        return _cast(low, args, kwargs)
+    return _cast(torch.float32, args, kwargs) if name in _IN_FLOAT32 else (args, kwargs)
+
+
+def _cast(dtype: torch.dtype, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Return the arguments with floating tensors in ``dtype``, except in float64."""
 
     def cast(x: Any) -> Any:
         is_cast = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
@@ -247,26 +255,41 @@ def _autocast(function: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
 
 
 class _Functions(TorchFunctionMode):
-    """Replaces devices "cuda" in calls, before torch looks for a GPU, and keeps given values."""
+    """Replaces devices "cuda" in calls, before torch looks for a GPU, and keeps given values.
+
+    It also notes autocast, which torch hides from the operators below a function.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.autocast: torch.dtype | None = None  # its dtype in the function that runs
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if function is Tensor.cuda:
-            return args[0].to("meta")
-        args, kwargs = tree_map(_without_cuda, (args, dict(kwargs or {})))
-        if function in _FROM_VALUES:  # on "meta", torch would drop the values
-            device = kwargs.pop("device", None)
-            return (
-                function(*args, **kwargs)
-                if device is None
-                else function(*args, **kwargs).to(device)
-            )
-        if function is Tensor.new_tensor and args[0].is_meta:
-            kwargs = {"dtype": args[0].dtype, "device": "meta", **kwargs}
-            device, grad = kwargs.pop("device"), kwargs.pop("requires_grad", False)
-            return torch.tensor(*args[1:], **kwargs).to(device).requires_grad_(grad)
-        return function(*args, **kwargs)
+        before, self.autocast = self.autocast, autocast_dtype("cuda")
+        try:
+            args, kwargs = tree_map(_without_cuda, (args, dict(kwargs or {})))
+            if self.autocast is not None and function in _FUNCTIONS_IN_LOW:
+                args, kwargs = _cast(self.autocast, args, kwargs)
+            return _called(function, args, kwargs)
+        finally:
+            self.autocast = before
+
+
+def _called(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a function; "meta" stands for a GPU, but values are kept where torch would drop them."""
+    if function is Tensor.cuda:
+        return args[0].to("meta")
+    if function in _FROM_VALUES:
+        device = kwargs.pop("device", None)
+        made = function(*args, **kwargs)
+        return made if device is None else made.to(device)
+    if function is Tensor.new_tensor and args[0].is_meta:
+        kwargs = {"dtype": args[0].dtype, "device": "meta", **kwargs}
+        device, needs_gradient = kwargs.pop("device"), kwargs.pop("requires_grad", False)
+        return torch.tensor(*args[1:], **kwargs).to(device).requires_grad_(needs_gradient)
+    return function(*args, **kwargs)
 
 
 def _without_cuda(x: Any) -> Any:

@@ -119,6 +119,34 @@ def test_autocast_around_and_inside_of_the_step_counts(where):
     assert not torch.is_autocast_enabled("cuda")
 
 
+def test_autocast_casts_as_on_a_gpu():
+    dtypes = []
+
+    def step(x, weight):
+        with torch.autocast("cuda", BF16):
+            product = F.linear(x, weight)
+            normed = F.layer_norm(product, (4,))
+            with torch.autocast("cuda", enabled=False):
+                full = x @ weight
+            attended = F.scaled_dot_product_attention(normed, normed, normed)
+        results = (product, normed, product.softmax(-1), full, attended, x @ weight)
+        dtypes.extend(result.dtype for result in results)
+        return product + normed
+
+    mmfused.warmup(step, ((2, 4, 4), (4, 4)), input_gradients=True, **DRY)
+    full = torch.float32
+    assert dtypes == [BF16, full, BF16, full, BF16, full]
+
+
+def test_shared_parameters_stay_shared():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    seen = []
+    step = lambda x: seen.append((model[0].weight, model[1].weight, model[0].bias))  # noqa: E731
+    mmfused.warmup(step, ((2, 4),), **DRY)
+    assert seen[0][0] is seen[0][1] and seen[0][2].is_meta and not model[0].bias.is_meta
+
+
 def test_without_a_backward_pass_fewer_kernels_are_recorded():
     full = mmfused.warmup(pooling(), ((8, 50, 32),), **DRY)
     half = mmfused.warmup(pooling(), ((8, 50, 32),), backward=False, **DRY)
@@ -220,8 +248,11 @@ def test_torch_compile_and_fuse_are_seen_through():
     model = Pool()
     assert mmfused.warmup(model, ((8, 50, 32),), **DRY).kernels == []
     mmfused.fuse(model)
-    for each in (model, torch.compile(model), nn.DataParallel(model)):
+    compiled = []
+    inner = torch.compile(model, backend=lambda graph, inputs: compiled.append(graph) or graph)
+    for each in (model, inner, nn.DataParallel(model), lambda x: inner(x)):
         assert mmfused.warmup(each, ((8, 50, 32),), **DRY).kernels
+    assert not compiled
 
 
 @triton.jit
