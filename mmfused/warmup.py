@@ -157,8 +157,8 @@ def warmup(
         input_gradients: whether floating inputs made from shapes require a gradient, as they do for
             one layer or one loss of a larger model. Tensors keep their ``requires_grad``.
         arch: architecture to compile for, such as "sm_90"; by default that of the current GPU.
-        workers: the most processes that compile on this node; by default one for each core. 0: only
-            record the launches.
+        workers: the most processes that compile for this one; by default one for each core, of
+            which ranks of a node have equal shares. 0: only record the launches.
 
     Returns:
         a :class:`WarmupReport`. Kernels that spill registers or need too much shared memory, and
