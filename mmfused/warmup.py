@@ -264,12 +264,13 @@ class _Call:
     @contextlib.contextmanager
     def _replaced(self) -> Iterator[None]:
         """Replace what the step meets by what it would meet on the GPU, without memory."""
-        from .kernels import tiles
+        from .kernels import tiles, tuned
 
         units = dict(tiles.MULTIPROCESSORS)
         if self.arch == _gpu_arch():
             units[self.number] = torch.cuda.get_device_properties().multi_processor_count
         with (
+            tuned.from_file(),
             mock.patch.object(tiles, "MULTIPROCESSORS", units),
             steps.kept(self.modules, with_values=False),
         ):
