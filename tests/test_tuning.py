@@ -134,6 +134,17 @@ def test_loop_keeps_the_default_if_nothing_is_faster(
     assert "| nothing |" in capsys.readouterr().out
 
 
+def test_plan_that_was_fast_by_chance_is_not_kept(tmp_path, timer, few_moves, unchecked, capsys):
+    class Chance(timer):
+        def __call__(self, plans):
+            times = super().__call__(plans)
+            return {label: [1.0] * 3 for label in times} if "best" in times else times
+
+    assert tuning(Chance, tmp_path / "card.json").run() == 0
+    assert tuned_file.read(tmp_path / "card.json").entries == []
+    assert "(not kept) |" in capsys.readouterr().out
+
+
 def test_loop_stops_at_the_budget_and_goes_on(tmp_path, timer, few_moves, unchecked, capsys):
     path = tmp_path / "card.json"
     cases = (CASE, masked_info_nce.custom({"B": 5, "D": 32}))
@@ -512,6 +523,22 @@ def test_only_launches_that_differ_are_compiled_and_judged(monkeypatch):
     assert "300000 bytes of shared memory" in dropped["big"]
     assert dropped["racy"] == "kernel has a race" and dropped["twice"] == "kernel computes twice"
     assert dropped["refused"] == "kernel does not compile"
+
+
+def test_plans_that_launch_the_same_are_not_compiled(monkeypatch):
+    problem = problem_of("masked_info_nce", masked_info_nce, CASE, CPU, FLOAT, 90)
+    usual = problem.default()
+    unused = dataclasses.replace(usual.plans[0], chunk_bytes=2**26)  # the backward is "owner"
+    wider = dataclasses.replace(unused, sweep=dataclasses.replace(unused.sweep, num_warps=4))
+    plans = {"unused": usual.with_plan(0, unused), "broken": usual.with_plan(0, None)}
+    plans["wider"] = usual.with_plan(0, wider)
+    judged = []
+    monkeypatch.setattr(dry, "jobs_of", lambda *_: {})
+    monkeypatch.setattr(dry, "why_dropped", lambda base, found, _: judged.extend(found) or {})
+    dropped = dry.dropped_of(problem, CASE.name, usual, plans, None)
+    assert judged == ["wider"] and dropped.keys() == {"unused", "broken"}
+    assert dropped["unused"] == "changes no launch"
+    assert dropped["broken"].startswith("cannot be launched: AttributeError: ")
 
 
 # ---- the command ---------------------------------------------------------------------------------
