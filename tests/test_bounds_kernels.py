@@ -81,6 +81,21 @@ def test_a_large_product_nears_the_matrix_rate_if_l2_is_fast(cases: dict):
     assert product["limiter"] == "l2" and product["units"]["l2"] == pytest.approx(l2)
 
 
+def test_wavefronts_are_told_apart_by_what_makes_them(cases: dict):
+    product = cases["product, large"]
+    shared, blocks, steps = product["shared"], 64 * 32, 8192 // 64
+    # A step copies 128 rows and 256 columns of 64 numbers, of which 64 are a wavefront. Copies go
+    # on for two steps after the last one, and fill in zeros.
+    assert shared["copy"] == pytest.approx(blocks * (steps + 2) * (128 + 256))
+    # In each of 4 parts of a step, two groups of warps read 64 rows of their own and all columns.
+    assert shared["wgmma"] == pytest.approx(blocks * steps * 4 * 2 * (64 + 256) * 16 / 64)
+    scale = product["blocks"] / product["traced"]
+    assert sum(shared.values()) - shared["wgmma"] == pytest.approx(
+        scale * sum(product["wavefronts"].values())
+    )
+    assert product["bulk_bytes"] == 0
+
+
 # What each kernel writes; it reads all other tensors.
 WRITES = {
     "pooling, hopper_forward_kernel": {"z_ptr", "sums_ptr"},

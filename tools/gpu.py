@@ -6,6 +6,7 @@
     test-*     run the tests of one op or subject
     sanitize   run compute-sanitizer on small launches of every kernel
     bench-*    measure accuracy, time and memory of one op, or of the models
+    readings   read the counters of some kernels with ncu, beside what was counted
     tune       time the library's plans and their alternatives, and keep what is faster
     test-rest  run the remaining tests, which depend least on the GPU
     report     list which performance targets are met
@@ -99,6 +100,11 @@ def slices(out: Path, dry: bool) -> list[Slice]:
         *(tests(name) for name in TESTS),
         *sanitize,
         *(bench(op) for op in BENCHES),
+        Slice(
+            "readings",
+            ("tools/readings.py", *to_out, *(("--dry-run",) if dry else size)),
+            all_sources,
+        ),
         Slice("tune", tune_command(out, dry), all_sources),
         tests("rest"),
         Slice("report", ("tools/targets.py", "--results", str(out)), ""),

@@ -27,6 +27,17 @@ _ARITHMETIC = ("fma", "alu", "integer")
 _LEAST_SCALE, _MOST_SCALE = 0.7, 1.6
 _RESERVED_SHARED = 1024  # bytes of each block
 _REGISTERS_GRANULE = 256  # of a warp
+# What uses shared memory, by the first letters of the opcode; the first that fits.
+SHARED_KINDS = {
+    "load": ("ld.", "ldmatrix"),
+    "store": ("st.", "stmatrix"),
+    # By TMA: whole boxes, of which what is outside of the tensor is filled with zeros.
+    "bulk load": ("cp.async.bulk.load", "cp.async.bulk.tensor.load"),
+    "bulk store": ("cp.async.bulk",),
+    "copy": ("cp.async",),
+    "wgmma": ("wgmma",),  # its operands in shared memory
+    "other": ("",),  # atomics and mbarriers
+}
 _PLAYED_ROUNDS = (2, 6)  # blocks in turn on a multiprocessor, from which the rest is extrapolated
 
 
@@ -48,8 +59,11 @@ class Prediction:
         barrier: share of a warp's time at barriers.
         slots: issue slots by the unit of the instruction, one of trace.py's UNITS.
         wavefronts: cycles of shared memory for loads and stores.
+        shared: wavefronts by what makes them, one of SHARED_KINDS; wgmma's are not in
+            ``wavefronts``.
         conflicts: those among them that bank conflicts cost.
         l2_bytes: through L2.
+        bulk_bytes: those among them that TMA loads.
         dram_bytes: through DRAM.
         flops: of matrix instructions.
         lines: shares of source lines in the time of the warps, the largest first.
@@ -68,8 +82,10 @@ class Prediction:
     barrier: float
     slots: dict[str, float]
     wavefronts: float
+    shared: dict[str, float]
     conflicts: float
     l2_bytes: float
+    bulk_bytes: float
     dram_bytes: float
     flops: float
     lines: dict[str, float]
@@ -124,8 +140,10 @@ def predict(traced: Traced, card: Card) -> Prediction:
         barrier=played.barrier / a_block,
         slots=_slots(traced, cycles),
         wavefronts=scale * float(trace.wavefronts.sum()),
+        shared=_shared(traced, cycles),
         conflicts=scale * float(trace.conflicts.sum()),
         l2_bytes=scale * float(trace.sectors.sum()) * SECTOR,
+        bulk_bytes=_bulk_bytes(traced),
         dram_bytes=float(traced.dram_sectors().sum()) * SECTOR,
         flops=_flops(traced),
         lines=_lines(traced.program, spent),
@@ -137,6 +155,24 @@ def _slots(traced: Traced, cycles: list[Cost]) -> dict[str, float]:
     for cost, times in zip(cycles, traced.trace.executed.tolist(), strict=True):
         slots[cost.unit] += cost.issue * times * traced.scale
     return {unit: number for unit, number in slots.most_common() if number}
+
+
+def _shared(traced: Traced, cycles: list[Cost]) -> dict[str, float]:
+    found: Counter[str] = Counter()
+    trace, code = traced.trace, traced.program.code
+    for step, cost, wavefronts, executed in zip(
+        code, cycles, trace.wavefronts.tolist(), trace.executed.tolist(), strict=True
+    ):
+        kind = next(kind for kind, words in SHARED_KINDS.items() if step.opcode.startswith(words))
+        found[kind] += traced.scale * (wavefronts + executed * cost.shared)
+    return {kind: number for kind, number in found.items() if number}
+
+
+def _bulk_bytes(traced: Traced) -> float:
+    steps = zip(traced.program.code, traced.trace.sectors.tolist(), strict=True)
+    loads = SHARED_KINDS["bulk load"]
+    sectors = (number for step, number in steps if step.opcode.startswith(loads))
+    return traced.scale * float(sum(sectors)) * SECTOR
 
 
 def _flops(traced: Traced) -> float:

@@ -56,13 +56,16 @@ def count(op: str, case: str) -> dict[str, Any]:
     }
 
 
-def count_with(version: str, row: str) -> dict[str, Any]:
-    """Count a row with another version of Triton, in another process."""
+def count_with(version: str, row: str, code: str = _COUNT) -> Any:
+    """Count a row with another version of Triton, in another process.
+
+    ``code`` prints the count of the row in its arguments as JSON.
+    """
     path = os.pathsep.join((str(triton_folder(version)), str(ROOT)))
     hidden = ("TRITON_INTERPRET", "MMFUSED_PTX_ARCH")
     env = {name: value for name, value in os.environ.items() if name not in hidden}
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", _COUNT, *row.split("/")],
+        [sys.executable, "-W", "ignore", "-c", code, *row.split("/")],
         env={**env, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
