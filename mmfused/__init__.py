@@ -60,6 +60,7 @@ from .ops.topk_routing import (
     topk_routing_reference,
     update_selection_bias,
 )
+from .warmup import WarmupReport, warmup
 
 __version__ = "0.2.0"
 
@@ -74,6 +75,7 @@ __all__ = [
     "Routing",
     "TokenGate",
     "TopKMoE",
+    "WarmupReport",
     "__version__",
     "backend",
     "bidirectional_gated_cross_attention",
@@ -100,4 +102,5 @@ __all__ = [
     "topk_routing_reference",
     "unfuse",
     "update_selection_bias",
+    "warmup",
 ]

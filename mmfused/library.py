@@ -8,6 +8,7 @@ choice with :class:`backend`, :func:`set_backend` or the environment variable ``
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 import importlib.util
 import math
@@ -34,8 +35,10 @@ KERNELS_ON_CPU = INTERPRETED or "MMFUSED_PTX_ARCH" in os.environ
 CHECK_ON_DEVICE = os.environ.get("MMFUSED_CHECK", "") == "1"
 if os.environ.get("MMFUSED_CHECK", "") not in ("", "0", "1"):
     raise ValueError(f"MMFUSED_CHECK: got {os.environ['MMFUSED_CHECK']!r}, expected 1 or 0")
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 _warned: set[str] = set()
+# Whether tensors on device "meta" stand for tensors on a GPU, see recording_launches.
+_records: contextvars.ContextVar[bool] = contextvars.ContextVar("_records", default=False)
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -168,7 +171,7 @@ def why_not_fused(device: torch.device | str, dtype: torch.dtype) -> list[str]:
     """
     device = torch.device(device)
     reasons = []
-    if not _HAS_TRITON:
+    if not HAS_TRITON:
         reasons.append("triton is not installed")
     if device.type == "cuda" and torch.version.hip is not None:
         # Options of the launches, such as maxnreg, do not exist in Triton's AMD backend.
@@ -177,11 +180,29 @@ def why_not_fused(device: torch.device | str, dtype: torch.dtype) -> list[str]:
         gpu = torch.cuda.get_device_properties(device.index or 0)  # a constant under torch.compile
         if gpu.major < 8:
             reasons.append(f"the GPU is sm_{gpu.major}{gpu.minor}, the kernels need sm_80 or newer")
-    elif not (device.type == "cpu" and KERNELS_ON_CPU):
+    elif not (device.type == "cpu" and KERNELS_ON_CPU) and not _stands_for_cuda(device.type):
         reasons.append(f"the tensors are on {device.type} and the kernels need CUDA")
     if dtype not in FUSED_DTYPES:
         reasons.append(f"dtype {dtype} is not float32, float16 or bfloat16")
     return reasons
+
+
+@contextlib.contextmanager
+def recording_launches() -> Iterator[None]:
+    """Let tensors on device "meta" stand for tensors on a GPU, in this thread and context.
+
+    Backends and autocast are chosen as on a GPU. The caller must replace the operators, which have
+    no kernel for meta tensors: see :mod:`.on_meta`.
+    """
+    token = _records.set(True)
+    try:
+        yield
+    finally:
+        _records.reset(token)
+
+
+def _stands_for_cuda(device_type: str) -> bool:
+    return device_type == "meta" and _records.get()
 
 
 def active_exporter() -> Literal["export", "onnx"] | None:
@@ -430,6 +451,8 @@ def nan_unless(lengths: torch.Tensor, length: int, out: torch.Tensor) -> torch.T
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """Return the dtype of autocast on this device type, or None outside of autocast."""
+    if _stands_for_cuda(device_type):
+        device_type = "cuda"
     autocasts = device_type != "meta" and torch.is_autocast_enabled(device_type)
     return torch.get_autocast_dtype(device_type) if autocasts else None
 
@@ -467,4 +490,4 @@ def no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
     """Return a context manager that disables autocast; ``device_type`` may be "meta"."""
     if autocast_dtype(device_type) is None:
         return contextlib.nullcontext()
-    return torch.autocast(device_type, enabled=False)
+    return torch.autocast("cuda" if device_type == "meta" else device_type, enabled=False)

@@ -13,21 +13,16 @@ import importlib
 import inspect
 import json
 import os
-import re
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
 
+from ..kernels.jobs import Job, compiled, job_of, resources
 from ..ops import OPS
 from . import races, redundancy, sass
-
-if TYPE_CHECKING:
-    from mmfused.kernels.recording import Launch
 
 # Names in the table, and the instructions in PTX.
 MATRIX_INSTRUCTIONS = {
@@ -35,30 +30,6 @@ MATRIX_INSTRUCTIONS = {
     "mma": "mma.sync",
     "tcgen05": "tcgen05.mma",
 }
-
-
-@dataclass
-class Job:
-    """A recorded launch that can be pickled; signature to options as Triton's compiler takes them.
-
-    The keys of ``constexprs`` and ``attributes`` are paths: see ``recording.Specialization``.
-    """
-
-    op: str
-    case: str
-    arch: str
-    module: str
-    kernel: str
-    signature: dict[str, Any]
-    constexprs: dict[tuple[int, ...], Any]
-    attributes: dict[tuple[int, ...], list[list[Any]]]
-    options: dict[str, Any]
-
-    @property
-    def constants(self) -> dict[str, Any]:
-        """The constant parameters by name."""
-        names = list(self.signature)
-        return {names[path[0]]: c for path, c in self.constexprs.items() if len(path) == 1}
 
 
 @dataclass(frozen=True)
@@ -107,43 +78,6 @@ def recorded_launches(
             yield from jobs.values()
 
 
-def job_of(
-    op: str,
-    case: str,
-    arch: str,
-    launch: Launch,
-) -> Job:
-    """Return the job that compiles a recorded launch."""
-    from mmfused.kernels.recording import specialize
-
-    special = specialize(launch, int(arch.removeprefix("sm_")))
-    return Job(
-        op=op,
-        case=case,
-        arch=arch,
-        module=launch.kernel.fn.__module__,
-        kernel=launch.name,
-        signature=special.signature,
-        constexprs=special.constexprs,
-        attributes=special.attributes,
-        options=launch.options,
-    )
-
-
-def compiled(job: Job) -> Any:
-    """Return Triton's compiled kernel for a job; its ``asm`` has "ttgir", "ptx" and "cubin"."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-    from triton.experimental.gluon._runtime import GluonASTSource
-
-    kernel = getattr(importlib.import_module(job.module), job.kernel)
-    make = GluonASTSource if kernel.is_gluon() else ASTSource
-    source = make(kernel, job.signature, job.constexprs, job.attributes)
-    target = GPUTarget("cuda", int(job.arch.removeprefix("sm_")), 32)
-    return triton.compile(source, target=target, options=job.options)
-
-
 def compile_job(job: Job, with_sass: bool = False) -> Measured:
     """Compile one launch for its architecture and measure the result."""
     result = compiled(job)
@@ -160,24 +94,6 @@ def compile_job(job: Job, with_sass: bool = False) -> Measured:
         redundant=redundancy.find_redundant(result.asm["ttgir"]),
         sass=sass.read(cubin) if with_sass else None,
     )
-
-
-def resources(cubin: bytes, name: str) -> tuple[int, int]:
-    """Return the registers and the bytes of stack that one thread uses."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [sass.tool("cuobjdump"), "--dump-resource-usage", file.name]
-        done = subprocess.run(command, capture_output=True, text=True)
-    found = re.search(r"REG:(\d+).*?STACK:(\d+)", done.stdout)
-    if found is None:
-        message = done.stderr.strip() or "no message"
-        cache = os.environ.get("TRITON_CACHE_DIR")
-        raise RuntimeError(
-            f"{name}: cuobjdump cannot read the {len(cubin)} bytes of the "
-            f"cubin ({message}); Triton's cache {cache} may be damaged or its disk full"
-        )
-    return int(found[1]), int(found[2])
 
 
 @functools.cache

@@ -12,9 +12,9 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from ..kernels.jobs import tool
 from . import flow
 
 # Opcodes of the printed summary: those that need other units than the arithmetic ones.
@@ -157,13 +157,6 @@ def parse(listing: str) -> Sass:
         )
     rest = Part(**_counts(all_of(set(live) - inside)))
     return Sass(total=Part(**_counts(all_of(live))), loops=found, rest=rest)
-
-
-def tool(name: str) -> Path:
-    """Return the path of a program that comes with Triton, such as "nvdisasm"."""
-    import triton
-
-    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
 
 
 def disassemble(cubin: bytes, *options: str) -> str:

@@ -1,0 +1,394 @@
+"""Compile the kernels of a training step before the first step."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from . import extension, steps
+from .kernels import jobs
+from .kernels.jobs import Job, Outcome
+from .library import HAS_TRITON, INTERPRETED, current_router
+from .node import all_ranks, cores, own_part
+from .on_meta import as_on_gpu, known_twin_of
+from .steps import Batch
+
+NO_BACKWARD = (
+    "there was no backward pass, because nothing that the step returned requires a gradient; "
+    "see input_gradients and backward"
+)
+_HEADER = f"{'kernel':34} {'from':8} {'regs':>4} {'spill':>5} {'shared':>7}"
+
+
+@dataclass(frozen=True)
+class WarmedKernel:
+    """A kernel in a :class:`WarmupReport`; its string is a row of the printed table."""
+
+    op: str
+    name: str
+    outcome: Outcome | None  # None: workers=0, or another rank could not compile it
+    limit: int  # bytes of shared memory that a block may use
+
+    @property
+    def fault(self) -> str:
+        """What is wrong with the kernel, or an empty string."""
+        outcome = self.outcome or Outcome()
+        if outcome.error:
+            return outcome.error
+        if (outcome.shared or 0) > self.limit:
+            return f"needs more than the GPU's {self.limit} bytes of shared memory"
+        return f"spills {outcome.spilled} bytes per thread" if outcome.spilled else ""
+
+    def __str__(self) -> str:
+        outcome = self.outcome or Outcome()
+        source = "compiler" if self.outcome else "-"
+        source = "cache" if outcome.cached else "-" if outcome.error else source
+        numbers = (outcome.registers, outcome.spilled, outcome.shared)
+        regs, spilled, shared = ("-" if x is None else str(x) for x in numbers)
+        row = f"{self.op + '.' + self.name:34} {source:8} {regs:>4} {spilled:>5} {shared:>7}"
+        return f"{row}  <- {self.fault}" if self.fault else row
+
+
+@dataclass
+class WarmupReport:
+    """What :func:`warmup` did; ``print(report)`` shows it as a table.
+
+    Attributes:
+        arch: the architecture that the kernels are for, such as "sm_90".
+        kernels: the distinct kernels of all batches, each with ``op``, ``name``, ``outcome``
+            (``registers``, ``spilled`` and ``shared`` in bytes, ``cached``, ``seconds``, ``error``)
+            and ``fault``.
+        seconds: the time of the whole call.
+        ran: whether the step also ran on the GPU.
+        late: kernels that were compiled only while the step ran, because the recording missed them.
+        notes: what could not be done, and why; a sentence each.
+
+    Examples:
+        >>> import mmfused
+        >>> loss = mmfused.MaskedInfoNCE()
+        >>> rows = [((64, 32), (64, 32)), ((100, 32), (100, 32))]  # two batches
+        >>> report = mmfused.warmup(loss, rows, input_gradients=True, arch="sm_80", workers=0)
+        >>> len(report.kernels) > 5, report.compiled, report.ran, report.faults
+        (True, 0, False, [])
+    """
+
+    arch: str
+    kernels: list[WarmedKernel] = field(default_factory=list)
+    seconds: float = 0.0
+    ran: bool = False
+    late: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def compiled(self) -> int:
+        """The number of kernels that this process compiled before the step ran."""
+        outcomes = [kernel.outcome for kernel in self.kernels if kernel.outcome]
+        return sum(not outcome.cached and not outcome.error for outcome in outcomes)
+
+    @property
+    def cached(self) -> int:
+        """The number of kernels that were in Triton's cache."""
+        return sum(bool(kernel.outcome and kernel.outcome.cached) for kernel in self.kernels)
+
+    @property
+    def faults(self) -> list[str]:
+        """A sentence for each kernel that spills, needs too much memory or does not compile."""
+        return [f"{k.op}.{k.name}: {k.fault}" for k in self.kernels if k.fault]
+
+    def __str__(self) -> str:
+        line = (
+            f"warmup for {self.arch}: {len(self.kernels)} kernels, {self.compiled} compiled, "
+            f"{self.cached} in the cache, {self.seconds:.1f} s"
+        )
+        line += f"; {self.late} compiled while the step ran" if self.late else ""
+        rows = [_HEADER, *map(str, self.kernels)] if self.kernels else []
+        return "\n".join([line, *rows, *(f"note: {note}" for note in self.notes)])
+
+
+def warmup(
+    model: nn.Module | Callable[..., Any],
+    shapes: Any,
+    *,
+    dtype: torch.dtype | None = None,
+    backward: bool = True,
+    input_gradients: bool = False,
+    arch: str | None = None,
+    workers: int | None = None,
+) -> WarmupReport:
+    """Compile every kernel of this library that a training step of ``model`` launches.
+
+    The launches of a step are recorded on meta tensors, which takes no memory and changes nothing
+    of the model. The kernels are compiled in parallel, into the cache of Triton, where each launch
+    will look. On a GPU the step then runs once for each batch, so that everything is loaded before
+    the first step, or before a CUDA graph is captured. Without a GPU, or with the ``arch`` of
+    another GPU, it does not run: a login node or the build of an image can fill the cache.
+
+    Call it under the autocast, the backend and the training mode of the training. Where autocast is
+    around the call on a machine without a GPU, write ``torch.autocast("cpu", torch.bfloat16)``,
+    which stands for that of a GPU. With torch.distributed, call it on all ranks: those of a node
+    divide the kernels among themselves, and each waits for the others.
+
+    Args:
+        model: a module, or a function that computes a loss with modules: any that it reaches as
+            closure variables, globals, or as attributes of the object it is bound to. It runs
+            without the wrappers of DistributedDataParallel and, while recording, of torch.compile.
+            The backward pass starts at the ``loss`` of what it returns, or without one at all
+            tensors in it that need a gradient. It must not run an optimizer. Code that reads values
+            of tensors, such as ``mask.all()``, gets those of the tensors in ``shapes``, and of what
+            follows from them alone.
+        shapes: a batch, or a list of batches. A batch is a tuple of positional arguments or a dict
+            of keyword arguments, where
+
+            * a tuple of ints stands for a random tensor of this shape in ``dtype``,
+            * a (shape, dtype) pair stands for one of this dtype: zeros if it is not floating,
+            * a tensor stands for itself, and a meta tensor for one of its shape and dtype,
+            * a dict, list or other tuple stands for one with these in it,
+            * any other value is passed as it is.
+        dtype: dtype of shapes without one; by default that of the model's first floating parameter,
+            or torch's default dtype.
+        backward: whether to run the backward pass too.
+        input_gradients: whether floating inputs made from shapes require a gradient, as they do for
+            one layer or one loss of a larger model. Tensors keep their ``requires_grad``.
+        arch: architecture to compile for, such as "sm_90"; by default that of the current GPU.
+        workers: the most processes that compile on this node; by default one for each core. 0: only
+            record the launches.
+
+    Returns:
+        a :class:`WarmupReport`. Kernels that spill registers or need too much shared memory, and
+        what could not be recorded, are reported there.
+
+    Raises:
+        ValueError: ``arch`` is None without a GPU, or unknown; ``shapes`` is not as above.
+        RuntimeError: Triton is missing, or a step can be neither recorded nor run.
+
+    Examples:
+        The launches of a pooling layer, without compiling them:
+
+        >>> import torch, mmfused
+        >>> pool = mmfused.QueryPooling(64, num_queries=4).bfloat16()
+        >>> report = mmfused.warmup(pool, ((8, 197, 64),), arch="sm_90", workers=0)
+        >>> {kernel.op for kernel in report.kernels}
+        {'query_pooling'}
+
+        A step with a loss, for batches of two lengths, one with a padding mask:
+
+        >>> def step(tokens, labels, mask=None):
+        ...     logits = pool(tokens, mask).flatten(1)
+        ...     return torch.nn.functional.cross_entropy(logits.float(), labels)
+        >>> labels = ((8,), torch.int64)
+        >>> batches = [((8, 197, 64), labels), ((8, 50, 64), labels, ((8, 50), torch.bool))]
+        >>> report = mmfused.warmup(step, batches, arch="sm_90", workers=0)
+        >>> report.compiled, report.notes
+        (0, ['workers=0: nothing was compiled'])
+    """
+    start = time.perf_counter()
+    call = _Call(model, shapes, dtype, backward, input_gradients, arch, workers)
+    report = WarmupReport(call.arch)
+    found: dict[str, Job] = {}
+    all_ranks(lambda: found.update(call.record(report)))
+    if workers == 0:
+        report.notes.append("workers=0: nothing was compiled")
+    outcomes = {} if workers == 0 else _outcomes_of(found, workers)
+    report.kernels = [_warmed(job, outcomes.get(key)) for key, job in found.items()]
+    if call.runs:
+        call.rehearse(report)
+    report.seconds = time.perf_counter() - start
+    return report
+
+
+class _Call:
+    """The checked arguments of a call of :func:`warmup`, and its steps."""
+
+    def __init__(
+        self,
+        model: Any,
+        shapes: Any,
+        dtype: torch.dtype | None,
+        backward: bool,
+        input_gradients: bool,
+        arch: str | None,
+        workers: int | None,
+    ) -> None:
+        if not callable(model):
+            raise TypeError(f"model: got a {type(model).__name__}, expected a module or a function")
+        if workers is not None and (not isinstance(workers, int) or workers < 0):
+            raise ValueError(f"workers: got {workers!r}, expected an int of 0 or more, or None")
+        if INTERPRETED and workers != 0:
+            raise ValueError(
+                "TRITON_INTERPRET: got '1', expected it unset, because it disables compilation"
+            )
+        self.batches: list[Batch] = steps.batches_of(shapes)
+        self.arch: str = _arch_of(arch)
+        self.runs: bool = self.arch == _gpu_arch() and workers != 0
+        self.workers: int | None = workers
+        self.step: Any = steps.unwrapped(model)
+        self.modules: list[nn.Module] = steps.modules_of(model)
+        self.dtype: torch.dtype = dtype or steps.dtype_of(self.modules)
+        self.backward, self.input_gradients = backward, input_gradients
+
+    @property
+    def number(self) -> int:
+        """The architecture as a number, such as 90."""
+        return int(self.arch.removeprefix("sm_"))
+
+    # ---- recording -------------------------------------------------------------------------------
+
+    def record(self, report: WarmupReport) -> dict[str, Job]:
+        """Return the distinct jobs of all batches, by what the compiler gets."""
+        from .kernels.recording import launches_for
+
+        found: dict[str, Job] = {}
+        for number, batch in enumerate(self.batches):
+            with launches_for(self.number) as launches, self._replaced():
+                note = self._record_batch(batch)
+            if note and note != NO_BACKWARD and not self.runs:
+                raise RuntimeError(f"shapes: batch {number}: {note}")
+            if note:
+                report.notes.append(f"batch {number}: {note}")
+            for launch in launches:
+                _, ours, name = launch.kernel.fn.__module__.partition("mmfused.kernels.")
+                if not ours:  # of another library, whose options may not be in the job
+                    continue
+                op = name.split(".")[0]
+                job = jobs.as_launched(jobs.job_of(op, "", self.arch, launch))
+                found[repr(job)] = job
+        return found
+
+    @contextlib.contextmanager
+    def _replaced(self) -> Iterator[None]:
+        """Replace what the step meets by what it would meet on the GPU, without memory."""
+        from .kernels import tiles
+
+        units = dict(tiles.MULTIPROCESSORS)
+        if self.arch == _gpu_arch():
+            units[self.number] = torch.cuda.get_device_properties().multi_processor_count
+        with (
+            mock.patch.object(tiles, "MULTIPROCESSORS", units),
+            steps.kept(self.modules, with_values=False),
+        ):
+            yield
+
+    def _record_batch(self, batch: Batch) -> str:
+        """Run the step on meta tensors, and return why that is impossible, or an empty string."""
+        if any(map(steps.is_sharded, self.modules)):
+            return "a model under FSDP cannot be recorded; pass it before it is wrapped"
+        arguments = steps.arguments_of(batch, self._on_meta)
+        steps.replace_tensors(self.modules, known_twin_of)
+        try:
+            with as_on_gpu(self.number), torch.compiler.set_stance("force_eager"):
+                ran = steps.run(self.step, arguments, self.modules, self.backward)
+        except Exception as error:  # of any code of the model
+            line = next(iter(str(error).strip().splitlines()), "")
+            return f"the step cannot run on meta tensors: {type(error).__name__}: {line}"
+        return "" if ran else NO_BACKWARD
+
+    def _on_meta(self, shape: Any, dtype: torch.dtype | None) -> Tensor:
+        if isinstance(shape, Tensor):
+            return known_twin_of(shape)
+        dtype = dtype or self.dtype
+        if not dtype.is_floating_point:
+            return known_twin_of(torch.zeros(shape, dtype=dtype))
+        x = torch.empty(shape, dtype=dtype, device="meta")
+        return x.requires_grad_(self.input_gradients)
+
+    # ---- running ---------------------------------------------------------------------------------
+
+    def rehearse(self, report: WarmupReport) -> None:
+        """Run the step once for each batch, and count what is still compiled."""
+        from triton import knobs
+
+        device = steps.device_of(self.modules)
+        if device.type != "cuda":
+            report.notes.append(f"the model is on {device}, so the step did not run on the GPU")
+            return
+        if current_router() == "cuda":
+            extension.load()
+        before = knobs.compilation.listener
+
+        def count(*args: Any, cache_hit: bool, **kwargs: Any) -> None:
+            report.late += not cache_hit
+            if before is not None:
+                before(*args, cache_hit=cache_hit, **kwargs)
+
+        knobs.compilation.listener = count
+        try:
+            for batch in self.batches:
+                self.run_once(batch, device)
+        finally:
+            knobs.compilation.listener = before
+        torch.cuda.synchronize()
+        report.ran = True
+
+    def run_once(self, batch: Batch, device: torch.device) -> None:
+        """Run the step with random tensors on ``device``; nothing of the model stays changed."""
+
+        def on_device(shape: Any, dtype: torch.dtype | None) -> Tensor:
+            if isinstance(shape, Tensor) and not shape.is_meta:
+                return shape.detach().to(device).requires_grad_(shape.requires_grad)
+            dtype = dtype or self.dtype
+            fill = torch.randn if dtype.is_floating_point else torch.zeros
+            given = isinstance(shape, Tensor)
+            x = fill(shape.shape if given else shape, dtype=dtype, device=device)
+            needs = shape.requires_grad if given else self.input_gradients
+            return x.requires_grad_(needs and dtype.is_floating_point)
+
+        with steps.kept(self.modules, with_values=True):
+            arguments = steps.arguments_of(batch, on_device)
+            steps.run(self.step, arguments, self.modules, self.backward)
+
+
+def _gpu_arch() -> str | None:
+    """Return the architecture of the current GPU, or None if no GPU is visible."""
+    if not torch.cuda.is_available() or torch.version.hip is not None:
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    return f"sm_{major}{minor}"
+
+
+def _arch_of(arch: str | None) -> str:
+    """Return the architecture to compile for."""
+    if not HAS_TRITON:
+        raise RuntimeError("warmup: triton is not installed, and the kernels need it")
+    from .kernels.tiles import SHARED_MEMORY
+
+    known = [f"sm_{number}" for number in SHARED_MEMORY]
+    arch = arch or _gpu_arch()
+    if arch not in known:
+        got = "None on a machine without a GPU" if arch is None else repr(arch)
+        raise ValueError(f"arch: got {got}, expected one of {', '.join(known)}")
+    return arch
+
+
+def _outcomes_of(found: dict[str, Job], workers: int | None) -> dict[str, Outcome]:
+    """Compile what is not in Triton's cache, and return the outcomes.
+
+    Kernels that another rank of the node failed to compile have none.
+    """
+    outcomes: dict[str, Outcome] = {}
+
+    def read_cache() -> set[str]:
+        """Note the outcomes of what is in the cache, and return the rest."""
+        for key in set(found) - set(outcomes):
+            if jobs.is_cached(found[key]):
+                outcomes[key] = jobs.outcome_of(found[key])
+        return set(found) - set(outcomes)
+
+    own = own_part(read_cache)
+    part = {key: job for key, job in found.items() if key in own}
+    all_ranks(lambda: outcomes.update(jobs.outcomes_of(part, workers or cores())))
+    read_cache()
+    return outcomes
+
+
+def _warmed(job: Job, outcome: Outcome | None) -> WarmedKernel:
+    from .kernels.tiles import SHARED_MEMORY
+
+    limit = SHARED_MEMORY[int(job.arch.removeprefix("sm_"))]
+    return WarmedKernel(job.op, job.kernel.removesuffix("_kernel"), outcome, limit)
