@@ -147,6 +147,8 @@ def test_factor_may_always_pick_one_form():
 def test_factor_stays_if_the_gain_is_small():
     pairs = [Pair(3.0, 1.02, 1.0), Pair(5.0, 1.0, 2.0)]
     assert best_factor(pairs, usual=2.0) is None
+    # A saving that equals the factor picks the absorbed form.
+    assert best_factor([Pair(2.0, 1.0, 2.0)], usual=2.0) is None
 
 
 def test_router_changes_only_if_it_is_slower_nowhere():
@@ -154,5 +156,6 @@ def test_router_changes_only_if_it_is_slower_nowhere():
     assert faster_router([(slow, fast), (slow, fast)]) == "cuda"
     assert faster_router([(slow, fast), (fast, slow)]) is None
     assert faster_router([(slow, slow)]) is None
+    assert faster_router([(slow, fast), ([1.0] * 3, [1.01] * 3)]) is None  # slower in one by 1 %
     assert faster_router([([1.0, 1.0, 1.0], [0.8, 0.9, 1.1])]) is None  # noise
     assert faster_router([]) is None

@@ -259,7 +259,9 @@ def run_slice(part: Slice, log: Path, limit: float) -> tuple[int | None, float]:
         sys.executable,
         *(word.replace("{budget}", str(int(budget))) for word in part.command),
     ]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", **dict(part.environment)}
+    # Without the plans that `mmfused tune` has kept on this machine: results are the library's own.
+    own = {"PYTHONUNBUFFERED": "1", "MMFUSED_TUNED": "off"}
+    environment = {**os.environ, **own, **dict(part.environment)}
     environment["PYTHONPATH"] = os.pathsep.join(
         filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))
     )
