@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
+from unittest import mock
 
 import torch
 
@@ -132,13 +133,16 @@ def forced(entries: Iterable[Entry]) -> Iterator[None]:
 
 @contextmanager
 def from_file() -> Iterator[None]:
-    """Choose the plans of the user's file while launches are recorded and not run.
+    """Choose the plans and settings of the user's file while launches are recorded and not run.
 
     Without a GPU it is the file that MMFUSED_TUNED names, if any; its plans then serve launches for
     the architecture that they were tuned on.
     """
     found = tuned_file.current()
-    with forced(found.entries if found else ()):
+    with (
+        forced(found.entries if found else ()),
+        mock.patch.object(tuned_file, "current", lambda: found),  # a pretended GPU has no name
+    ):
         yield
 
 

@@ -132,6 +132,13 @@ def test_remaining_budget_is_passed_to_the_command(run_slices, tmp_path):
     assert (tmp_path / "ran").read_text() == "300"
 
 
+def test_slices_run_without_tuned_plans(run_slices, tmp_path, monkeypatch):
+    monkeypatch.setenv("MMFUSED_TUNED", "my-plans.json")
+    text = f"import os; open({str(tmp_path / 'ran')!r}, 'w').write(os.environ['MMFUSED_TUNED'])"
+    assert run_slices([python_slice("bench-x", text)])[0] == 0
+    assert (tmp_path / "ran").read_text() == "off"
+
+
 def test_slice_stopped_by_the_budget_is_unfinished(run_slices, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "RESERVE_SECONDS", 0.5)
     code, journal = run_slices(

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import pytest
@@ -15,8 +15,9 @@ from torch import nn
 from triton import knobs
 
 import mmfused
-from mmfused import library, models, on_meta, steps
-from mmfused.kernels import jobs, tiles
+from mmfused import library, models, on_meta, steps, tuned_file
+from mmfused.kernels import jobs, tiles, tuned
+from mmfused.kernels.query_pooling.plans import Tile
 from mmfused.kernels.recording import launches_for
 from mmfused.warmup import Outcome, WarmedKernel, WarmupReport, _Call
 
@@ -512,3 +513,22 @@ def test_the_plans_are_those_of_the_named_architecture():
         report = mmfused.warmup(model, ((8, 197, 64),), arch=arch, workers=0)
         names[arch] = {kernel.name for kernel in report.kernels}
     assert names["sm_80"] != names["sm_90"] and tiles.pretended_arch is None
+
+
+def test_the_plans_of_the_tuned_file_are_recorded(monkeypatch):
+    pool = mmfused.QueryPooling(64, num_queries=4).bfloat16()
+
+    def warps():
+        found = call_of(pool, ((8, 197, 64),)).record(WarmupReport("sm_90"))
+        return {job.options["num_warps"] for job in found.values() if "hopper" not in job.kernel}
+
+    monkeypatch.setattr(tuned_file, "current", lambda: None)
+    with tuned.observed() as reached:
+        assert warps() == set()
+    (call,) = {(one.op, one.arguments): one for one in reached}.values()
+    tiles_of_two_passes = {name: Tile(64, 16, 64, 2, 2) for name in ("logits", "pool")}
+    plan = replace(call.default, forward=tiles_of_two_passes)
+    entry = tuned.Entry(call.op, call.arguments, call.default, plan)
+    found = tuned_file.Tuned("NVIDIA H200", "3.6.0", entries=[entry])
+    monkeypatch.setattr(tuned_file, "current", lambda: found)
+    assert warps() == {2}
