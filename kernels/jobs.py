@@ -192,8 +192,7 @@ def outcome_of(job: Job) -> Outcome:
     try:
         kernel = compiled(job)
     except Exception as error:  # Triton's compiler raises errors of many kinds
-        line = next(iter(str(error).strip().splitlines()), "")
-        return Outcome(error=f"{type(error).__name__}: {line}"[:300])
+        return Outcome(error=reason_of(error)[:300])
     finally:
         knobs.compilation.listener = None
     seconds = time.perf_counter() - start
@@ -201,6 +200,14 @@ def outcome_of(job: Job) -> Outcome:
     with suppress(OSError, RuntimeError):  # not part of every build of Triton
         registers, spilled = resources(kernel.asm["cubin"], job.kernel)
     return Outcome(registers, spilled, kernel.metadata.shared, hits == [True], seconds)
+
+
+def reason_of(error: Exception) -> str:
+    """Return in one line why Triton cannot compile a kernel."""
+    text = str(error)
+    fatal = re.search(r"ptxas fatal\s*: (.*)", text)  # below lines that do not say why
+    text = f"ptxas: {fatal[1]}" if fatal else text
+    return f"{type(error).__name__}: {' '.join(text.split())}"
 
 
 # ---- many jobs -----------------------------------------------------------------------------------
@@ -270,6 +277,7 @@ def serve() -> None:
     """Compile the jobs that come from standard input, until it ends."""
     answers: IO[bytes] = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what the compiler prints must not get between the answers
+    sys.stdout = open(os.devnull, "w")  # nor all PTX that ptxas refuses be shown
     while True:
         try:
             job = pickle.load(sys.stdin.buffer)

@@ -24,6 +24,18 @@ NO_BACKWARD = (
     "there was no backward pass, because nothing that the step returned requires a gradient; "
     "see input_gradients and backward"
 )
+NO_KERNELS = (
+    "the step launches no kernel of this library: it uses none of its ops, or a backend without "
+    "kernels; a model of another library needs mmfused.fuse first"
+)
+# What to do about errors that do not say it, by a part of their message.
+_HINTS = {
+    "backward through the graph a second time": "return the loss; warmup runs the backward pass",
+    "cannot be called on meta tensors": "the step reads a value that is not known while recording; "
+    "see https://mmfused.github.io/mmfused/tuning.html#warmup",
+    ", expected meta": "pass this tensor as an argument of the step, or keep it in a module",
+    "must be Tensor, not": "a tuple of ints, or (shape, torch.dtype), stands for a tensor",
+}
 _HEADER = f"{'kernel':34} {'from':8} {'regs':>4} {'spill':>5} {'shared':>7}"
 
 
@@ -141,8 +153,8 @@ def warmup(
             without the wrappers of DistributedDataParallel and, while recording, of torch.compile.
             The backward pass starts at the ``loss`` of what it returns, or without one at all
             tensors in it that need a gradient. It must not run an optimizer. Code that reads values
-            of tensors, such as ``mask.all()``, gets those of the tensors in ``shapes``, and of what
-            follows from them alone.
+            of tensors, such as ``mask.all()``, gets those of the integer and bool tensors in
+            ``shapes``, and of what follows from them alone.
         shapes: a batch, or a list of batches. A batch is a tuple of positional arguments or a dict
             of keyword arguments, where
 
@@ -165,6 +177,7 @@ def warmup(
         what could not be recorded, are reported there.
 
     Raises:
+        TypeError: an argument has the wrong type.
         ValueError: ``arch`` is None without a GPU, or unknown; ``shapes`` is not as above.
         RuntimeError: Triton is missing, or a step can be neither recorded nor run.
 
@@ -193,6 +206,8 @@ def warmup(
     report = WarmupReport(call.arch)
     found: dict[str, Job] = {}
     all_ranks(lambda: found.update(call.record(report)))
+    if not found and not report.notes:
+        report.notes.append(NO_KERNELS)
     if workers == 0:
         report.notes.append("workers=0: nothing was compiled")
     outcomes = {} if workers == 0 else _outcomes_of(found, workers)
@@ -220,6 +235,8 @@ class _Call:
             raise TypeError(f"model: got a {type(model).__name__}, expected a module or a function")
         if workers is not None and (not isinstance(workers, int) or workers < 0):
             raise ValueError(f"workers: got {workers!r}, expected an int of 0 or more, or None")
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise TypeError(f"dtype: got {dtype!r}, expected a torch.dtype or None")
         if INTERPRETED and workers != 0:
             raise ValueError(
                 "TRITON_INTERPRET: got '1', expected it unset, because it disables compilation"
@@ -287,7 +304,9 @@ class _Call:
                 ran = steps.run(self.step, arguments, self.modules, self.backward)
         except Exception as error:  # of any code of the model
             line = next(iter(str(error).strip().splitlines()), "")
-            return f"the step cannot run on meta tensors: {type(error).__name__}: {line}"
+            hint = next((hint for text, hint in _HINTS.items() if text in line), "")
+            reason = f"{type(error).__name__}: {line}{hint and f' ({hint})'}"
+            return f"the step cannot run on meta tensors: {reason}"
         return "" if ran else NO_BACKWARD
 
     def _on_meta(self, shape: Any, dtype: torch.dtype | None) -> Tensor:

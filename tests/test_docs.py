@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from mmfused.cli import COMMANDS
+
 ROOT = Path(__file__).resolve().parent.parent
 PUBLIC = ("mmfused", "mmfused.losses", "mmfused.models", "mmfused.data", "mmfused.testing")
 BUILDS = ("sphinx", "furo", "myst_parser", "sphinx_copybutton")
@@ -50,3 +52,8 @@ def test_the_site_builds_without_warnings(tmp_path):
     assert done.returncode == 0, done.stderr
     index = (tmp_path / "html/searchindex.js").read_text(encoding="utf-8")
     assert "mmfused.QueryPooling" in index or '"QueryPooling"' in index
+
+
+def test_every_command_is_on_the_page_of_the_command_line():
+    page = (ROOT / "docs" / "api" / "cli.md").read_text()
+    assert set(re.findall(r"command-help:: (\w+)", page)) == set(COMMANDS)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +44,30 @@ def test_compiler_outlives_jobs_that_fail(monkeypatch, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"works", "too"}
     with compilers.Compiler(1, False, None) as compiler:  # all from the cache
         assert compiler.compiled({"works": "works"})["works"].registers == 5
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+def test_workers_end_with_their_parent_and_print_nothing(end, tmp_path):
+    code = """if 1:
+        import time, tuning_workers
+        from mmfused.tuning.compile import Compiler
+        with Compiler(1, True, tuning_workers.compile_by_name) as compiler:
+            assert compiler.compiled({"prints": "prints"})["prints"].registers == 6
+            print("compiled", flush=True)
+            time.sleep(60)
+    """
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = {**os.environ, "PYTHONPATH": paths, "MMFUSED_INSPECT_CACHE": str(tmp_path)}
+    command = [sys.executable, "-c", code]
+    given = {"stdout": subprocess.PIPE, "text": True, "start_new_session": True}
+    with subprocess.Popen(command, env=environment, **given) as process:
+        assert process.stdout.readline() == "compiled\n"  # and no line before it
+        process.send_signal(end)
+        try:
+            assert process.communicate(timeout=60)[0] == ""  # once no process has the pipe
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_only_launches_that_differ_are_compiled_and_judged(monkeypatch):

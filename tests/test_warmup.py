@@ -403,6 +403,7 @@ def test_a_module_under_fsdp_is_not_recorded_and_its_gradients_are_not_kept():
         ),
         ({"shapes": {3: (2, 3)}}, r"shapes: got the keys \[3\], expected names of arguments"),
         ({"shapes": ((2, -3),)}, r"shapes: got \(2, -3\), expected sizes of 0 or more"),
+        ({"dtype": "bf16"}, "dtype: got 'bf16', expected a torch.dtype or None"),
         ({"workers": -1}, "workers: got -1, expected an int of 0 or more, or None"),
         ({"arch": "sm_70"}, "arch: got 'sm_70', expected one of sm_80, "),
         ({"workers": 1}, "TRITON_INTERPRET: got '1', expected it unset"),
@@ -413,6 +414,35 @@ def test_bad_arguments_give_one_sentence(change, message, monkeypatch):
     arguments = {"model": nn.Linear(3, 3), "shapes": ((2, 3),), **DRY, **change}
     with pytest.raises((ValueError, TypeError), match=message):
         mmfused.warmup(arguments.pop("model"), arguments.pop("shapes"), **arguments)
+
+
+def test_frequent_mistakes_of_a_step_are_explained():
+    layer, outside = nn.Linear(4, 4), torch.randn(2, 4)
+
+    def runs_backward(x):
+        loss = layer(x).sum()
+        loss.backward()
+        return loss
+
+    def uses_a_tensor_of_its_own(x):
+        return mmfused.masked_info_nce(layer(x), outside, temperature=1.0)
+
+    for step, shapes, hint in (
+        (runs_backward, ((2, 4),), "return the loss; warmup runs the backward pass"),
+        (uses_a_tensor_of_its_own, ((2, 4),), "pass this tensor as an argument of the step"),
+        (lambda x: layer(x) * float(x.sum()), ((2, 4),), "reads a value that is not known"),
+        (layer, ([2, 4],), "a tuple of ints, or "),
+    ):
+        with pytest.raises(RuntimeError, match=hint):
+            mmfused.warmup(step, shapes, **DRY)
+    notes = mmfused.warmup(layer, ((2, 4),), **DRY).notes
+    assert notes[0].startswith("the step launches no kernel of this library")
+
+
+def test_what_ptxas_refuses_is_named():
+    text = "PTXAS error\n`ptxas` stderr:\nptxas fatal   : (C7602) Too few registers\nmore"
+    assert jobs.reason_of(OSError(text)) == "OSError: ptxas: (C7602) Too few registers"
+    assert jobs.reason_of(OSError("at 3:4:\nno such name")) == "OSError: at 3:4: no such name"
 
 
 def test_without_a_gpu_the_architecture_must_be_named(monkeypatch):

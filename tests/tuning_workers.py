@@ -17,5 +17,7 @@ def compile_by_name(job):
         os.kill(os.getpid(), signal.SIGKILL)
     if job == "hangs":
         time.sleep(60)
+    if job == "prints":
+        print("all of the PTX")
     folder = os.environ.get("TRITON_CACHE_DIR", "")
     return Measured(len(job), 0, 0, {"in a folder": int(os.path.isdir(folder))}, [], [])

@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code.
 
     The exit code is 0 for success, 1 if a package is missing or a check failed, 2 for any other
-    error, and 128 + N if signal N stopped the command.
+    error, 3 if `mmfused tune` stopped at its budget, and 128 + N if signal N stopped the command.
     """
     argv = sys.argv[1:] if argv is None else argv
     try:

@@ -11,10 +11,11 @@ import multiprocessing
 import os
 import signal
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from dataclasses import asdict
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING
 from ..cli import compiling
 from ..cli.compiling import Job, Measured
 from ..cli.inspect import faults_of
+from ..kernels.jobs import reason_of
 
 if TYPE_CHECKING:
     from mmfused.kernels.recording import Launch
@@ -116,15 +118,28 @@ class Compiler:
 
 def _begin(triton_cache: str | None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends the workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     if triton_cache is not None:
         os.environ["TRITON_CACHE_DIR"] = triton_cache
 
 
+def _end_with_parent() -> None:
+    """End this worker when a signal has ended the main process, which then ends no workers."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
 def _limited(compile_one: Callable[[Job], Measured], job: Job) -> Measured:
-    """Compile a job; the alarm ends the process, because the compiler does not return to Python."""
+    """Compile a job; the alarm ends the process, because the compiler does not return to Python.
+
+    Triton prints the PTX that ptxas refuses, thousands of lines, which nobody needs here.
+    """
     signal.alarm(LIMIT_SECONDS)
     try:
-        return compile_one(job)
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+            return compile_one(job)
     finally:
         signal.alarm(0)
 
@@ -136,8 +151,7 @@ def _outcome(future: Future[Measured]) -> Outcome | None:
     except BrokenProcessPool:
         return None
     except Exception as error:  # the compiler has many ways to refuse a tile
-        text = " ".join(str(error).split())
-        return f"does not compile: {type(error).__name__}: {text[:200]}"
+        return f"does not compile: {reason_of(error)[:200]}"
 
 
 def _write(key: str, measured: Measured) -> None:
