@@ -165,3 +165,11 @@ def test_late_fusion_replaces_the_models_fusion(name):
         with_fusion["both"]
         - torch.nn.functional.normalize(with_fusion["image"] + with_fusion["text"], dim=-1)
     )[complete].abs().max() > 1e-5
+
+
+def test_a_part_without_labels_is_refused():
+    parts = batch("uniecs")
+    del parts["candidate"]["labels"]
+    message = r"^candidate: got .*, expected labels \(B,\) int64 as well"
+    with pytest.raises(ValueError, match=message):
+        small_model("uniecs")(**parts)

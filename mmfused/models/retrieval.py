@@ -134,6 +134,10 @@ class RetrievalModel(nn.Module):
 
         An error on one rank is raised on all ranks, except in a model sharded by FSDP.
         """
+        if "labels" not in items:
+            raise ValueError(
+                f"{role}: got {', '.join(items) or 'nothing'}, expected labels (B,) int64 as well"
+            )
         try:
             if len(items["labels"]) or not in_group():
                 return self.encode(role, **items)
