@@ -84,6 +84,10 @@ def as_on_gpu(arch: int) -> Iterator[None]:
 def twin_of(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Return a meta tensor like ``x`` that is a leaf, and a Parameter if ``x`` is one."""
     out = torch.empty_strided(x.shape, x.stride(), dtype=dtype or x.dtype, device="meta")
+    if x.storage_offset():  # which may not be divisible by 16
+        whole = x.storage_offset() + out.untyped_storage().nbytes() // out.itemsize
+        whole = torch.empty(whole, dtype=out.dtype, device="meta")
+        out.set_(whole.untyped_storage(), x.storage_offset(), x.shape, x.stride())
     needs = x.requires_grad and (x.is_floating_point() or x.is_complex())
     if isinstance(x, nn.Parameter):
         return nn.Parameter(out, requires_grad=needs)
@@ -317,6 +321,8 @@ def _replacements(arch: int | None) -> Iterator[tuple[Any, str, Any]]:
             yield owner, name, lambda *_, **__: None
     for name in ("is_autocast_enabled", "get_autocast_dtype"):
         yield torch, name, _for_meta(getattr(torch, name))
+    # For gradient checkpointing, which asks for autocast on the device of its tensors.
+    yield torch.amp, "is_autocast_available", _for_meta(torch.amp.is_autocast_available)
     autocast = torch.amp.autocast_mode.autocast
     yield autocast, "__init__", _for_meta(autocast.__init__, place=1)
     if arch is None:

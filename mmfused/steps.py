@@ -8,15 +8,22 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import random
+import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, is_dataclass
+from types import ModuleType
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.utils import checkpoint
 from torch.utils._pytree import tree_leaves, tree_map
+
+_MANY = 10_000  # a container with as many members is a data set's
 
 
 class Batch(NamedTuple):
@@ -107,46 +114,52 @@ def unwrapped(model: Any) -> Any:
             return model
 
 
-def modules_of(step: Any) -> list[nn.Module]:
-    """Return the modules that a step reaches, each once, in a fixed order.
+class Reached(NamedTuple):
+    """The modules and the other objects with attributes that a step reaches, each once."""
 
-    They are the step itself, or for a function those among its closure variables, its globals, its
-    defaults, what it is bound to, and the attributes of that object, and those of functions among
-    these.
+    modules: list[nn.Module]
+    objects: list[Any]
+
+
+def reached_by(step: Any) -> Reached:
+    """Return what a step reaches, in a fixed order.
+
+    It is the step itself, or for a function its closure variables, its globals, its defaults, what
+    it is bound to, and those of functions among these; and the attributes of objects, two deep.
     """
-    found: dict[int, nn.Module] = {}
+    modules: dict[int, nn.Module] = {}
+    objects: list[Any] = []
     seen: set[int] = set()
 
-    def visit(x: Any, attributes: bool = False) -> None:
+    def visit(x: Any, depth: int = 2) -> None:
         if id(x) in seen:
             return
         seen.add(id(x))
         if isinstance(x, nn.Module):
-            found.update((id(module), module) for module in x.modules())
+            modules.update((id(module), module) for module in x.modules())
         elif isinstance(x, functools.partial):
-            visit_all((x.func, x.args, x.keywords))
+            visit_all((x.func, x.args, x.keywords), depth)
         elif inspect.ismethod(x):
-            visit(x.__func__)
-            visit(x.__self__, attributes=True)
+            visit_all((x.__func__, x.__self__), depth)
         elif inspect.isfunction(x):
-            visit_all(_reached_by(x))
-        elif isinstance(x, (list, tuple, set)):
-            visit_all(x)
-        elif isinstance(x, dict):
-            visit_all(x.values())
-        elif attributes and hasattr(x, "__dict__"):
-            visit_all(vars(x).values())
+            visit_all(_variables_of(x), depth)
+        elif isinstance(x, (list, tuple, set, dict)):
+            if len(x) < _MANY:
+                visit_all(x.values() if isinstance(x, dict) else x, depth)
+        elif hasattr(x, "__dict__") and not isinstance(x, (type, ModuleType, Tensor)):
+            objects.append(x)
+            visit_all(vars(x).values() if depth else (), depth - 1)
 
-    def visit_all(values: Iterable[Any]) -> None:
-        for value in values:
-            visit(value)
+    def visit_all(values: Iterable[Any], depth: int) -> None:
+        for value in list(values):
+            visit(value, depth)
 
     called = type(step).__call__ if not isinstance(step, nn.Module) else None
     visit(called.__get__(step) if inspect.isfunction(called) else step)
-    return list(found.values())
+    return Reached(list(modules.values()), objects)
 
 
-def _reached_by(function: Any) -> Iterator[Any]:
+def _variables_of(function: Any) -> Iterator[Any]:
     """Yield the closure variables, the defaults and the used globals of a function."""
     for cell in function.__closure__ or ():
         with contextlib.suppress(ValueError):  # a variable without a value
@@ -176,20 +189,17 @@ def device_of(modules: list[nn.Module]) -> torch.device:
 
 
 @contextlib.contextmanager
-def kept(modules: list[nn.Module], with_values: bool) -> Iterator[None]:
-    """Restore the modules, the gradients and the random generators.
+def kept(reached: Reached, with_values: bool) -> Iterator[None]:
+    """Restore what a step reaches, the gradients and the random generators.
 
     Args:
-        modules: the modules, with their attributes, and the dicts, lists and sets among these.
+        reached: modules and other objects, with their attributes, and the dicts, lists, sets and
+            deques in the modules.
         with_values: whether to restore the values of the buffers too, of which this makes copies.
     """
-    attributes = [(module, dict(vars(module))) for module in modules]
-    containers = [
-        (value, value.copy())
-        for _, saved in attributes
-        for value in saved.values()
-        if isinstance(value, (dict, list, set))
-    ]
+    modules = reached.modules
+    attributes = [(x, dict(vars(x))) for x in (*modules, *reached.objects)]
+    containers = [(x, x.copy()) for x in _containers_in([vars(m) for m in modules])]
     buffers = {id(x): x for m in modules for x in m.buffers(recurse=False) if with_values}
     values = [(x, x.detach().clone()) for x in buffers.values()]
     grads = [(p, p.grad) for m in modules for p in m.parameters(recurse=False)]
@@ -197,14 +207,14 @@ def kept(modules: list[nn.Module], with_values: bool) -> Iterator[None]:
         parameter.grad = None
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     try:
-        with torch.random.fork_rng(devices):
+        with torch.random.fork_rng(devices), _random_state_kept():
             yield
     finally:
         for container, saved in containers:
-            _refill(container, saved)
-        for module, saved in attributes:
-            vars(module).clear()
-            vars(module).update(saved)
+            container.clear()
+            (container.extend if isinstance(saved, (list, deque)) else container.update)(saved)
+        for x, saved in attributes:
+            _set_attributes(x, saved)
         with torch.no_grad():
             for buffer, value in values:
                 buffer.copy_(value)
@@ -212,12 +222,36 @@ def kept(modules: list[nn.Module], with_values: bool) -> Iterator[None]:
             parameter.grad = grad
 
 
-def _refill(container: Any, saved: Any) -> None:
-    if isinstance(container, list):
-        container[:] = saved
-    else:
-        container.clear()
-        container.update(saved)
+def _containers_in(values: Iterable[Any]) -> list[Any]:
+    """Return the dicts, lists, sets and deques in ``values``, and those in these, each once."""
+    found: dict[int, Any] = {}
+    left = list(values)
+    while left:
+        x = left.pop()
+        if isinstance(x, (dict, list, set, deque)) and id(x) not in found:
+            found[id(x)] = x
+            left += x.values() if isinstance(x, dict) else x
+    return list(found.values())
+
+
+def _set_attributes(x: Any, saved: dict[str, Any]) -> None:
+    """Set the attributes of an object, and leave those alone that it has already."""
+    for name in vars(x).keys() - saved.keys():
+        del vars(x)[name]
+    vars(x).update({k: v for k, v in saved.items() if vars(x).get(k, saved) is not v})
+
+
+@contextlib.contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """Restore the generators of Python and, if it is imported, NumPy."""
+    numpy = sys.modules.get("numpy")
+    states = random.getstate(), numpy.random.get_state() if numpy else None
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        if numpy:
+            numpy.random.set_state(states[1])
 
 
 def replace_tensors(modules: list[nn.Module], replacement: Callable[[Tensor], Tensor]) -> None:
@@ -264,22 +298,39 @@ def run(
     def without_ddp(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)  # its forward would wait for a backward with its hooks
 
-    with mock.patch.object(DistributedDataParallel, "forward", without_ddp):
+    with (
+        mock.patch.object(DistributedDataParallel, "forward", without_ddp),
+        mock.patch.object(checkpoint, "CheckpointFunction", _Checkpoint),
+    ):
         with torch.set_grad_enabled(backward):
             results = step(*batch.args, **batch.kwargs)
-    outputs = [x for x in _tensors_in(_loss_of(results)) if x.requires_grad]
-    if backward and outputs:
-        upstream = [torch.ones_like(x) if x.dim() == 0 else _dense(x) for x in outputs]
-        if any(map(is_sharded, modules)):  # its hooks know leaves of their own
-            torch.autograd.backward(outputs, upstream)
-        else:
-            leaves = _leaves(modules, batch)
-            torch.autograd.grad(outputs, leaves, upstream, allow_unused=True)
+        outputs = [x for x in _tensors_in(_loss_of(results)) if x.requires_grad]
+        if backward and outputs:
+            _run_backward(outputs, batch, modules)
     for module in modules:
         reshard = getattr(module, "reshard", None)
         if callable(reshard):  # without a backward pass, FSDP2 leaves the root gathered
             reshard()
     return not backward or bool(outputs)
+
+
+def _run_backward(outputs: list[Tensor], batch: Batch, modules: list[nn.Module]) -> None:
+    upstream = [torch.ones_like(x) if x.dim() == 0 else _dense(x) for x in outputs]
+    if any(map(is_sharded, modules)):  # its hooks know leaves of their own
+        torch.autograd.backward(outputs, upstream)
+    else:
+        torch.autograd.grad(outputs, _leaves(modules, batch), upstream, allow_unused=True)
+
+
+class _Checkpoint:
+    """Stands for reentrant checkpointing, whose backward pass cannot be one without ``.grad``."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        with torch.no_grad():  # may launch other kernels than the second time
+            function(*args)
+        again = {"use_reentrant": False, "preserve_rng_state": preserve_rng_state}
+        return checkpoint.checkpoint(function, *args, **again)
 
 
 def is_sharded(module: nn.Module) -> bool:

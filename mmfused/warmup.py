@@ -11,6 +11,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from . import extension, steps
 from .kernels import jobs
@@ -24,6 +25,7 @@ NO_BACKWARD = (
     "there was no backward pass, because nothing that the step returned requires a gradient; "
     "see input_gradients and backward"
 )
+_KERNELS = "mmfused.kernels."  # start of the names of the modules with this library's kernels
 _HEADER = f"{'kernel':34} {'from':8} {'regs':>4} {'spill':>5} {'shared':>7}"
 
 
@@ -140,9 +142,10 @@ def warmup(
             closure variables, globals, or as attributes of the object it is bound to. It runs
             without the wrappers of DistributedDataParallel and, while recording, of torch.compile.
             The backward pass starts at the ``loss`` of what it returns, or without one at all
-            tensors in it that need a gradient. It must not run an optimizer. Code that reads values
-            of tensors, such as ``mask.all()``, gets those of the tensors in ``shapes``, and of what
-            follows from them alone.
+            tensors in it that need a gradient. It must not run an optimizer or write parameters
+            otherwise, and returns nothing if it runs the backward pass itself. Code that reads
+            values of tensors, such as ``mask.all()``, gets those of the tensors in ``shapes``, and
+            of what follows from them alone.
         shapes: a batch, or a list of batches. A batch is a tuple of positional arguments or a dict
             of keyword arguments, where
 
@@ -218,6 +221,8 @@ class _Call:
     ) -> None:
         if not callable(model):
             raise TypeError(f"model: got a {type(model).__name__}, expected a module or a function")
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise TypeError(f"dtype: got {dtype!r}, expected a torch.dtype or None")
         if workers is not None and (not isinstance(workers, int) or workers < 0):
             raise ValueError(f"workers: got {workers!r}, expected an int of 0 or more, or None")
         if INTERPRETED and workers != 0:
@@ -229,7 +234,12 @@ class _Call:
         self.runs: bool = self.arch == _gpu_arch() and workers != 0
         self.workers: int | None = workers
         self.step: Any = steps.unwrapped(model)
-        self.modules: list[nn.Module] = steps.modules_of(model)
+        self.reached: steps.Reached = steps.reached_by(model)
+        self.modules: list[nn.Module] = self.reached.modules
+        if any(map(is_lazy, (p for m in self.modules for p in m.parameters(recurse=False)))):
+            raise ValueError(
+                "model: got a lazy module, expected one that a forward pass has initialized"
+            )
         self.dtype: torch.dtype = dtype or steps.dtype_of(self.modules)
         self.backward, self.input_gradients = backward, input_gradients
 
@@ -253,7 +263,7 @@ class _Call:
             if note:
                 report.notes.append(f"batch {number}: {note}")
             for launch in launches:
-                _, ours, name = launch.kernel.fn.__module__.partition("mmfused.kernels.")
+                _, ours, name = launch.kernel.fn.__module__.partition(_KERNELS)
                 if not ours:  # of another library, whose options may not be in the job
                     continue
                 op = name.split(".")[0]
@@ -272,7 +282,7 @@ class _Call:
         with (
             tuned.from_file(),
             mock.patch.object(tiles, "MULTIPROCESSORS", units),
-            steps.kept(self.modules, with_values=False),
+            steps.kept(self.reached, with_values=False),
         ):
             yield
 
@@ -313,10 +323,11 @@ class _Call:
             extension.load()
         before = knobs.compilation.listener
 
-        def count(*args: Any, cache_hit: bool, **kwargs: Any) -> None:
-            report.late += not cache_hit
+        def count(*, src: Any, cache_hit: bool, **others: Any) -> None:
+            module = getattr(getattr(src, "fn", None), "__module__", "")  # none: of torch.compile
+            report.late += not cache_hit and module.startswith(_KERNELS)
             if before is not None:
-                before(*args, cache_hit=cache_hit, **kwargs)
+                before(src=src, cache_hit=cache_hit, **others)
 
         knobs.compilation.listener = count
         try:
@@ -340,7 +351,7 @@ class _Call:
             needs = shape.requires_grad if given else self.input_gradients
             return x.requires_grad_(needs and dtype.is_floating_point)
 
-        with steps.kept(self.modules, with_values=True):
+        with steps.kept(self.reached, with_values=True):
             arguments = steps.arguments_of(batch, on_device)
             steps.run(self.step, arguments, self.modules, self.backward)
 
