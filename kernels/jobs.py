@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 # For tests: kernels run on a CPU. A worker compiles.
 _NOT_INHERITED = ("TRITON_INTERPRET", "MMFUSED_PTX_ARCH")
-_SERVE = "from mmfused.kernels.jobs import serve; serve()"
+# What is printed to standard output, also by imports, must not get between the answers.
+_SERVE = "import os; out = os.dup(1); os.dup2(2, 1); import mmfused.kernels.jobs as j; j.serve(out)"
 
 
 @dataclass
@@ -248,9 +249,11 @@ def _start() -> subprocess.Popen[bytes]:
 
     env = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
     env["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
+    env["PYTHONSAFEPATH"] = "1"  # the current folder is not searched, unless it is in the path
     env["TRITON_CACHE_DIR"] = str(knobs.cache.dir)
-    command = [sys.executable, "-c", _SERVE]
-    return subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    # In a session of its own, so that Ctrl-C reaches this process only, which then ends the worker.
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "start_new_session": True}
+    return subprocess.Popen([sys.executable, "-c", _SERVE], env=env, **pipes)
 
 
 def _ask(process: subprocess.Popen[bytes], job: Job) -> Outcome:
@@ -266,10 +269,9 @@ def _ask(process: subprocess.Popen[bytes], job: Job) -> Outcome:
         ) from error
 
 
-def serve() -> None:
-    """Compile the jobs that come from standard input, until it ends."""
-    answers: IO[bytes] = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what the compiler prints must not get between the answers
+def serve(out: int) -> None:
+    """Compile the jobs that come from standard input, until it ends; answer to the file ``out``."""
+    answers: IO[bytes] = os.fdopen(out, "wb")
     while True:
         try:
             job = pickle.load(sys.stdin.buffer)

@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from . import distributed
 from .library import autocast_dtype, recording_launches
+from .steps import EXPECTED_MODULES
 
 _CUDA_KEY = torch._C.DispatchKey.CUDA  # type: ignore[attr-defined]
 _IMPLICIT_KEY = torch._C.DispatchKey.CompositeImplicitAutograd  # type: ignore[attr-defined]
@@ -141,8 +142,7 @@ class _Operators(TorchDispatchMode):
         if x.requires_grad:
             raise ValueError(
                 f"step: got a tensor of shape {tuple(x.shape)} that requires a gradient and is not "
-                "in a module that the step reaches, expected modules as closure variables, "
-                "globals or attributes of the step"
+                f"in a module that the step reaches, {EXPECTED_MODULES}"
             )
         if id(x) not in self.twins:
             self.twins[id(x)] = (x, known_twin_of(x))

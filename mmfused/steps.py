@@ -23,6 +23,9 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils import checkpoint
 from torch.utils._pytree import tree_leaves, tree_map
 
+EXPECTED_MODULES = (
+    "expected modules as closure variables, globals or attributes of the step, at most two deep"
+)
 _MANY = 10_000  # a container with as many members is a data set's
 
 
@@ -315,11 +318,14 @@ def run(
 
 
 def _run_backward(outputs: list[Tensor], batch: Batch, modules: list[nn.Module]) -> None:
+    leaves = _leaves(modules, batch)
+    if not leaves:
+        raise ValueError(f"step: got no parameter that requires a gradient, {EXPECTED_MODULES}")
     upstream = [torch.ones_like(x) if x.dim() == 0 else _dense(x) for x in outputs]
     if any(map(is_sharded, modules)):  # its hooks know leaves of their own
         torch.autograd.backward(outputs, upstream)
     else:
-        torch.autograd.grad(outputs, _leaves(modules, batch), upstream, allow_unused=True)
+        torch.autograd.grad(outputs, leaves, upstream, allow_unused=True)
 
 
 class _Checkpoint:

@@ -145,7 +145,7 @@ def warmup(
             tensors in it that need a gradient. It must not run an optimizer or write parameters
             otherwise, and returns nothing if it runs the backward pass itself. Code that reads
             values of tensors, such as ``mask.all()``, gets those of the tensors in ``shapes``, and
-            of what follows from them alone.
+            of what follows from them alone. Other threads must not run a model meanwhile.
         shapes: a batch, or a list of batches. A batch is a tuple of positional arguments or a dict
             of keyword arguments, where
 
@@ -231,22 +231,15 @@ class _Call:
             )
         self.batches: list[Batch] = steps.batches_of(shapes)
         self.arch: str = _arch_of(arch)
+        self.number: int = int(self.arch.removeprefix("sm_"))
         self.runs: bool = self.arch == _gpu_arch() and workers != 0
-        self.workers: int | None = workers
         self.step: Any = steps.unwrapped(model)
         self.reached: steps.Reached = steps.reached_by(model)
         self.modules: list[nn.Module] = self.reached.modules
         if any(map(is_lazy, (p for m in self.modules for p in m.parameters(recurse=False)))):
-            raise ValueError(
-                "model: got a lazy module, expected one that a forward pass has initialized"
-            )
+            raise ValueError("model: got a lazy module, expected one that has run once")
         self.dtype: torch.dtype = dtype or steps.dtype_of(self.modules)
         self.backward, self.input_gradients = backward, input_gradients
-
-    @property
-    def number(self) -> int:
-        """The architecture as a number, such as 90."""
-        return int(self.arch.removeprefix("sm_"))
 
     # ---- recording -------------------------------------------------------------------------------
 

@@ -475,7 +475,7 @@ def test_a_module_under_fsdp_is_not_recorded_and_its_gradients_are_not_kept():
         ({"shapes": {3: (2, 3)}}, r"shapes: got the keys \[3\], expected names of arguments"),
         ({"shapes": ((2, -3),)}, r"shapes: got \(2, -3\), expected sizes of 0 or more"),
         ({"dtype": "bf16"}, "dtype: got 'bf16', expected a torch.dtype or None"),
-        ({"model": nn.LazyLinear(3)}, "model: got a lazy module, expected one that a forward pass"),
+        ({"model": nn.LazyLinear(3)}, "model: got a lazy module, expected one that has run once"),
         ({"workers": -1}, "workers: got -1, expected an int of 0 or more, or None"),
         ({"arch": "sm_70"}, "arch: got 'sm_70', expected one of sm_80, "),
         ({"workers": 1}, "TRITON_INTERPRET: got '1', expected it unset"),
@@ -546,6 +546,10 @@ def test_a_parameter_out_of_reach_gives_one_sentence():
     weights = iter([nn.Parameter(torch.ones(3))])
     with pytest.raises(RuntimeError, match="is not in a module that the step reaches, expected"):
         mmfused.warmup(lambda x: x * next(weights), ((2, 3),), **DRY)
+    weights = iter([nn.Parameter(torch.ones(3))])
+    call = call_of(lambda x: x * next(weights), ((2, 3),))
+    with pytest.raises(ValueError, match="step: got no parameter that requires .* two deep$"):
+        call.run_once(call.batches[0], CPU)
 
 
 # ---- the report and the workers ------------------------------------------------------------------
