@@ -31,8 +31,10 @@ if TYPE_CHECKING:
 
 # For tests: kernels run on a CPU. A worker compiles.
 _NOT_INHERITED = ("TRITON_INTERPRET", "MMFUSED_PTX_ARCH")
-# What is printed to standard output, also by imports, must not get between the answers.
+# What imports and the compiler print goes to standard error. Only Python's own start comes before
+# that, when a file such as sitecustomize.py may print: an answer is what follows the mark.
 _SERVE = "import os; out = os.dup(1); os.dup2(2, 1); import mmfused.kernels.jobs as j; j.serve(out)"
+_MARK = b"mmfused: an answer follows\n"
 
 
 @dataclass
@@ -251,9 +253,13 @@ def _start() -> subprocess.Popen[bytes]:
     env["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
     env["PYTHONSAFEPATH"] = "1"  # the current folder is not searched, unless it is in the path
     env["TRITON_CACHE_DIR"] = str(knobs.cache.dir)
-    # In a session of its own, so that Ctrl-C reaches this process only, which then ends the worker.
-    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "start_new_session": True}
-    return subprocess.Popen([sys.executable, "-c", _SERVE], env=env, **pipes)
+    return subprocess.Popen(
+        [sys.executable, "-c", _SERVE],
+        env=env,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,  # Ctrl-C is for this process, which then ends the worker
+    )
 
 
 def _ask(process: subprocess.Popen[bytes], job: Job) -> Outcome:
@@ -261,6 +267,9 @@ def _ask(process: subprocess.Popen[bytes], job: Job) -> Outcome:
     try:
         pickle.dump(job, process.stdin)
         process.stdin.flush()
+        while (line := process.stdout.readline()) != _MARK:
+            if not line:
+                raise EOFError
         return pickle.load(process.stdout)
     except (OSError, EOFError) as error:
         raise RuntimeError(
@@ -277,5 +286,5 @@ def serve(out: int) -> None:
             job = pickle.load(sys.stdin.buffer)
         except EOFError:
             return
-        pickle.dump(outcome_of(job), answers)
+        answers.write(b"\n" + _MARK + pickle.dumps(outcome_of(job)))
         answers.flush()

@@ -335,8 +335,8 @@ class _Checkpoint:
     def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
         with torch.no_grad():  # may launch other kernels than the second time
             function(*args)
-        again = {"use_reentrant": False, "preserve_rng_state": preserve_rng_state}
-        return checkpoint.checkpoint(function, *args, **again)
+        again: Any = checkpoint.checkpoint
+        return again(function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)
 
 
 def is_sharded(module: nn.Module) -> bool:
