@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 EXPECTED_MODULES = (
     "expected modules as closure variables, globals or attributes of the step, at most two deep"
 )
+Place = tuple[int, str]  # the id of a module, and the name of a parameter in it
 _MANY = 10_000  # a container with as many members is a data set's
 
 
@@ -192,19 +193,25 @@ def device_of(modules: list[nn.Module]) -> torch.device:
 
 
 @contextlib.contextmanager
-def kept(reached: Reached, with_values: bool) -> Iterator[None]:
+def kept(reached: Reached, written: set[Place] | None = None) -> Iterator[None]:
     """Restore what a step reaches, the gradients and the random generators.
 
     Args:
         reached: modules and other objects, with their attributes, and the dicts, lists, sets and
             deques in the modules.
-        with_values: whether to restore the values of the buffers too, of which this makes copies.
+        written: places of parameters; if given, this restores the values of these and of all
+            buffers too, of which it makes copies.
     """
     modules = reached.modules
     attributes = [(x, dict(vars(x))) for x in (*modules, *reached.objects)]
     containers = [(x, x.copy()) for x in _containers_in([vars(m) for m in modules])]
-    buffers = {id(x): x for m in modules for x in m.buffers(recurse=False) if with_values}
-    values = [(x, x.detach().clone()) for x in buffers.values()]
+    values = []
+    if written is not None:
+        buffers = [x for m in modules for x in m.buffers(recurse=False)]
+        named = [(id(m), *x) for m in modules for x in m.named_parameters(recurse=False)]
+        changed = [x for of, name, x in named if (of, name) in written]
+        tensors = {id(x): x for x in (*buffers, *changed)}
+        values = [(x, x.detach().clone()) for x in tensors.values()]
     grads = [(p, p.grad) for m in modules for p in m.parameters(recurse=False)]
     for parameter, _ in grads:
         parameter.grad = None
@@ -219,8 +226,8 @@ def kept(reached: Reached, with_values: bool) -> Iterator[None]:
         for x, saved in attributes:
             _set_attributes(x, saved)
         with torch.no_grad():
-            for buffer, value in values:
-                buffer.copy_(value)
+            for x, value in values:
+                x.copy_(value)
         for parameter, grad in grads:
             parameter.grad = grad
 
@@ -255,6 +262,16 @@ def _random_state_kept() -> Iterator[None]:
         random.setstate(states[0])
         if numpy:
             numpy.random.set_state(states[1])
+
+
+def written_parameters(modules: list[nn.Module]) -> set[Place]:
+    """Return the places of those parameters that something wrote in place."""
+    return {
+        (id(module), name)
+        for module in modules
+        for name, x in module.named_parameters(recurse=False)
+        if x._version
+    }
 
 
 def replace_tensors(modules: list[nn.Module], replacement: Callable[[Tensor], Tensor]) -> None:

@@ -139,13 +139,13 @@ def warmup(
 
     Args:
         model: a module, or a function that computes a loss with modules: any that it reaches as
-            closure variables, globals, or as attributes of the object it is bound to. It runs
-            without the wrappers of DistributedDataParallel and, while recording, of torch.compile.
-            The backward pass starts at the ``loss`` of what it returns, or without one at all
-            tensors in it that need a gradient. It must not run an optimizer or write parameters
-            otherwise, and returns nothing if it runs the backward pass itself. Code that reads
-            values of tensors, such as ``mask.all()``, gets those of the tensors in ``shapes``, and
-            of what follows from them alone. Other threads must not run a model meanwhile.
+            closure variables, globals or what it is bound to, or attributes of these, at most two
+            deep. It runs without the wrappers of DistributedDataParallel and, while recording, of
+            torch.compile. The backward pass starts at the ``loss`` of what it returns, or without
+            one at all tensors in it that need a gradient. It must not run an optimizer, and must
+            return nothing if it runs the backward pass itself. Code that reads values of tensors,
+            such as ``mask.all()``, gets those of the tensors in ``shapes``, and of what follows
+            from them alone. Other threads must not run a model meanwhile.
         shapes: a batch, or a list of batches. A batch is a tuple of positional arguments or a dict
             of keyword arguments, where
 
@@ -238,6 +238,7 @@ class _Call:
         self.modules: list[nn.Module] = self.reached.modules
         if any(map(is_lazy, (p for m in self.modules for p in m.parameters(recurse=False)))):
             raise ValueError("model: got a lazy module, expected one that has run once")
+        self.written: set[steps.Place] = set()  # parameters that the recorded step writes
         self.dtype: torch.dtype = dtype or steps.dtype_of(self.modules)
         self.backward, self.input_gradients = backward, input_gradients
 
@@ -275,7 +276,7 @@ class _Call:
         with (
             tuned.from_file(),
             mock.patch.object(tiles, "MULTIPROCESSORS", units),
-            steps.kept(self.reached, with_values=False),
+            steps.kept(self.reached),
         ):
             yield
 
@@ -288,6 +289,7 @@ class _Call:
         try:
             with as_on_gpu(self.number), torch.compiler.set_stance("force_eager"):
                 ran = steps.run(self.step, arguments, self.modules, self.backward)
+            self.written |= steps.written_parameters(self.modules)
         except Exception as error:  # of any code of the model
             line = next(iter(str(error).strip().splitlines()), "")
             return f"the step cannot run on meta tensors: {type(error).__name__}: {line}"
@@ -344,7 +346,7 @@ class _Call:
             needs = shape.requires_grad if given else self.input_gradients
             return x.requires_grad_(needs and dtype.is_floating_point)
 
-        with steps.kept(self.reached, with_values=True):
+        with steps.kept(self.reached, self.written):
             arguments = steps.arguments_of(batch, on_device)
             steps.run(self.step, arguments, self.modules, self.backward)
 

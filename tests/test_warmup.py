@@ -333,6 +333,7 @@ class Changing(nn.Module):
 
     def __init__(self):
         super().__init__()
+        self.average = nn.Parameter(torch.ones(4), requires_grad=False)
         self.norm, self.dropout = nn.BatchNorm1d(4), nn.Dropout(0.5)
         self.linear = nn.Linear(4, 4)
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
@@ -340,6 +341,7 @@ class Changing(nn.Module):
 
     def forward(self, x):
         self.calls += 1
+        self.average.lerp_(self.linear.bias.detach(), 0.1)
         self.count += 1
         self.cache["last"] = self.last = x
         self.cache["lists"][0].append(x)
@@ -364,7 +366,10 @@ def test_nothing_of_the_model_changes(phase, fails):
         if phase == "record":
             call.record(WarmupReport("sm_90"))
         else:
+            call.written = {(id(model), "average")}
             call.run_once(call.batches[0], CPU)
+    if not fails and phase == "record":
+        assert call.written == {(id(model), "average")}
     assert vars(model) == attributes and model.training
     assert model.cache == {"lists": [[]]} and not model.losses
     assert (random.random(), numpy.random.rand()) == expected
