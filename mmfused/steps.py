@@ -10,7 +10,7 @@ import functools
 import inspect
 import random
 import sys
-from collections import deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from types import ModuleType
@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 EXPECTED_MODULES = (
     "expected modules as closure variables, globals or attributes of the step, at most two deep"
 )
+_CONTAINERS = (dict, OrderedDict, defaultdict, list, set, deque)
 Place = tuple[int, str]  # the id of a module, and the name of a parameter in it
 _MANY = 10_000  # a container with as many members is a data set's
 
@@ -197,13 +198,13 @@ def kept(reached: Reached, written: set[Place] | None = None) -> Iterator[None]:
     """Restore what a step reaches, the gradients and the random generators.
 
     Args:
-        reached: modules and other objects, with their attributes, and the dicts, lists, sets and
-            deques in the modules.
+        reached: modules, with the dicts, lists, sets and deques in their attributes, and other
+            objects, of which only attributes are restored that then hold meta tensors.
         written: places of parameters; if given, this restores the values of these and of all
             buffers too, of which it makes copies.
     """
     modules = reached.modules
-    attributes = [(x, dict(vars(x))) for x in (*modules, *reached.objects)]
+    attributes = [(vars(x), dict(vars(x))) for x in reached.objects]
     containers = [(x, x.copy()) for x in _containers_in([vars(m) for m in modules])]
     values = []
     if written is not None:
@@ -223,8 +224,8 @@ def kept(reached: Reached, written: set[Place] | None = None) -> Iterator[None]:
         for container, saved in containers:
             container.clear()
             (container.extend if isinstance(saved, (list, deque)) else container.update)(saved)
-        for x, saved in attributes:
-            _set_attributes(x, saved)
+        for now, saved in attributes:
+            _drop_meta(now, saved)
         with torch.no_grad():
             for x, value in values:
                 x.copy_(value)
@@ -238,17 +239,19 @@ def _containers_in(values: Iterable[Any]) -> list[Any]:
     left = list(values)
     while left:
         x = left.pop()
-        if isinstance(x, (dict, list, set, deque)) and id(x) not in found:
+        if type(x) in _CONTAINERS and id(x) not in found:  # no subclass that may refuse changes
             found[id(x)] = x
             left += x.values() if isinstance(x, dict) else x
     return list(found.values())
 
 
-def _set_attributes(x: Any, saved: dict[str, Any]) -> None:
-    """Set the attributes of an object, and leave those alone that it has already."""
-    for name in vars(x).keys() - saved.keys():
-        del vars(x)[name]
-    vars(x).update({k: v for k, v in saved.items() if vars(x).get(k, saved) is not v})
+def _drop_meta(now: dict[str, Any], saved: dict[str, Any]) -> None:
+    """Replace new attributes with meta tensors in them by the saved ones, if there are any."""
+    for name, value in list(now.items()):
+        is_new = name not in saved or saved[name] is not value
+        if is_new and any(isinstance(x, Tensor) and x.is_meta for x in tree_leaves(value)):
+            del now[name]
+            now.update({name: saved[name]} if name in saved else {})
 
 
 @contextlib.contextmanager
