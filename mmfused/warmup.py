@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from . import extension, steps
+from . import extension, state, steps
 from .kernels import jobs
 from .kernels.jobs import Job, Outcome
 from .library import HAS_TRITON, INTERPRETED, current_router
@@ -238,7 +238,7 @@ class _Call:
         self.modules: list[nn.Module] = self.reached.modules
         if any(map(is_lazy, (p for m in self.modules for p in m.parameters(recurse=False)))):
             raise ValueError("model: got a lazy module, expected one that has run once")
-        self.written: set[steps.Place] = set()  # parameters that the recorded step writes
+        self.written: set[state.Place] = set()  # parameters that the recorded step writes
         self.dtype: torch.dtype = dtype or steps.dtype_of(self.modules)
         self.backward, self.input_gradients = backward, input_gradients
 
@@ -260,8 +260,7 @@ class _Call:
                 _, ours, name = launch.kernel.fn.__module__.partition(_KERNELS)
                 if not ours:  # of another library, whose options may not be in the job
                     continue
-                op = name.split(".")[0]
-                job = jobs.as_launched(jobs.job_of(op, "", self.arch, launch))
+                job = jobs.as_launched(jobs.job_of(name.split(".")[0], "", self.arch, launch))
                 found[repr(job)] = job
         return found
 
@@ -276,7 +275,7 @@ class _Call:
         with (
             tuned.from_file(),
             mock.patch.object(tiles, "MULTIPROCESSORS", units),
-            steps.kept(self.reached),
+            state.kept(self.reached),
         ):
             yield
 
@@ -285,11 +284,11 @@ class _Call:
         if any(map(steps.is_sharded, self.modules)):
             return "a model under FSDP cannot be recorded; pass it before it is wrapped"
         arguments = steps.arguments_of(batch, self._on_meta)
-        steps.replace_tensors(self.modules, known_twin_of)
+        state.replace_tensors(self.modules, known_twin_of)
         try:
             with as_on_gpu(self.number), torch.compiler.set_stance("force_eager"):
                 ran = steps.run(self.step, arguments, self.modules, self.backward)
-            self.written |= steps.written_parameters(self.modules)
+            self.written |= state.written_parameters(self.modules)
         except Exception as error:  # of any code of the model
             line = next(iter(str(error).strip().splitlines()), "")
             return f"the step cannot run on meta tensors: {type(error).__name__}: {line}"
@@ -346,7 +345,7 @@ class _Call:
             needs = shape.requires_grad if given else self.input_gradients
             return x.requires_grad_(needs and dtype.is_floating_point)
 
-        with steps.kept(self.reached, self.written):
+        with state.kept(self.reached, self.written):
             arguments = steps.arguments_of(batch, on_device)
             steps.run(self.step, arguments, self.modules, self.backward)
 
