@@ -161,7 +161,7 @@ def warmup(
             one layer or one loss of a larger model. Tensors keep their ``requires_grad``.
         arch: architecture to compile for, such as "sm_90"; by default that of the current GPU.
         workers: the most processes that compile for this one; by default one for each core, of
-            which ranks of a node have equal shares. 0: only record the launches.
+            which ranks of a node have equal shares, but at most 16. 0: only record the launches.
 
     Returns:
         a :class:`WarmupReport`. Kernels that spill registers or need too much shared memory, and
@@ -388,7 +388,7 @@ def _outcomes_of(found: dict[str, Job], workers: int | None) -> dict[str, Outcom
 
     own = own_part(read_cache)
     part = {key: job for key, job in found.items() if key in own}
-    all_ranks(lambda: outcomes.update(jobs.outcomes_of(part, workers or cores())))
+    all_ranks(lambda: outcomes.update(jobs.outcomes_of(part, workers or min(16, cores()))))
     read_cache()
     return outcomes
 
