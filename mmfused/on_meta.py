@@ -129,6 +129,8 @@ class _Operators(TorchDispatchMode):
         if function.namespace == "mmfused" and _is_launcher(function):
             return function._op_dk(_CUDA_KEY, *args, **kwargs)
         if function.namespace == "aten":
+            if function._schema.name in _INDEXED:
+                args = (args[0], _without_masks(args[1]), *args[2:])
             values = _values_of(function, args, kwargs)
             if values is not None:
                 return values
@@ -152,6 +154,7 @@ class _Operators(TorchDispatchMode):
 # ---- known values --------------------------------------------------------------------------------
 
 _KNOWN = 1 << 22  # the most elements of a tensor whose values are known
+_INDEXED = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
 # By the storage of the meta tensor: the storage, so that it lives on, and the values.
 _VALUES: dict[int, tuple[Any, Tensor]] = {}
 
@@ -185,6 +188,18 @@ def _values_of(function: Any, args: Any, kwargs: Any) -> Any:
     if function._schema.is_mutable:  # the meta tensor is the result too
         return function(*args, **kwargs)
     return tree_map(lambda x: _keep(x) if isinstance(x, Tensor) else x, out)
+
+
+def _without_masks(indices: Any) -> list[Any]:
+    """Return indices with integers in place of known masks, which have shapes on "meta" too."""
+    found: list[Any] = []
+    for x in indices:
+        held = _VALUES.get(x.untyped_storage()._cdata) if isinstance(x, Tensor) else None
+        if held is not None and held[1].dtype == torch.bool:
+            found += map(_keep, held[1].nonzero().unbind(1))
+        else:
+            found.append(x)
+    return found
 
 
 def _without_values(function: Any, args: Any, kwargs: Any, may_be_float: bool) -> Any:

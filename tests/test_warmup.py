@@ -257,6 +257,20 @@ def test_code_that_reads_given_values_is_recorded_with_them():
         mmfused.warmup(lambda x: x * float(x.sum()), ((2, 9, 4),), **DRY)
 
 
+def test_given_masks_select_rows_of_other_tensors():
+    pool, seen = mmfused.QueryPooling(32, num_queries=4), []
+
+    def step(x, present):
+        seen.append((x[present].shape, x[:, :2][:, present[:2]].shape))
+        x[present] = x[present] * 2
+        return pool(x[present])
+
+    first = nn.Linear(32, 32)
+    present = torch.tensor([True, False, True, False])
+    mmfused.warmup(lambda x, present: step(first(x), present), ((4, 9, 32), present), **DRY)
+    assert seen == [((2, 9, 32), (4, 1, 32))]
+
+
 def test_values_that_are_overwritten_or_too_many_are_not_known():
     def overwritten(x, flags):
         flags[:1].copy_(x.sum() > 0)
