@@ -22,7 +22,7 @@ from .on_meta import as_on_gpu, known_twin_of
 from .steps import Batch
 
 NO_BACKWARD = (
-    "there was no backward pass, because nothing that the step returned requires a gradient; "
+    "no backward pass followed, because nothing that the step returned requires a gradient; "
     "see input_gradients and backward"
 )
 _KERNELS = "mmfused.kernels."  # start of the names of the modules with this library's kernels

@@ -164,6 +164,15 @@ def test_a_step_without_gradients_is_noted():
     assert report.kernels and "nothing that the step returned requires a gradient" in str(report)
 
 
+def test_a_step_may_run_its_own_backward_pass_if_it_returns_nothing():
+    pool = pooling()
+    own = call_of(lambda x: pool(x).sum().backward(), ((8, 50, 32),))
+    loss = call_of(lambda x: pool(x).sum(), ((8, 50, 32),))
+    assert set(own.record(WarmupReport("sm_90"))) == set(loss.record(WarmupReport("sm_90")))
+    own.run_once(own.batches[0], CPU)
+    assert all(p.grad is None for p in pool.parameters())
+
+
 def test_input_gradients_add_the_kernels_of_dx():
     gated = mmfused.GatedCrossAttention(32, 2).requires_grad_(False)
     shapes = ((4, 9, 32), (4, 12, 32))
