@@ -31,7 +31,10 @@ if TYPE_CHECKING:
 
 # For tests: kernels run on a CPU. A worker compiles.
 _NOT_INHERITED = ("TRITON_INTERPRET", "MMFUSED_PTX_ARCH")
-_SERVE = "from mmfused.kernels.jobs import serve; serve()"
+# What imports and the compiler print goes to standard error. Only Python's own start comes before
+# that, when a file such as sitecustomize.py may print: an answer is what follows the mark.
+_SERVE = "import os; out = os.dup(1); os.dup2(2, 1); import mmfused.kernels.jobs as j; j.serve(out)"
+_MARK = b"mmfused: an answer follows\n"
 
 
 @dataclass
@@ -255,9 +258,15 @@ def _start() -> subprocess.Popen[bytes]:
 
     env = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
     env["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
+    env["PYTHONSAFEPATH"] = "1"  # the current folder is not searched, unless it is in the path
     env["TRITON_CACHE_DIR"] = str(knobs.cache.dir)
-    command = [sys.executable, "-c", _SERVE]
-    return subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, "-c", _SERVE],
+        env=env,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,  # Ctrl-C is for this process, which then ends the worker
+    )
 
 
 def _ask(process: subprocess.Popen[bytes], job: Job) -> Outcome:
@@ -265,6 +274,9 @@ def _ask(process: subprocess.Popen[bytes], job: Job) -> Outcome:
     try:
         pickle.dump(job, process.stdin)
         process.stdin.flush()
+        while (line := process.stdout.readline()) != _MARK:
+            if not line:
+                raise EOFError
         return pickle.load(process.stdout)
     except (OSError, EOFError) as error:
         raise RuntimeError(
@@ -273,15 +285,14 @@ def _ask(process: subprocess.Popen[bytes], job: Job) -> Outcome:
         ) from error
 
 
-def serve() -> None:
-    """Compile the jobs that come from standard input, until it ends."""
-    answers: IO[bytes] = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what the compiler prints must not get between the answers
-    sys.stdout = open(os.devnull, "w")  # nor all PTX that ptxas refuses be shown
+def serve(out: int) -> None:
+    """Compile the jobs that come from standard input, until it ends; answer to the file ``out``."""
+    answers: IO[bytes] = os.fdopen(out, "wb")
+    sys.stdout = open(os.devnull, "w")  # Triton prints all PTX that ptxas refuses
     while True:
         try:
             job = pickle.load(sys.stdin.buffer)
         except EOFError:
             return
-        pickle.dump(outcome_of(job), answers)
+        answers.write(b"\n" + _MARK + pickle.dumps(outcome_of(job)))
         answers.flush()

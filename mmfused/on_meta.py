@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from . import distributed
 from .library import autocast_dtype, recording_launches
+from .steps import EXPECTED_MODULES
 
 _CUDA_KEY = torch._C.DispatchKey.CUDA  # type: ignore[attr-defined]
 _IMPLICIT_KEY = torch._C.DispatchKey.CompositeImplicitAutograd  # type: ignore[attr-defined]
@@ -84,6 +85,10 @@ def as_on_gpu(arch: int) -> Iterator[None]:
 def twin_of(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Return a meta tensor like ``x`` that is a leaf, and a Parameter if ``x`` is one."""
     out = torch.empty_strided(x.shape, x.stride(), dtype=dtype or x.dtype, device="meta")
+    if x.storage_offset():  # which may not be divisible by 16
+        whole = x.storage_offset() + out.untyped_storage().nbytes() // out.itemsize
+        whole = torch.empty(whole, dtype=out.dtype, device="meta")
+        out.set_(whole.untyped_storage(), x.storage_offset(), x.shape, x.stride())
     needs = x.requires_grad and (x.is_floating_point() or x.is_complex())
     if isinstance(x, nn.Parameter):
         return nn.Parameter(out, requires_grad=needs)
@@ -124,6 +129,8 @@ class _Operators(TorchDispatchMode):
         if function.namespace == "mmfused" and _is_launcher(function):
             return function._op_dk(_CUDA_KEY, *args, **kwargs)
         if function.namespace == "aten":
+            if function._schema.name in _INDEXED:
+                args = (args[0], _without_masks(args[1]), *args[2:])
             values = _values_of(function, args, kwargs)
             if values is not None:
                 return values
@@ -137,8 +144,7 @@ class _Operators(TorchDispatchMode):
         if x.requires_grad:
             raise ValueError(
                 f"step: got a tensor of shape {tuple(x.shape)} that requires a gradient and is not "
-                "in a module that the step reaches, expected modules as closure variables, "
-                "globals or attributes of the step"
+                f"in a module that the step reaches, {EXPECTED_MODULES}"
             )
         if id(x) not in self.twins:
             self.twins[id(x)] = (x, known_twin_of(x))
@@ -148,6 +154,7 @@ class _Operators(TorchDispatchMode):
 # ---- known values --------------------------------------------------------------------------------
 
 _KNOWN = 1 << 22  # the most elements of a tensor whose values are known
+_INDEXED = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
 # By the storage of the meta tensor: the storage, so that it lives on, and the values.
 _VALUES: dict[int, tuple[Any, Tensor]] = {}
 
@@ -181,6 +188,18 @@ def _values_of(function: Any, args: Any, kwargs: Any) -> Any:
     if function._schema.is_mutable:  # the meta tensor is the result too
         return function(*args, **kwargs)
     return tree_map(lambda x: _keep(x) if isinstance(x, Tensor) else x, out)
+
+
+def _without_masks(indices: Any) -> list[Any]:
+    """Return indices with integers in place of known masks, which have shapes on "meta" too."""
+    found: list[Any] = []
+    for x in indices:
+        held = _VALUES.get(x.untyped_storage()._cdata) if isinstance(x, Tensor) else None
+        if held is not None and held[1].dtype == torch.bool:
+            found += map(_keep, held[1].nonzero().unbind(1))
+        else:
+            found.append(x)
+    return found
 
 
 def _without_values(function: Any, args: Any, kwargs: Any, may_be_float: bool) -> Any:
@@ -317,6 +336,8 @@ def _replacements(arch: int | None) -> Iterator[tuple[Any, str, Any]]:
             yield owner, name, lambda *_, **__: None
     for name in ("is_autocast_enabled", "get_autocast_dtype"):
         yield torch, name, _for_meta(getattr(torch, name))
+    # For gradient checkpointing, which asks for autocast on the device of its tensors.
+    yield torch.amp, "is_autocast_available", _for_meta(torch.amp.is_autocast_available)
     autocast = torch.amp.autocast_mode.autocast
     yield autocast, "__init__", _for_meta(autocast.__init__, place=1)
     if arch is None:

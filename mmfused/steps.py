@@ -1,6 +1,6 @@
 """The training steps of :mod:`.warmup`: their batches and modules, and how to run them once.
 
-Nothing that a step changes stays changed: see :func:`kept`.
+Nothing that a step changes stays changed: see :mod:`.state`.
 """
 
 from __future__ import annotations
@@ -10,13 +10,20 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, is_dataclass
+from types import ModuleType
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils import checkpoint
+from torch.utils._pytree import tree_leaves
+
+EXPECTED_MODULES = (
+    "expected modules as closure variables, globals or attributes of the step, at most two deep"
+)
+_MANY = 10_000  # a container with as many members is a data set's
 
 
 class Batch(NamedTuple):
@@ -107,46 +114,52 @@ def unwrapped(model: Any) -> Any:
             return model
 
 
-def modules_of(step: Any) -> list[nn.Module]:
-    """Return the modules that a step reaches, each once, in a fixed order.
+class Reached(NamedTuple):
+    """The modules and the other objects with attributes that a step reaches, each once."""
 
-    They are the step itself, or for a function those among its closure variables, its globals, its
-    defaults, what it is bound to, and the attributes of that object, and those of functions among
-    these.
+    modules: list[nn.Module]
+    objects: list[Any]
+
+
+def reached_by(step: Any) -> Reached:
+    """Return what a step reaches, in a fixed order.
+
+    It is the step itself, or for a function its closure variables, its globals, its defaults, what
+    it is bound to, and those of functions among these; and the attributes of objects, two deep.
     """
-    found: dict[int, nn.Module] = {}
+    modules: dict[int, nn.Module] = {}
+    objects: list[Any] = []
     seen: set[int] = set()
 
-    def visit(x: Any, attributes: bool = False) -> None:
+    def visit(x: Any, depth: int = 2) -> None:
         if id(x) in seen:
             return
         seen.add(id(x))
         if isinstance(x, nn.Module):
-            found.update((id(module), module) for module in x.modules())
+            modules.update((id(module), module) for module in x.modules())
         elif isinstance(x, functools.partial):
-            visit_all((x.func, x.args, x.keywords))
+            visit_all((x.func, x.args, x.keywords), depth)
         elif inspect.ismethod(x):
-            visit(x.__func__)
-            visit(x.__self__, attributes=True)
+            visit_all((x.__func__, x.__self__), depth)
         elif inspect.isfunction(x):
-            visit_all(_reached_by(x))
-        elif isinstance(x, (list, tuple, set)):
-            visit_all(x)
-        elif isinstance(x, dict):
-            visit_all(x.values())
-        elif attributes and hasattr(x, "__dict__"):
-            visit_all(vars(x).values())
+            visit_all(_variables_of(x), depth)
+        elif isinstance(x, (list, tuple, set, dict)):
+            if len(x) < _MANY:
+                visit_all(x.values() if isinstance(x, dict) else x, depth)
+        elif hasattr(x, "__dict__") and not isinstance(x, (type, ModuleType, Tensor)):
+            objects.append(x)
+            visit_all(vars(x).values() if depth else (), depth - 1)
 
-    def visit_all(values: Iterable[Any]) -> None:
-        for value in values:
-            visit(value)
+    def visit_all(values: Iterable[Any], depth: int) -> None:
+        for value in list(values):
+            visit(value, depth)
 
     called = type(step).__call__ if not isinstance(step, nn.Module) else None
     visit(called.__get__(step) if inspect.isfunction(called) else step)
-    return list(found.values())
+    return Reached(list(modules.values()), objects)
 
 
-def _reached_by(function: Any) -> Iterator[Any]:
+def _variables_of(function: Any) -> Iterator[Any]:
     """Yield the closure variables, the defaults and the used globals of a function."""
     for cell in function.__closure__ or ():
         with contextlib.suppress(ValueError):  # a variable without a value
@@ -175,77 +188,6 @@ def device_of(modules: list[nn.Module]) -> torch.device:
     return next(devices, None) or torch.device("cuda", torch.cuda.current_device())
 
 
-@contextlib.contextmanager
-def kept(modules: list[nn.Module], with_values: bool) -> Iterator[None]:
-    """Restore the modules, the gradients and the random generators.
-
-    Args:
-        modules: the modules, with their attributes, and the dicts, lists and sets among these.
-        with_values: whether to restore the values of the buffers too, of which this makes copies.
-    """
-    attributes = [(module, dict(vars(module))) for module in modules]
-    containers = [
-        (value, value.copy())
-        for _, saved in attributes
-        for value in saved.values()
-        if isinstance(value, (dict, list, set))
-    ]
-    buffers = {id(x): x for m in modules for x in m.buffers(recurse=False) if with_values}
-    values = [(x, x.detach().clone()) for x in buffers.values()]
-    grads = [(p, p.grad) for m in modules for p in m.parameters(recurse=False)]
-    for parameter, _ in grads:
-        parameter.grad = None
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
-        for container, saved in containers:
-            _refill(container, saved)
-        for module, saved in attributes:
-            vars(module).clear()
-            vars(module).update(saved)
-        with torch.no_grad():
-            for buffer, value in values:
-                buffer.copy_(value)
-        for parameter, grad in grads:
-            parameter.grad = grad
-
-
-def _refill(container: Any, saved: Any) -> None:
-    if isinstance(container, list):
-        container[:] = saved
-    else:
-        container.clear()
-        container.update(saved)
-
-
-def replace_tensors(modules: list[nn.Module], replacement: Callable[[Tensor], Tensor]) -> None:
-    """Replace the parameters, the buffers and the other tensors that the modules hold.
-
-    Shared tensors stay shared. :func:`kept` restores the modules.
-    """
-    made: dict[int, Tensor] = {}
-
-    def replaced(x: Any) -> Any:
-        if not isinstance(x, Tensor):
-            return x
-        if id(x) not in made:
-            made[id(x)] = replacement(x)
-        return made[id(x)]
-
-    for module in modules:
-        for name, value in list(vars(module).items()):
-            if name in ("_parameters", "_buffers"):
-                value.update({key: replaced(x) for key, x in value.items()})
-            elif isinstance(value, Tensor):
-                vars(module)[name] = replaced(value)
-            elif type(value) in (list, tuple, dict) and any(
-                isinstance(x, Tensor) for x in tree_leaves(value)
-            ):
-                vars(module)[name] = tree_map(replaced, value)
-
-
 # ---- one step ------------------------------------------------------------------------------------
 
 
@@ -258,28 +200,48 @@ def run(
     """Call the step, and return whether there was a backward pass, if it was asked for.
 
     It starts at the loss, if what the step returned has one, else at all tensors in it, with random
-    gradients, and 1 for scalars. No gradients are stored, but those of FSDP: see :func:`kept`.
+    gradients, and 1 for scalars. No gradients are stored, but those of FSDP: see :mod:`.state`.
     """
 
     def without_ddp(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)  # its forward would wait for a backward with its hooks
 
-    with mock.patch.object(DistributedDataParallel, "forward", without_ddp):
+    with (
+        mock.patch.object(DistributedDataParallel, "forward", without_ddp),
+        mock.patch.object(checkpoint, "CheckpointFunction", _Checkpoint),
+    ):
         with torch.set_grad_enabled(backward):
             results = step(*batch.args, **batch.kwargs)
-    outputs = [x for x in _tensors_in(_loss_of(results)) if x.requires_grad]
-    if backward and outputs:
-        upstream = [torch.ones_like(x) if x.dim() == 0 else _dense(x) for x in outputs]
-        if any(map(is_sharded, modules)):  # its hooks know leaves of their own
-            torch.autograd.backward(outputs, upstream)
-        else:
-            leaves = _leaves(modules, batch)
-            torch.autograd.grad(outputs, leaves, upstream, allow_unused=True)
+        outputs = [x for x in _tensors_in(_loss_of(results)) if x.requires_grad]
+        if backward and outputs:
+            _run_backward(outputs, batch, modules)
     for module in modules:
         reshard = getattr(module, "reshard", None)
         if callable(reshard):  # without a backward pass, FSDP2 leaves the root gathered
             reshard()
     return not backward or bool(outputs)
+
+
+def _run_backward(outputs: list[Tensor], batch: Batch, modules: list[nn.Module]) -> None:
+    leaves = _leaves(modules, batch)
+    if not leaves:
+        raise ValueError(f"step: got no parameter that requires a gradient, {EXPECTED_MODULES}")
+    upstream = [torch.ones_like(x) if x.dim() == 0 else _dense(x) for x in outputs]
+    if any(map(is_sharded, modules)):  # its hooks know leaves of their own
+        torch.autograd.backward(outputs, upstream)
+    else:
+        torch.autograd.grad(outputs, leaves, upstream, allow_unused=True)
+
+
+class _Checkpoint:
+    """Stands for reentrant checkpointing, whose backward pass cannot be one without ``.grad``."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        with torch.no_grad():  # may launch other kernels than the second time
+            function(*args)
+        again: Any = checkpoint.checkpoint
+        return again(function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)
 
 
 def is_sharded(module: nn.Module) -> bool:

@@ -11,8 +11,9 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from . import extension, steps
+from . import extension, state, steps
 from .kernels import jobs
 from .kernels.jobs import Job, Outcome
 from .library import HAS_TRITON, INTERPRETED, current_router
@@ -21,7 +22,7 @@ from .on_meta import as_on_gpu, known_twin_of
 from .steps import Batch
 
 NO_BACKWARD = (
-    "there was no backward pass, because nothing that the step returned requires a gradient; "
+    "no backward pass followed, because nothing that the step returned requires a gradient; "
     "see input_gradients and backward"
 )
 NO_KERNELS = (
@@ -36,6 +37,7 @@ _HINTS = {
     ", expected meta": "pass this tensor as an argument of the step, or keep it in a module",
     "must be Tensor, not": "a tuple of ints, or (shape, torch.dtype), stands for a tensor",
 }
+_KERNELS = "mmfused.kernels."  # start of the names of the modules with this library's kernels
 _HEADER = f"{'kernel':34} {'from':8} {'regs':>4} {'spill':>5} {'shared':>7}"
 
 
@@ -149,12 +151,13 @@ def warmup(
 
     Args:
         model: a module, or a function that computes a loss with modules: any that it reaches as
-            closure variables, globals, or as attributes of the object it is bound to. It runs
-            without the wrappers of DistributedDataParallel and, while recording, of torch.compile.
-            The backward pass starts at the ``loss`` of what it returns, or without one at all
-            tensors in it that need a gradient. It must not run an optimizer. Code that reads values
-            of tensors, such as ``mask.all()``, gets those of the integer and bool tensors in
-            ``shapes``, and of what follows from them alone.
+            closure variables, globals or what it is bound to, or attributes of these, at most two
+            deep. It runs without the wrappers of DistributedDataParallel and, while recording, of
+            torch.compile. The backward pass starts at the ``loss`` of what it returns, or without
+            one at all tensors in it that need a gradient. It must not run an optimizer, and must
+            return nothing if it runs the backward pass itself. Code that reads values of tensors,
+            such as ``mask.all()``, gets those of the integer and bool tensors in ``shapes``, and of
+            what follows from them alone. Other threads must not run a model meanwhile.
         shapes: a batch, or a list of batches. A batch is a tuple of positional arguments or a dict
             of keyword arguments, where
 
@@ -170,7 +173,7 @@ def warmup(
             one layer or one loss of a larger model. Tensors keep their ``requires_grad``.
         arch: architecture to compile for, such as "sm_90"; by default that of the current GPU.
         workers: the most processes that compile for this one; by default one for each core, of
-            which ranks of a node have equal shares. 0: only record the launches.
+            which ranks of a node have equal shares, but at most 16. 0: only record the launches.
 
     Returns:
         a :class:`WarmupReport`. Kernels that spill registers or need too much shared memory, and
@@ -233,27 +236,26 @@ class _Call:
     ) -> None:
         if not callable(model):
             raise TypeError(f"model: got a {type(model).__name__}, expected a module or a function")
-        if workers is not None and (not isinstance(workers, int) or workers < 0):
-            raise ValueError(f"workers: got {workers!r}, expected an int of 0 or more, or None")
         if dtype is not None and not isinstance(dtype, torch.dtype):
             raise TypeError(f"dtype: got {dtype!r}, expected a torch.dtype or None")
+        if workers is not None and (not isinstance(workers, int) or workers < 0):
+            raise ValueError(f"workers: got {workers!r}, expected an int of 0 or more, or None")
         if INTERPRETED and workers != 0:
             raise ValueError(
                 "TRITON_INTERPRET: got '1', expected it unset, because it disables compilation"
             )
         self.batches: list[Batch] = steps.batches_of(shapes)
         self.arch: str = _arch_of(arch)
+        self.number: int = int(self.arch.removeprefix("sm_"))
         self.runs: bool = self.arch == _gpu_arch() and workers != 0
-        self.workers: int | None = workers
         self.step: Any = steps.unwrapped(model)
-        self.modules: list[nn.Module] = steps.modules_of(model)
+        self.reached: steps.Reached = steps.reached_by(model)
+        self.modules: list[nn.Module] = self.reached.modules
+        if any(map(is_lazy, (p for m in self.modules for p in m.parameters(recurse=False)))):
+            raise ValueError("model: got a lazy module, expected one that has run once")
+        self.written: set[state.Place] = set()  # parameters that the recorded step writes
         self.dtype: torch.dtype = dtype or steps.dtype_of(self.modules)
         self.backward, self.input_gradients = backward, input_gradients
-
-    @property
-    def number(self) -> int:
-        """The architecture as a number, such as 90."""
-        return int(self.arch.removeprefix("sm_"))
 
     # ---- recording -------------------------------------------------------------------------------
 
@@ -270,11 +272,10 @@ class _Call:
             if note:
                 report.notes.append(f"batch {number}: {note}")
             for launch in launches:
-                _, ours, name = launch.kernel.fn.__module__.partition("mmfused.kernels.")
+                _, ours, name = launch.kernel.fn.__module__.partition(_KERNELS)
                 if not ours:  # of another library, whose options may not be in the job
                     continue
-                op = name.split(".")[0]
-                job = jobs.as_launched(jobs.job_of(op, "", self.arch, launch))
+                job = jobs.as_launched(jobs.job_of(name.split(".")[0], "", self.arch, launch))
                 found[repr(job)] = job
         return found
 
@@ -289,7 +290,7 @@ class _Call:
         with (
             tuned.from_file(),
             mock.patch.object(tiles, "MULTIPROCESSORS", units),
-            steps.kept(self.modules, with_values=False),
+            state.kept(self.reached),
         ):
             yield
 
@@ -298,10 +299,11 @@ class _Call:
         if any(map(steps.is_sharded, self.modules)):
             return "a model under FSDP cannot be recorded; pass it before it is wrapped"
         arguments = steps.arguments_of(batch, self._on_meta)
-        steps.replace_tensors(self.modules, known_twin_of)
+        state.replace_tensors(self.modules, known_twin_of)
         try:
             with as_on_gpu(self.number), torch.compiler.set_stance("force_eager"):
                 ran = steps.run(self.step, arguments, self.modules, self.backward)
+            self.written |= state.written_parameters(self.modules)
         except Exception as error:  # of any code of the model
             line = next(iter(str(error).strip().splitlines()), "")
             hint = next((hint for text, hint in _HINTS.items() if text in line), "")
@@ -332,10 +334,11 @@ class _Call:
             extension.load()
         before = knobs.compilation.listener
 
-        def count(*args: Any, cache_hit: bool, **kwargs: Any) -> None:
-            report.late += not cache_hit
+        def count(*, src: Any, cache_hit: bool, **others: Any) -> None:
+            module = getattr(getattr(src, "fn", None), "__module__", "")  # none: of torch.compile
+            report.late += not cache_hit and module.startswith(_KERNELS)
             if before is not None:
-                before(*args, cache_hit=cache_hit, **kwargs)
+                before(src=src, cache_hit=cache_hit, **others)
 
         knobs.compilation.listener = count
         try:
@@ -359,7 +362,7 @@ class _Call:
             needs = shape.requires_grad if given else self.input_gradients
             return x.requires_grad_(needs and dtype.is_floating_point)
 
-        with steps.kept(self.modules, with_values=True):
+        with state.kept(self.reached, self.written):
             arguments = steps.arguments_of(batch, on_device)
             steps.run(self.step, arguments, self.modules, self.backward)
 
@@ -402,7 +405,7 @@ def _outcomes_of(found: dict[str, Job], workers: int | None) -> dict[str, Outcom
 
     own = own_part(read_cache)
     part = {key: job for key, job in found.items() if key in own}
-    all_ranks(lambda: outcomes.update(jobs.outcomes_of(part, workers or cores())))
+    all_ranks(lambda: outcomes.update(jobs.outcomes_of(part, workers or min(16, cores()))))
     read_cache()
     return outcomes
 

@@ -21,6 +21,7 @@ from mmfused.benchmarks import (
     masked_info_nce,
     measure,
     query_pooling,
+    run,
 )
 from mmfused.testing import relative_error
 
@@ -253,3 +254,14 @@ def test_a_loss_of_many_blocks_is_not_compiled():
     for size, compiled in ((4096, True), (65536, False)):
         provider = masked_info_nce.chunked(masked_info_nce.custom({"B": size}), CPU, torch.float32)
         assert (provider.uncompiled is None) == compiled
+
+
+def test_flex_attention_may_recompile_in_each_case_without_torch_compile(monkeypatch):
+    """Beyond torch's limit of recompilations it would run uncompiled, and be timed so."""
+    resets = []
+    monkeypatch.setattr("torch._dynamo.reset", lambda: resets.append(True))
+    settings = SimpleNamespace(compiled=False, device=torch.device("cuda"), dtype=torch.bfloat16)
+    bench = SimpleNamespace(make=lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run.measure_case(bench, None, settings)
+    assert resets == [True]

@@ -174,6 +174,8 @@ if "--version" in words:
     print("NVIDIA (R) Nsight Compute Command Line Profiler\\nVersion 2024.3.2.0 (build 34861637)")
 elif "launch" in words:
     print("launch__registers_per_thread   Counter   register/thread   Registers per thread")
+elif "occupancy" in words:
+    print("launch__occupancy_limit_warps  Counter   block   Occupancy limit due to warps")
 elif "source" in words:
     sys.exit("==ERROR== unrecognised option '--query-metrics-collection'")
 else:
@@ -187,12 +189,14 @@ def test_ncu_is_asked_which_metrics_it_knows(tmp_path):
     asked = [str(program(tmp_path, LISTS))]
     assert ncu.version(asked) == "2024.3.2.0"
     names = ncu.known(asked)
-    assert names == {"launch__registers_per_thread", "dram__bytes_op_read", "gpu__time_duration"}
+    launch = {"launch__registers_per_thread", "launch__occupancy_limit_warps"}
+    assert names == launch | {"dram__bytes_op_read", "gpu__time_duration"}
     # Another name is used where the first one is unknown; the rest is not asked for.
     assert ncu.chosen(names) == {
         "seconds": "gpu__time_duration.sum",
         "dram_read": "dram__bytes_op_read.sum",
         "registers": "launch__registers_per_thread",
+        "blocks_by_warps": "launch__occupancy_limit_warps",
     }
     # A version that lists no metrics of a launch may know them all the same.
     chosen = ncu.chosen({"gpu__time_duration"})

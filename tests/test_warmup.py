@@ -3,15 +3,19 @@
 import contextlib
 import functools
 import importlib
+import random
+from collections import deque
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from triton import knobs
 
 import mmfused
@@ -160,6 +164,15 @@ def test_a_step_without_gradients_is_noted():
     assert report.kernels and "nothing that the step returned requires a gradient" in str(report)
 
 
+def test_a_step_may_run_its_own_backward_pass_if_it_returns_nothing():
+    pool = pooling()
+    own = call_of(lambda x: pool(x).sum().backward(), ((8, 50, 32),))
+    loss = call_of(lambda x: pool(x).sum(), ((8, 50, 32),))
+    assert set(own.record(WarmupReport("sm_90"))) == set(loss.record(WarmupReport("sm_90")))
+    own.run_once(own.batches[0], CPU)
+    assert all(p.grad is None for p in pool.parameters())
+
+
 def test_input_gradients_add_the_kernels_of_dx():
     gated = mmfused.GatedCrossAttention(32, 2).requires_grad_(False)
     shapes = ((4, 9, 32), (4, 12, 32))
@@ -195,6 +208,46 @@ def test_several_batches_give_the_kernels_of_each():
     assert "pack_mask" in {kernel.name for kernel in both.kernels}
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_layers_are_recorded_and_run(reentrant):
+    pool, first = mmfused.QueryPooling(32, num_queries=4, norm_kv=True), nn.Linear(32, 32)
+
+    def checkpointed(layer):
+        return lambda x: checkpoint(layer, x, use_reentrant=reentrant)
+
+    def step_with(layer):
+        def step(x):
+            x = first(x)
+            with torch.autocast("cuda" if x.is_meta else "cpu", BF16):
+                return layer(x)
+
+        return call_of(step, ((8, 50, 32),))
+
+    plain, nested = step_with(pool), step_with(checkpointed(checkpointed(pool)))
+    assert set(plain.record(WarmupReport("sm_90"))) <= set(nested.record(WarmupReport("sm_90")))
+    nested.run_once(nested.batches[0], CPU)
+    assert all(p.grad is None for p in (*pool.parameters(), *first.parameters()))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on CPU tensors")
+@pytest.mark.parametrize("start", [1, 16])
+def test_addresses_of_views_are_divisible_as_in_a_step(start, zeros):
+    flat = nn.Parameter(torch.randn(4 * 32 + start))
+    pool = mmfused.QueryPooling(32, None)
+    pool.queries = nn.Parameter(flat.data[start:].view(4, 32))  # as an optimizer's flat buffer
+
+    def step(x, mask):
+        return pool(x, mask[:, start:], pool.queries)
+
+    call = call_of(step, ((8, 48 - start, 32), torch.zeros(8, 48, dtype=torch.bool)))
+    with mmfused.backend("fused"):
+        recorded = call.record(WarmupReport("sm_90"))
+        with launches_for(90) as launches:
+            call.run_once(call.batches[0], CPU)
+    made = [jobs.as_launched(jobs.job_of(op_of(x), "", "sm_90", x)) for x in launches]
+    assert set(recorded) == set(map(repr, made))
+
+
 def test_code_that_reads_given_values_is_recorded_with_them():
     seen = []
 
@@ -211,6 +264,20 @@ def test_code_that_reads_given_values_is_recorded_with_them():
     assert given[0].tolist() == [2, 3] and not on_meta._VALUES
     with pytest.raises(RuntimeError, match="cannot run on meta tensors: RuntimeError: Tensor.item"):
         mmfused.warmup(lambda x: x * float(x.sum()), ((2, 9, 4),), **DRY)
+
+
+def test_given_masks_select_rows_of_other_tensors():
+    pool, seen = mmfused.QueryPooling(32, num_queries=4), []
+
+    def step(x, present):
+        seen.append((x[present].shape, x[:, :2][:, present[:2]].shape))
+        x[present] = x[present] * 2
+        return pool(x[present])
+
+    first = nn.Linear(32, 32)
+    present = torch.tensor([True, False, True, False])
+    mmfused.warmup(lambda x, present: step(first(x), present), ((4, 9, 32), present), **DRY)
+    assert seen == [((2, 9, 32), (4, 1, 32))]
 
 
 def test_values_that_are_overwritten_or_too_many_are_not_known():
@@ -291,15 +358,19 @@ class Changing(nn.Module):
 
     def __init__(self):
         super().__init__()
+        self.average = nn.Parameter(torch.ones(4), requires_grad=False)
         self.norm, self.dropout = nn.BatchNorm1d(4), nn.Dropout(0.5)
         self.linear = nn.Linear(4, 4)
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
-        self.cache, self.count = {}, 0
+        self.cache, self.count, self.losses = {"lists": [[]]}, 0, deque(maxlen=1)
 
     def forward(self, x):
         self.calls += 1
+        self.average.lerp_(self.linear.bias.detach(), 0.1)
         self.count += 1
         self.cache["last"] = self.last = x
+        self.cache["lists"][0].append(x)
+        self.losses.append(random.random() + numpy.random.rand())
         return self.linear(self.dropout(self.norm(x)))
 
 
@@ -313,17 +384,42 @@ def test_nothing_of_the_model_changes(phase, fails):
     state = {name: x.clone() for name, x in model.state_dict().items()}
     places = {name: x.data_ptr() for name, x in model.state_dict().items()}
     generator = torch.get_rng_state()
+    random.seed(7), numpy.random.seed(7)
+    expected = (random.random(), numpy.random.rand())
+    random.seed(7), numpy.random.seed(7)
     with pytest.raises((RuntimeError, AttributeError)) if fails else contextlib.nullcontext():
         if phase == "record":
             call.record(WarmupReport("sm_90"))
         else:
+            call.written = {(id(model), "average")}
             call.run_once(call.batches[0], CPU)
-    assert vars(model) == attributes and model.training and not model.cache
+    if not fails and phase == "record":
+        assert call.written == {(id(model), "average")}
+    assert vars(model) == attributes and model.training
+    assert model.cache == {"lists": [[]]} and not model.losses
+    assert (random.random(), numpy.random.rand()) == expected
     assert all(torch.equal(x, state[name]) for name, x in model.state_dict().items())
     assert {name: x.data_ptr() for name, x in model.state_dict().items()} == places
     assert torch.equal(torch.get_rng_state(), generator)
     assert torch.equal(model.linear.weight.grad, torch.ones(4, 4))
     assert model.linear.bias.grad is None
+
+
+def test_a_recording_leaves_no_meta_tensors_in_objects_that_the_step_reaches():
+    scaler = torch.amp.GradScaler("cpu")
+    trainer = SimpleNamespace(model=nn.Linear(4, 4), last=None, count=0)
+
+    def step(x):
+        trainer.count += 1
+        trainer.last = trainer.model(x).sum()
+        trainer.results = {"loss": trainer.last}
+        return scaler.scale(trainer.last)
+
+    before = dict(vars(scaler))
+    call_of(step, ((6, 4),)).record(WarmupReport("sm_90"))
+    assert vars(scaler) == before
+    assert vars(trainer) == {"model": trainer.model, "last": None, "count": 1}
+    scaler.scale(trainer.model(torch.ones(2, 4)).sum()).backward()
 
 
 def test_running_uses_the_given_values_and_dense_gradients():
@@ -343,6 +439,7 @@ def test_running_uses_the_given_values_and_dense_gradients():
 
 def test_on_a_gpu_the_step_runs_and_late_kernels_are_counted(monkeypatch):
     done, hits = [], [True, False, False]
+    kernel = SimpleNamespace(__module__="mmfused.kernels.query_pooling.forward")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("synchronize"))
     monkeypatch.setattr(warmup_module.extension, "load", lambda: done.append("load"))
@@ -351,7 +448,10 @@ def test_on_a_gpu_the_step_runs_and_late_kernels_are_counted(monkeypatch):
 
     def run_once(batch, device):
         done.append((batch.args, str(device)))
-        knobs.compilation.listener(src=None, cache_hit=hits.pop())
+        ours, other = ({"src": SimpleNamespace(fn=each)} for each in (kernel, kernel_of_a_user))
+        knobs.compilation.listener(**ours, cache_hit=hits.pop())
+        knobs.compilation.listener(**other, cache_hit=False)
+        knobs.compilation.listener(src=None, cache_hit=False)
 
     monkeypatch.setattr(call, "run_once", run_once)
     with library.router("cuda"):
@@ -404,6 +504,7 @@ def test_a_module_under_fsdp_is_not_recorded_and_its_gradients_are_not_kept():
         ({"shapes": {3: (2, 3)}}, r"shapes: got the keys \[3\], expected names of arguments"),
         ({"shapes": ((2, -3),)}, r"shapes: got \(2, -3\), expected sizes of 0 or more"),
         ({"dtype": "bf16"}, "dtype: got 'bf16', expected a torch.dtype or None"),
+        ({"model": nn.LazyLinear(3)}, "model: got a lazy module, expected one that has run once"),
         ({"workers": -1}, "workers: got -1, expected an int of 0 or more, or None"),
         ({"arch": "sm_70"}, "arch: got 'sm_70', expected one of sm_80, "),
         ({"workers": 1}, "TRITON_INTERPRET: got '1', expected it unset"),
@@ -484,19 +585,29 @@ class Trainer:
 
 def test_modules_are_found_where_a_step_reaches_them():
     local, trainer = nn.Sequential(nn.Linear(3, 3)), Trainer()
-    assert steps.modules_of(local) == [local, local[0]]
-    assert steps.modules_of(lambda x: local(x)) == [local, local[0]]
-    assert steps.modules_of(lambda x, m=local: m(x)) == [local, local[0]]
-    assert steps.modules_of(functools.partial(lambda m, x: m(x), local)) == [local, local[0]]
-    assert steps.modules_of(local.forward) == [local, local[0]]
-    assert steps.modules_of(lambda x: global_step(x)) == [MODULE]
-    assert steps.modules_of(trainer.step) == steps.modules_of(trainer) == [trainer.parts["model"]]
+    outer = SimpleNamespace(inner=trainer)
+    for step in (
+        local,
+        lambda x: local(x),
+        lambda x, m=local: m(x),
+        functools.partial(lambda m, x: m(x), local),
+        local.forward,
+    ):
+        assert steps.reached_by(step).modules == [local, local[0]]
+    assert steps.reached_by(lambda x: global_step(x)).modules == [MODULE]
+    for step in (trainer.step, trainer, lambda x: trainer.step(x), lambda x: outer.inner.step(x)):
+        assert steps.reached_by(step).modules == [trainer.parts["model"]]
+    assert steps.reached_by(trainer.step).objects == [trainer]
 
 
 def test_a_parameter_out_of_reach_gives_one_sentence():
     weights = iter([nn.Parameter(torch.ones(3))])
     with pytest.raises(RuntimeError, match="is not in a module that the step reaches, expected"):
         mmfused.warmup(lambda x: x * next(weights), ((2, 3),), **DRY)
+    weights = iter([nn.Parameter(torch.ones(3))])
+    call = call_of(lambda x: x * next(weights), ((2, 3),))
+    with pytest.raises(ValueError, match="step: got no parameter that requires .* two deep$"):
+        call.run_once(call.batches[0], CPU)
 
 
 # ---- the report and the workers ------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Tests that launches find what warmup compiled, and that the ranks of a node divide the work."""
 
+import os
 import socket
 import tempfile
 
@@ -58,9 +59,11 @@ print(len(found), all(hit for _, hit in found), [name for name, hit in found if 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_launches_of_another_process_find_all_that_a_dry_run_compiled(tmp_path):
     cache = {"TRITON_CACHE_DIR": str(tmp_path)}
-    dry = run_python("-W", "error::RuntimeWarning", "-c", COMPILE, **cache)
+    (tmp_path / "sitecustomize.py").write_text("print('hello', end='')")  # as tools do at the start
+    path = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    dry = run_python("-W", "error::RuntimeWarning", "-c", COMPILE, **cache, **path)
     assert dry.returncode == 0, dry.stderr
-    assert dry.stdout.splitlines() == ["2 2 0 False []", "2 0 2 False []"]
+    assert dry.stdout.removeprefix("hello").splitlines() == ["2 2 0 False []", "2 0 2 False []"]
     launched = run_python("-c", LAUNCH, MMFUSED_PTX_ARCH="90", **cache)
     assert launched.stdout.splitlines() == ["2 True []"], launched.stderr
 

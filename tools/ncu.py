@@ -71,7 +71,7 @@ METRICS: dict[str, tuple[str, ...]] = {
     "warps_percent": ("sm__warps_active.avg.pct_of_peak_sustained_active",),
 }
 # ncu lists metrics by where they come from; older versions know the first list only.
-_LISTS = ((), ("--query-metrics-collection", "launch"), ("--query-metrics-collection", "source"))
+_LISTS = ((), *(("--query-metrics-collection", kind) for kind in ("launch", "occupancy", "source")))
 _PERMISSION = "ERR_NVGPUCTRPERM"
 
 
