@@ -136,6 +136,7 @@ class _Operators(TorchDispatchMode):
                 return values
             if self.functions.autocast is not None:
                 args, kwargs = _autocast(function, args, kwargs, self.functions.autocast)
+            _check_dtypes(function, args)
         return function(*args, **kwargs)
 
     def _on_meta(self, x: Any) -> Any:
@@ -261,6 +262,16 @@ def _autocast(function: Any, args: Any, kwargs: Any, low: torch.dtype) -> tuple[
     if name in _IN_LOW:
         return _cast(low, args, kwargs)
     return _cast(torch.float32, args, kwargs) if name in _IN_FLOAT32 else (args, kwargs)
+
+
+def _check_dtypes(function: Any, args: Any) -> None:
+    """Raise an error if a product has factors of two dtypes, which torch lets pass on "meta"."""
+    name = function._schema.name.removeprefix("aten::")
+    tensors = (x for x in tree_leaves(args) if isinstance(x, Tensor))
+    found = {x.dtype: None for x in tensors if x.is_floating_point()}
+    if name in _IN_LOW and len(found) > 1:
+        dtypes = " and ".join(str(dtype).removeprefix("torch.") for dtype in found)
+        raise RuntimeError(f"{name} got {dtypes}, expected one dtype")
 
 
 def _cast(dtype: torch.dtype, args: Any, kwargs: Any) -> tuple[Any, Any]:

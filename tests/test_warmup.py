@@ -143,6 +143,19 @@ def test_autocast_casts_as_on_a_gpu():
     assert dtypes == [BF16, full, BF16, full, BF16, full]
 
 
+def test_factors_of_two_dtypes_are_refused_as_on_a_gpu():
+    linear, pool = nn.Linear(64, 64), mmfused.QueryPooling(64, num_queries=4)
+
+    def step(x):
+        return pool(linear(x)).sum()
+
+    message = "addmm got float32 and float16, expected one dtype"
+    with pytest.raises(RuntimeError, match=message):
+        mmfused.warmup(step, ((8, 197, 64),), dtype=torch.float16, **DRY)
+    with torch.autocast("cpu", BF16):
+        assert mmfused.warmup(step, ((8, 197, 64),), dtype=torch.float16, **DRY).kernels
+
+
 def test_shared_parameters_stay_shared():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].weight = model[0].weight
