@@ -13,7 +13,7 @@ from mmfused.ops import OPS
 ROOT = Path(__file__).resolve().parents[1]  # the checkout, or the installed package
 SUFFIXES = (".py", ".cpp", ".cu", ".cuh", ".h")
 # Folders with sources that do not affect the results of an op.
-UNUSED = {"tests", "tools", "cli", "data", "fuse", "training", "tuning"}
+UNUSED = {"tests", "tools", "cli", "data", "fuse", "training", "tuning", "warmup"}
 
 
 def source_facts() -> dict[str, Any]:

@@ -192,7 +192,7 @@ def recording_launches() -> Iterator[None]:
     """Let tensors on device "meta" stand for tensors on a GPU, in this thread and context.
 
     Backends and autocast are chosen as on a GPU. The caller must replace the operators, which have
-    no kernel for meta tensors: see :mod:`.on_meta`.
+    no kernel for meta tensors: see :mod:`mmfused.warmup.on_meta`.
     """
     token = _records.set(True)
     try:

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import importlib
 import random
 from collections import deque
 from dataclasses import dataclass, replace
@@ -19,13 +18,15 @@ from torch.utils.checkpoint import checkpoint
 from triton import knobs
 
 import mmfused
-from mmfused import library, models, on_meta, steps, tuned_file
+from mmfused import library, models, tuned_file
 from mmfused.kernels import jobs, tiles, tuned
+from mmfused.kernels.jobs import Outcome
 from mmfused.kernels.query_pooling.plans import Tile
 from mmfused.kernels.recording import launches_for
-from mmfused.warmup import Outcome, WarmedKernel, WarmupReport, _Call
+from mmfused.warmup import api, on_meta, steps
+from mmfused.warmup.api import _Call
+from mmfused.warmup.report import WarmedKernel, WarmupReport
 
-warmup_module = importlib.import_module("mmfused.warmup")
 DRY = {"arch": "sm_90", "workers": 0}
 CPU = torch.device("cpu")
 BF16 = torch.bfloat16
@@ -354,7 +355,7 @@ def test_kernels_of_others_are_left_to_them():
 
 def test_plans_are_chosen_for_the_multiprocessors_of_this_gpu(monkeypatch):
     card = SimpleNamespace(multi_processor_count=7)
-    monkeypatch.setattr(warmup_module, "_gpu_arch", lambda: "sm_90")
+    monkeypatch.setattr(api, "_gpu_arch", lambda: "sm_90")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: card)
     call = call_of(nn.Linear(4, 4), ((6, 4),))
     assert call.runs is False  # workers=0
@@ -455,7 +456,7 @@ def test_on_a_gpu_the_step_runs_and_late_kernels_are_counted(monkeypatch):
     kernel = SimpleNamespace(__module__="mmfused.kernels.query_pooling.forward")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("synchronize"))
-    monkeypatch.setattr(warmup_module.extension, "load", lambda: done.append("load"))
+    monkeypatch.setattr(api.extension, "load", lambda: done.append("load"))
     listener = knobs.compilation.listener
     call, report = call_of(F.relu, [((6, 4),)] * 3), WarmupReport("sm_90")
 
@@ -524,7 +525,7 @@ def test_a_module_under_fsdp_is_not_recorded_and_its_gradients_are_not_kept():
     ],
 )
 def test_bad_arguments_give_one_sentence(change, message, monkeypatch):
-    monkeypatch.setattr(warmup_module, "INTERPRETED", True)
+    monkeypatch.setattr(api, "INTERPRETED", True)
     arguments = {"model": nn.Linear(3, 3), "shapes": ((2, 3),), **DRY, **change}
     with pytest.raises((ValueError, TypeError), match=message):
         mmfused.warmup(arguments.pop("model"), arguments.pop("shapes"), **arguments)
@@ -563,7 +564,7 @@ def test_without_a_gpu_the_architecture_must_be_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="arch: got None on a machine without a GPU, expected one"):
         mmfused.warmup(nn.Linear(3, 3), ((2, 3),), workers=0)
-    monkeypatch.setattr(warmup_module, "HAS_TRITON", False)
+    monkeypatch.setattr(api, "HAS_TRITON", False)
     with pytest.raises(RuntimeError, match="warmup: triton is not installed"):
         mmfused.warmup(nn.Linear(3, 3), ((2, 3),), **DRY)
 

@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import mmfused
-from mmfused import node
-from mmfused.warmup import _Call
+from mmfused.warmup import node
+from mmfused.warmup.api import _Call
 
 # The mask is packed by a kernel in Triton's language, the pooling kernel is in Gluon.
 MODEL = """

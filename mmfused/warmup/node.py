@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from .distributed import in_group
+from ..distributed import in_group
 
 _T = TypeVar("_T")
 

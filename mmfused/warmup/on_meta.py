@@ -26,8 +26,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from . import distributed
-from .library import autocast_dtype, recording_launches
+from .. import distributed
+from ..library import autocast_dtype, recording_launches
 from .steps import EXPECTED_MODULES
 
 _CUDA_KEY = torch._C.DispatchKey.CUDA  # type: ignore[attr-defined]
