@@ -264,6 +264,22 @@ def test_plan_that_ended_the_process_is_left_out(tmp_path, timer, few_moves, unc
     assert len(ended) >= 2 and {e.plan.backward for e in tuned_file.read(path).entries} == {"owner"}
 
 
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
+def test_plan_that_runs_when_the_command_is_stopped_is_tried_again(
+    stop, tmp_path, timer, few_moves, unchecked, monkeypatch
+):
+    def stopped(self, entries):
+        assert list((tmp_path / "card").glob("*.running"))
+        raise stop
+
+    with monkeypatch.context() as patch, pytest.raises(stop):
+        patch.setattr(Verifier, "why_refused", stopped)
+        tuning(timer, tmp_path / "card.json").run()
+    assert not list((tmp_path / "card").glob("*.running"))
+    assert tuning(timer, tmp_path / "card.json").run() == 0
+    assert len(tuned_file.read(tmp_path / "card.json").entries) == 2
+
+
 def test_case_with_dropout_is_not_tuned(tmp_path, timer, monkeypatch, capsys):
     monkeypatch.setattr(Verifier, "drops", lambda self: True)
     assert tuning(timer, tmp_path / "card.json").run() == 0

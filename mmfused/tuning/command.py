@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -52,6 +54,9 @@ def tune(options: Options) -> int:
             "tune: got no CUDA GPU, expected one to time plans on; --dry-run works without"
         )
     device = torch.device("cuda", torch.cuda.current_device())
+    # As Ctrl-C does, so that a run that is stopped is told from a plan that ended it. A kernel that
+    # hangs lets neither pass.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with library_only(), Compiler(options.jobs, for_this_gpu=True) as compiler:
         return Tuning(options, device, compiler).run()
 
@@ -218,7 +223,11 @@ class Tuning:
             lambda search: journal.write_search(problem, search),
         )
         steps = list(journal.record.get("steps", ()))
-        outcome = tuner.run(tried, journal.plans(problem, "best"), steps)
+        try:
+            outcome = tuner.run(tried, journal.plans(problem, "best"), steps)
+        except (KeyboardInterrupt, SystemExit):  # the plan that runs is not to blame
+            journal.note_running(problem, None)
+            raise
         journal.write_outcome(problem, outcome)
 
     def _decide(

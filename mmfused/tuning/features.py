@@ -28,13 +28,21 @@ def why_refused(entries: Iterable[Entry], compiler: Compiler) -> str | None:
 
     A fault that the library's own plan has in the same kernel and use is no reason.
     """
-    for entry in entries:
-        for case in uses(entry.op, dict(entry.arguments)):
-            base = _launched(entry, case, tuned=False)
-            new = {key: job for key, job in _launched(entry, case).items() if key not in base}
-            faults = _faults(new, compiler)
-            if faults and faults.keys() - _faults(base, compiler).keys():
-                return f"with {case}: {'; '.join(faults.values())}"
+    found = [
+        (case, _launched(entry, case, tuned=False), _launched(entry, case))
+        for entry in entries
+        for case in uses(entry.op, dict(entry.arguments))
+    ]
+    changed = [
+        (case, base, {key: job for key, job in jobs.items() if key not in base})
+        for case, base, jobs in found
+    ]
+    # All at a time, so that the workers share them; below, the results are there.
+    compiler.compiled({key: job for *_, new in changed for key, job in new.items()})
+    for case, base, new in changed:
+        faults = _faults(new, compiler)
+        if faults and faults.keys() - _faults(base, compiler).keys():
+            return f"with {case}: {'; '.join(faults.values())}"
     return None
 
 
