@@ -32,6 +32,8 @@ FORMAT = 1
 VARIABLE = "MMFUSED_TUNED"
 Router = Literal["triton", "cuda"]
 _MAX_BYTES = 64 << 20
+# Numbers of a tile that need not be powers of two.
+_COUNTS = ("num_stages", "maxnreg", "residents", "halvings", "CHUNKS", "SLOTS")
 
 
 @dataclass(eq=False)
@@ -88,13 +90,17 @@ def _read_once(card: str | None) -> Tuned | None:
     if named == "off":
         return None
     triton = triton_version()
-    path = Path(named) if named else default_folder()
-    is_file = bool(named) and not path.is_dir()
+    try:
+        path = Path(named) if named else default_folder()
+    except RuntimeError:  # there is no home
+        return None
+    # A home that may not be read has no file; Path.is_file would raise.
+    is_file = bool(named) and not os.path.isdir(path)
     if not is_file:
         if card is None or triton is None:
             return None
         path = path / file_name(card, triton)
-        if not path.is_file():
+        if not os.path.isfile(path):
             return None
     try:
         found = read(path)
@@ -119,7 +125,8 @@ def _read_once(card: str | None) -> Tuned | None:
 
 def _without_stale(found: Tuned, path: Path) -> Tuned:
     """Remove the plans of ops whose kernels have changed, with a warning."""
-    stale = [op for op, source in found.sources.items() if source != sources_of(op)]
+    ops = dict.fromkeys([*found.sources, *(entry.op for entry in found.entries)])
+    stale = [op for op in ops if found.sources.get(op) != sources_of(op)]
     if stale:
         warnings.warn(
             f"{path} was made with other kernels of {', '.join(stale)}, so these run with the "
@@ -250,7 +257,7 @@ def _encode_entry(entry: Entry) -> dict[str, Any]:
 def _decode_entries(plans: Iterable[dict[str, Any]]) -> list[Entry]:
     from .kernels.tuned import Entry
 
-    return [
+    entries = [
         Entry(
             plan["op"],
             tuple(sorted(plan["arguments"].items())),
@@ -260,6 +267,32 @@ def _decode_entries(plans: Iterable[dict[str, Any]]) -> list[Entry]:
         for plan in plans
         if plan["op"] in OPS
     ]
+    for entry in entries:
+        _check_entry(entry)
+    return entries
+
+
+def _check_entry(entry: Entry) -> None:
+    """Raise ValueError or TypeError if no launcher takes the plan, as after a change by hand."""
+    from .tuning import candidates
+
+    arguments = dict(entry.arguments)
+    if not all(isinstance(value, (str, int)) for value in arguments.values()):
+        raise TypeError(f"arguments: got {arguments!r}, expected strings, integers and booleans")
+    if type(entry.plan) is not type(entry.default):
+        raise TypeError(f"plan: got {entry.plan!r}, expected {type(entry.default).__name__}")
+    for _, tile in candidates.tiles_of(entry.plan):
+        for part in fields(tile):
+            value = getattr(tile, part.name)
+            is_count = part.name in _COUNTS
+            if value is None and part.name == "maxnreg":
+                continue
+            if type(value) is int and value >= 0 and (is_count or not value & (value - 1)):
+                continue
+            expected = "an integer" if is_count else "a power of two"
+            raise ValueError(f"{part.name}: got {value!r}, expected {expected}")
+    if reason := candidates.why_invalid(entry.op, arguments, entry.plan):
+        raise ValueError(reason)
 
 
 def encode(value: Any) -> Any:

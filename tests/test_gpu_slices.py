@@ -279,3 +279,11 @@ def test_no_shipped_file_imports_the_tools():
     lines = [line for path in shipped for line in path.read_text(encoding="utf-8").splitlines()]
     assert len(shipped) > 50
     assert not [line for line in lines if re.match(r"\s*(from|import) \S*\btools\b", line)]
+
+
+def test_slice_that_was_green_on_another_card_is_run_again():
+    part = gpu.Slice("bench-x", (), "sources")
+    facts = {"versions": {"torch": "2.14"}, "device": "NVIDIA H200"}
+    state = {"state": "green", "source": "sources", **facts}
+    assert gpu.is_green(state, part, facts)
+    assert not gpu.is_green(state, part, facts | {"device": "NVIDIA H100"})

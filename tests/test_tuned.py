@@ -261,6 +261,62 @@ def test_a_named_file_of_another_gpu_or_triton_is_refused(card, version, on_gpu,
         pooling_plan()
 
 
+def changed_by_hand(**changes):
+    """Return a function that writes a file whose plan has other values in its forward."""
+
+    def write(path):
+        path = written(path.parent, entry_for(pooling_plan, slower)) and path
+        data = json.loads(path.read_text())
+        data["plans"][0]["plan"]["forward"]["onepass"] |= changes
+        path.write_text(json.dumps(data))
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_warps": "8"}, "num_warps: got '8', expected a power of two"),
+        ({"num_warps": 3}, "num_warps: got 3, expected a power of two"),
+        ({"num_stages": 2.0}, "num_stages: got 2.0, expected an integer"),
+        ({"BR": True}, "BR: got True, expected a power of two"),
+        ({"BN": 128}, "onepass: expected 16 to 64 tokens"),
+        ({"num_warps": None}, "num_warps: got None, expected a power of two"),
+    ],
+)
+def test_plans_that_no_launcher_takes_are_not_used(changes, message, on_gpu):
+    path = on_gpu / tuned_file.file_name(CARD, TRITON)
+    changed_by_hand()(path)
+    assert pooling_plan().forward["onepass"].num_warps == 8
+    forget()
+    changed_by_hand(**changes)(path)
+    with pytest.warns(UserWarning, match=message):
+        assert pooling_plan().forward["onepass"].num_warps == 4
+
+
+def test_plans_without_the_hash_of_their_sources_are_not_used(on_gpu):
+    written(on_gpu, entry_for(pooling_plan, slower), sources={})
+    with pytest.warns(UserWarning, match="was made with other kernels of query_pooling"):
+        assert pooling_plan().forward["onepass"].num_warps == 4
+
+
+def test_launches_work_without_a_home_and_with_one_that_may_not_be_read(on_gpu, monkeypatch):
+    def refuse(*args, **named):
+        raise PermissionError("not yours")
+
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("MMFUSED_TUNED")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(tuned_file.Path, "home", homeless)
+    assert pooling_plan().forward["onepass"].num_warps == 4
+    forget()
+    monkeypatch.setattr(tuned_file.Path, "home", lambda: on_gpu)
+    monkeypatch.setattr(tuned_file.os, "stat", refuse)  # as in a home of another user
+    assert pooling_plan().forward["onepass"].num_warps == 4
+
+
 def test_a_named_file_that_is_missing_is_refused(on_gpu, monkeypatch):
     monkeypatch.setenv("MMFUSED_TUNED", str(on_gpu / "none.json"))
     with pytest.raises(ValueError, match=r"MMFUSED_TUNED: got .*/none\.json is missing"):

@@ -146,17 +146,37 @@ def test_pooling_has_every_kernel_that_can_run_as_alternative():
     assert kernels(90) == {
         "hopper -> logits + pool",
         "hopper -> onepass",
-        "hopper -> softmax",
+        "hopper, hopper -> softmax",
         "hopper -> dlogits + dx + dq",
     }
     assert kernels(80) == {
         "onepass -> logits + pool",
-        "onepass -> softmax",
-        "dlogits + dx + dq -> softmax",
+        "onepass, dlogits + dx + dq -> softmax",
     }
+    assert kernels(80, dtype=torch.float16) == {"onepass -> logits + pool"}
     assert kernels(80, padded=True) == {"onepass -> logits + pool"}
     assert kernels(90, rows=2, length=16) >= {"short -> hopper", "pairs -> hopper"}
     assert kernels(90, dtype=torch.float32) == set()
+
+
+def test_backward_by_matrix_products_has_the_forward_with_the_same_logits():
+    """One token has all the weight, so that the gradient of the queries is exactly 0."""
+    plan = pooling.plan(64, 768, BF16, 90, False, tma=True, length=197)
+    few = pooling.plan(8, 768, BF16, 90, False, tma=True, length=197)
+    (call,) = reached_by(
+        "query_pooling", lambda: pooling.plan(64, 768, BF16, 90, False, tma=True, length=197)
+    )
+    arguments = dict(call.arguments)
+    for move in candidates.moves("query_pooling", arguments, plan)["kernels"]:
+        assert move.plan.forward == plan.forward and "softmax" not in move.plan.backward
+        (back,) = (
+            other
+            for other in candidates.moves("query_pooling", arguments, move.plan)["kernels"]
+            if other.plan == plan
+        )
+        assert back.label.endswith("-> softmax")
+    mixed = replace(few, backward=plan.backward)
+    assert "would differ" in candidates.why_invalid("query_pooling", arguments, mixed)
 
 
 def test_moves_change_one_field_of_one_tile():

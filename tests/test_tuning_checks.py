@@ -101,6 +101,22 @@ def test_odd_shapes_have_few_samples_and_no_multiples_of_tiles(op):
     assert verify._ODD.keys() == set(run.OPS[:-1])
 
 
+@pytest.mark.parametrize(
+    ("op", "field"),
+    [
+        ("gated_cross_attention", "missing"),
+        ("grouped_mlp", "routed"),
+        ("masked_info_nce", "K"),
+        ("topk_routing", "S"),
+    ],
+)
+def test_odd_shapes_have_masks_that_the_case_does_not_have(op, field):
+    """``plan()`` is not told of them, so that the plan serves them too."""
+    for case in run.load_op(op).cases("cuda", False):
+        values = {getattr(odd, field) for odd in odd_cases(op, case)}
+        assert len(values | {getattr(case, field)}) > 1 or values == {"half"}
+
+
 def test_routing_plan_with_a_wrong_block_is_refused():
     """A tile of x that is not a multiple of the block of rows counts tokens wrongly."""
     module = run.load_op("topk_routing")

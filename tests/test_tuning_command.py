@@ -141,6 +141,16 @@ def test_invalid_options_end_with_one_sentence(arguments, message, capsys):
     assert message in error and error.count("\n") == 1
 
 
+def test_variable_must_name_a_file_that_can_have_a_folder_beside_it(monkeypatch, tmp_path, capsys):
+    """The samples are kept in a folder that is named as the file without its suffix."""
+    monkeypatch.setenv("MMFUSED_TUNED", str(tmp_path / "tuned"))
+    assert main(["tune", "topk_routing"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("mmfused: error: MMFUSED_TUNED: got ") and "suffix .json" in error
+    (tmp_path / "tuned").mkdir()
+    assert options._out(None) == tmp_path / "tuned"
+
+
 def test_headline_cases_are_tuned_first():
     args = SimpleNamespace(ops=["masked_info_nce"], shape=None, case=None)
     (chosen,) = options._chosen(args)

@@ -244,7 +244,8 @@ def is_green(state: dict | None, part: Slice, facts: dict) -> bool:
     """Return whether an earlier run of the slice was green and is still valid."""
     if state is None or state["state"] != "green" or part.name == "report":
         return False
-    return (state["source"], state["versions"]) == (part.source, facts["versions"])
+    same = all(state.get(name) == facts[name] for name in ("versions", "device"))
+    return same and state["source"] == part.source
 
 
 def run_slice(part: Slice, log: Path, limit: float) -> tuple[int | None, float]:

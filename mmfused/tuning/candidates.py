@@ -224,6 +224,9 @@ def _why_invalid_pooling(arguments: Mapping[str, Any], plan: Any) -> Iterator[st
                 yield f"{path}: the tile does not hold all tokens"
         elif kind == "SoftmaxTile" and min(tile.BN, tile.BR) < 16:
             yield f"{path}: expected at least 16 tokens and rows"
+    # Where one token has all the weight, the gradient is 0 only if both compute the same logits.
+    if "softmax" in plan.backward and "softmax" not in plan.forward:
+        yield "logits of forward and backward would differ in their last bits"
 
 
 def _why_invalid_routing(arguments: Mapping[str, Any], plan: Any) -> Iterator[str]:
@@ -257,12 +260,25 @@ def _losses(plan: Any) -> Iterator[Move]:
 
 
 def _poolings(arguments: Mapping[str, Any], plan: Any) -> Iterator[Move]:
+    """Yield plans with other kernels; a forward with ``softmax`` stays.
+
+    A backward with ``softmax`` needs that forward. It is the library's for many rows, also if the
+    log-sum-exp has a gradient, which the forward's plan does not know.
+    """
+    plans, can = _pooling(arguments)
+    softmax = {"softmax": plans._softmax(arguments["length"])}
+    forwards, backwards = list(_pooling_forwards(arguments)), list(_pooling_backwards(arguments))
+    if "softmax" in plan.forward:
+        forwards, backwards = [], [*backwards, softmax]
+    elif can["softmax"]:
+        label = f"kernels: {_kernels(plan.forward)}, {_kernels(plan.backward)} -> softmax"
+        yield Move(label, replace(plan, forward=softmax, backward=softmax))
     kept = {name: tile for name, tile in plan.forward.items() if name == "moments"}
-    for tiles in _pooling_forwards(arguments):
+    for tiles in forwards:
         if tiles.keys() != plan.forward.keys() - kept.keys():
             label = f"forward: {_kernels(plan.forward)} -> {_kernels(tiles)}"
             yield Move(label, replace(plan, forward=kept | tiles))
-    for tiles in _pooling_backwards(arguments):
+    for tiles in backwards:
         if tiles.keys() != plan.backward.keys():
             label = f"backward: {_kernels(plan.backward)} -> {_kernels(tiles)}"
             yield Move(label, replace(plan, backward=tiles))
@@ -284,7 +300,8 @@ def _pooling(arguments: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     return plans, {
         "float32": dtype == torch.float32,
         "big_shared": big_shared,
-        "softmax": not padded and plans._has_products(dtype),
+        # In float16 torch's settings may forbid the products in another process.
+        "softmax": not padded and dtype == torch.bfloat16,
         "onepass": dtype != torch.float32 and dim <= (1024 if big_shared else 768),
         "hopper": gluon,
     }
@@ -304,8 +321,6 @@ def _pooling_forwards(arguments: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     short = plans._short(a["dim"], a["arch"], crowded, a["length"])
     if short is not None and not (can["float32"] or a["per_sample"]):
         yield {"short": short}
-    if can["softmax"]:
-        yield {"softmax": plans._softmax(a["length"])}
 
 
 def _pooling_backwards(arguments: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -320,5 +335,3 @@ def _pooling_backwards(arguments: Mapping[str, Any]) -> Iterator[dict[str, Any]]
     few = a["rows"] <= 16 and a["length"] <= plans.PAIR_TOKENS and a["dim"] <= 768
     if can["hopper"] and few and not a["per_sample"]:
         yield {"pairs": plans._hopper_backward(a["rows"], a["dim"], True)}
-    if can["softmax"]:
-        yield {"softmax": plans._softmax(a["length"])}

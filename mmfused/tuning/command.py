@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -20,7 +22,7 @@ from mmfused.benchmarks import measure, report, run  # pyright: ignore[reportMis
 from .. import tuned_file
 from ..library import INTERPRETED
 from ..tuned_file import Tuned
-from . import settings
+from . import features, settings
 from .calls import Plans, Problem, problem_of
 from .case import CaseTuner, Key, key_of
 from .compile import Compiler
@@ -52,6 +54,9 @@ def tune(options: Options) -> int:
             "tune: got no CUDA GPU, expected one to time plans on; --dry-run works without"
         )
     device = torch.device("cuda", torch.cuda.current_device())
+    # As Ctrl-C does, so that a run that is stopped is told from a plan that ended it. A kernel that
+    # hangs lets neither pass.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with library_only(), Compiler(options.jobs, for_this_gpu=True) as compiler:
         return Tuning(options, device, compiler).run()
 
@@ -104,11 +109,11 @@ class Tuning:
         self.begun: float = time.monotonic()
         self.environment: dict[str, Any] = report.environment(device)
         self.card: str = self.environment["device"]
-        triton = tuned_file.triton_version() or "none"
+        triton = self.triton = tuned_file.triton_version() or "none"
         self.path: Path = options.out or tuned_file.default_folder()
         if options.out is None or self.path.is_dir():
             self.path /= tuned_file.file_name(self.card, triton)
-        self.file: Tuned = self._file(triton)
+        self.file: Tuned = self._file()
         self.records: list[dict[str, Any]] = []
         self.left: list[str] = []
 
@@ -195,8 +200,11 @@ class Tuning:
             return
 
         def why_refused(plans: Plans) -> str | None:
+            entries = problem.entries(plans)
+            if self.compiler and (reason := features.why_refused(entries, self.compiler)):
+                return reason
             journal.note_running(problem, plans)
-            reason = verifier.why_refused(problem.entries(plans))
+            reason = verifier.why_refused(entries)
             journal.note_running(problem, None)
             return reason
 
@@ -215,7 +223,11 @@ class Tuning:
             lambda search: journal.write_search(problem, search),
         )
         steps = list(journal.record.get("steps", ()))
-        outcome = tuner.run(tried, journal.plans(problem, "best"), steps)
+        try:
+            outcome = tuner.run(tried, journal.plans(problem, "best"), steps)
+        except (KeyboardInterrupt, SystemExit):  # the plan that runs is not to blame
+            journal.note_running(problem, None)
+            raise
         journal.write_outcome(problem, outcome)
 
     def _decide(
@@ -245,13 +257,22 @@ class Tuning:
                 "commit": record["environment"].get("commit"),
             }
         )
+        self._write(op, decided)
+
+    def _write(self, op: str, decided: Decided, **settings: Any) -> None:
+        """Write what was decided about an op beside what the file says now.
+
+        Another process may have written it, which tunes another op on another GPU.
+        """
+        self.file = self._file()
         merge(self.file, op, decided)
+        for name, value in settings.items():
+            setattr(self.file, name, value)
         tuned_file.write(self.path, self.file)
 
     # ---- the form of pooling, and the router -----------------------------------------------------
 
     def _tune_settings(self, chosen: Chosen) -> None:
-        merge(self.file, chosen.op, Decided())
         if chosen.op == "query_pooling":
             cases = settings.pooling_cases(chosen.module)
             times = self._setting(chosen, "form", cases, settings.form_seconds)
@@ -264,7 +285,7 @@ class Tuning:
                 from ..ops.query_pooling.composed import ABSORBED_MUST_SAVE
 
                 factor = settings.best_factor(both, ABSORBED_MUST_SAVE["cuda"])
-                self.file.absorbed_must_save = factor
+                self._write(chosen.op, Decided(), absorbed_must_save=factor)
                 print(f"query_pooling: absorbed_must_save: {factor or UNCHANGED}")
         elif chosen.op == "topk_routing":
             cases = [case for case in chosen.cases if not case.D]
@@ -272,11 +293,8 @@ class Tuning:
             if times is not None:
                 both = [(t["triton"], t["cuda"]) for t in times.values() if len(t) == 2]
                 router: Any = settings.faster_router(both)
-                self.file.router = router
+                self._write(chosen.op, Decided(), router=router)
                 print(f"topk_routing: router: {router or UNCHANGED}")
-        else:
-            return
-        tuned_file.write(self.path, self.file)
 
     def _setting(
         self,
@@ -324,8 +342,9 @@ class Tuning:
             "base": base,
         }
 
-    def _file(self, triton: str) -> Tuned:
+    def _file(self) -> Tuned:
         """Return what the file to write holds already."""
+        triton = self.triton
         fresh = Tuned(card=self.card, triton=triton)
         if not self.path.exists():
             return fresh

@@ -77,7 +77,7 @@ def options_of(args: argparse.Namespace) -> Options:
         dtype=benchmarks.DTYPES[args.dtype],
         repeats=args.repeats,
         budget_seconds=args.budget_seconds,
-        out=_out(args.out or None),
+        out=None if args.dry_run else _out(args.out or None),
         jobs=args.jobs,
         dry_run=args.dry_run,
         arch=_arch(args),
@@ -114,12 +114,16 @@ def _order(case: Any) -> bool:
 
 def _out(text: str | None) -> Path | None:
     """Return the file or folder to write to: that of the option, or the one that is read."""
+    name, is_option = "--out", text is not None
     if text is None:
-        named = os.environ.get(VARIABLE, "off")
-        return None if named in ("", "off") else Path(named)
+        name, text = VARIABLE, os.environ.get(VARIABLE, "off")
+        if text in ("", "off"):
+            return None
     path = Path(text)
-    if path.suffix != ".json" or path.is_dir():
-        raise ValueError(f"--out: got {text!r}, expected a file with the suffix .json")
+    if path.is_dir() and not is_option:
+        return path
+    if path.suffix != ".json" or path.is_dir():  # beside the file is a folder of the same name
+        raise ValueError(f"{name}: got {text!r}, expected a file with the suffix .json")
     return path
 
 

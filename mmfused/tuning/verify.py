@@ -28,8 +28,14 @@ def _fewer(size: int, most: int) -> int:
     return max(1, min(most, (size - 2) | 1))
 
 
-# Op -> functions from a case to sizes of an odd case.
-_ODD: dict[str, tuple[Callable[[Any], dict[str, int]], ...]] = {
+def _half(case: Any) -> str:
+    """Return the distribution with experts without tokens, if enough experts are left."""
+    return "half" if case.E - case.E // 2 >= case.k else case.routed
+
+
+# Op -> functions from a case to sizes of an odd case. Some have masks, or experts without tokens,
+# where the case has none: the arguments of ``plan()`` do not tell.
+_ODD: dict[str, tuple[Callable[[Any], dict[str, Any]], ...]] = {
     "query_pooling": (
         lambda case: {"B": 3, "N": max(1, case.N - 1)},
         lambda case: {"B": 5, "N": (2 * case.N // 3) | 1},
@@ -39,21 +45,24 @@ _ODD: dict[str, tuple[Callable[[Any], dict[str, int]], ...]] = {
         lambda case: {"B": 5, "N": max(1, case.N - 1), "M": max(1, case.M - 1)},
         lambda case: {"B": 4, "N": (2 * case.N // 3) | 1, "M": (case.M // 2) | 1},
         lambda case: {"B": 3, "N": 1, "M": case.M},
+        lambda case: {"B": 6, "missing": not case.missing},
     ),
     "masked_info_nce": (
         lambda case: {"B": _fewer(case.B, 333)},
         lambda case: {"B": _fewer(case.B // 2, 37)},
         lambda case: {"B": 1},
+        lambda case: {"B": _fewer(case.B, 301), "K": 3 if case.K == 1 else 1},
     ),
     "grouped_mlp": (
         lambda case: {"T": max(1, case.T - 1)},
-        lambda case: {"T": (3 * case.T // 4) | 1},
+        lambda case: {"T": (3 * case.T // 4) | 1, "routed": _half(case)},
         lambda case: {"T": (case.T // 2 + 1) | 1},
     ),
     "topk_routing": (
         lambda case: {"T": _fewer(case.T, 1001)},
         lambda case: {"T": _fewer(case.T // 2, 37)},
         lambda case: {"T": 1},
+        lambda case: {"T": _fewer(case.T, 777), "S": 3 if case.S == 1 else 1},
     ),
 }
 
