@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -29,6 +30,7 @@ from torch.compiler import is_dynamo_compiling
 _STRICT_CHECKPOINTS = _torch_version < "2.14"
 
 Name = TypeVar("Name", bound=str)
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 _here = sys.modules[__name__]
 _switches: dict[str, Switch[Any]] = {}
 
@@ -157,6 +159,16 @@ class Choice(Generic[Name]):
             if entered[i][0] is self:
                 self.switch.entered.set(entered[:i] + entered[i + 1 :])
                 return
+
+
+def constant_when_traced(function: _Function) -> _Function:
+    """Let torch.compile call a function while it traces, and take the result as a constant.
+
+    This is ``torch.compiler.assume_constant_result`` without its import of torch._dynamo, which
+    takes longer than all of this library's.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def _set_traced(switch: Switch[Any], names: tuple[Any, ...]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import threading
 import warnings
 
@@ -18,6 +19,7 @@ from mmfused.kernels.grouped_mlp import plans as experts
 from mmfused.kernels.masked_info_nce import plans as losses
 from mmfused.kernels.query_pooling import plans as pooling
 from mmfused.ops.query_pooling import composed
+from mmfused.switch import constant_when_traced
 from mmfused.tuned_file import Tuned
 
 BF16, CARD, TRITON = torch.bfloat16, "NVIDIA H200", triton.__version__.partition("+")[0]
@@ -381,6 +383,18 @@ def test_the_tuned_router_is_used_if_it_can_run(on_gpu, monkeypatch):
         assert functional._faster_router() == expected
     functional._cpp_can_run.cache_clear()
     assert mmfused.library.current_router() == "auto"
+
+
+@constant_when_traced
+def value_in_a_file():
+    with open(os.devnull) as file:  # torch.compile cannot trace this
+        return 2.0 + len(file.read())
+
+
+def test_torch_compile_takes_what_a_file_says_as_a_constant():
+    torch._dynamo.reset()
+    traced = torch.compile(lambda x: x * value_in_a_file(), backend="eager", fullgraph=True)
+    assert traced(torch.ones(1)).item() == 2.0
 
 
 def test_torch_compile_traces_the_choices_as_constants():

@@ -15,6 +15,7 @@ from torch import Tensor
 from ... import tuned_file
 from ...library import active_exporter
 from ...random import keep_mask
+from ...switch import constant_when_traced
 from .._common import masked_logsumexp, masked_softmax
 from .._sdpa import attention
 from .autograd import HeadProduct
@@ -29,7 +30,7 @@ Form = Literal["absorbed", "projected"]
 ABSORBED_MUST_SAVE = {"cpu": 1.25, "cuda": 2.0}
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def absorbed_must_save(device_type: str) -> float:
     """Return the factor of ABSORBED_MUST_SAVE for a device, or that of the GPU's tuned file."""
     if device_type == "cpu":

@@ -22,6 +22,7 @@ from ...library import (
     wide_unless,
 )
 from ...random import draw_seed
+from ...switch import constant_when_traced
 from .arguments import Balance, Inputs, Options, RoutingArguments, Score, grouped
 from .autograd import RoutingFused
 from .checks import check_arguments, check_router
@@ -213,7 +214,7 @@ def _routing(
         return routing._replace(indices=inside)
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def _faster_router() -> Literal["triton", "cuda"]:
     """Return the router that ``mmfused tune`` has found faster from logits, if it can run."""
     found = None if KERNELS_ON_CPU else tuned_file.current()
