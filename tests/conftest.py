@@ -4,6 +4,7 @@ Without a GPU, kernels run under Triton's interpreter, or with --ptx in the mach
 """
 
 import os
+import signal
 import sys
 
 import numpy as np
@@ -147,3 +148,11 @@ def poison_empty_memory(monkeypatch):
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def default_sigint_handler():
+    """Install Python's SIGINT handler, because a shell's background jobs ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -24,6 +24,7 @@ from mmfused.training.checkpoint import newest
 from mmfused.training.run import train
 from mmfused.training.signals import Stopped, stop_on_signals
 
+pytestmark = pytest.mark.usefixtures("default_sigint_handler")
 few_products = training_runs.few_products
 whole_run = training_runs.whole_run
 
@@ -36,14 +37,6 @@ def restored_thread_count():
 
 
 # Signals
-
-
-@pytest.fixture(autouse=True)
-def default_sigint_handler():
-    """Install Python's SIGINT handler, because a shell's background jobs ignore SIGINT."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])

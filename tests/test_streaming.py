@@ -350,6 +350,7 @@ def test_waiting_pictures_are_dropped_with_the_iterator(blocked):
     assert wait_for_no_threads() and calls == [0]
 
 
+@pytest.mark.usefixtures("default_sigint_handler")
 def test_an_interrupt_ends_the_wait_for_pictures(blocked):
     items, calls, go = blocked
 
