@@ -170,6 +170,8 @@ def test_late_fusion_replaces_the_models_fusion(name):
 def test_a_part_without_labels_is_refused():
     parts = batch("uniecs")
     del parts["candidate"]["labels"]
-    message = r"^candidate: got .*, expected labels \(B,\) int64 as well"
-    with pytest.raises(ValueError, match=message):
-        small_model("uniecs")(**parts)
+    model, message = small_model("uniecs"), r"got .*, expected labels \(B,\) int64 as well"
+    with pytest.raises(ValueError, match=f"^candidate: {message}"):
+        model(**parts)
+    with pytest.raises(ValueError, match=f"^items: {message}"):
+        model.split(parts["candidate"], 2)

@@ -134,12 +134,9 @@ class RetrievalModel(nn.Module):
 
         An error on one rank is raised on all ranks, except in a model sharded by FSDP.
         """
-        if "labels" not in items:
-            raise ValueError(
-                f"{role}: got {', '.join(items) or 'nothing'}, expected labels (B,) int64 as well"
-            )
+        labels = _labels_of(role, items)
         try:
-            if len(items["labels"]) or not in_group():
+            if len(labels) or not in_group():
                 return self.encode(role, **items)
             # A rank without rows must still take part in the exchanges of forward and backward.
             # Encoders do not accept 0 rows: the rank encodes a row of zeros and drops the result.
@@ -148,14 +145,14 @@ class RetrievalModel(nn.Module):
         except Exception as error:
             if any(type(parameter).__name__ == "DTensor" for parameter in self.parameters()):
                 raise  # the other ranks are waiting inside FSDP, where no error can be sent
-            raise reported(type(self).__name__, error, items["labels"]) from None
+            raise reported(type(self).__name__, error, labels) from None
 
     def split(self, items: dict[str, Any], size: int) -> list[dict[str, Any]]:
         """Return the items of a part in chunks of ``size`` rows of every tensor, for GradCache.
 
         The last chunk may be smaller. A part without items is one empty chunk.
         """
-        starts = range(0, max(len(items["labels"]), 1), size)
+        starts = range(0, max(len(_labels_of("items", items)), 1), size)
         return [
             {name: None if x is None else x[start : start + size] for name, x in items.items()}
             for start in starts
@@ -194,6 +191,15 @@ def check_part(
         check_rows(name, len(part[key]), len(query))
     except ValueError as error:
         raise reported(model, error, query) from None
+
+
+def _labels_of(part: str, items: dict[str, Any]) -> Tensor:
+    """Return the labels of a part; raise ValueError if there are none."""
+    if "labels" not in items:
+        raise ValueError(
+            f"{part}: got {', '.join(items) or 'nothing'}, expected labels (B,) int64 as well"
+        )
+    return items["labels"]
 
 
 def check_views(views: Sequence[str]) -> None:

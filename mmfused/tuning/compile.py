@@ -134,7 +134,7 @@ def _end_with_parent() -> None:
 def _limited(compile_one: Callable[[Job], Measured], job: Job) -> Measured:
     """Compile a job; the alarm ends the process, because the compiler does not return to Python.
 
-    Triton prints the PTX that ptxas refuses, thousands of lines, which nobody needs here.
+    Its output is dropped, because Triton prints all PTX that ptxas refuses: thousands of lines.
     """
     signal.alarm(LIMIT_SECONDS)
     try:
